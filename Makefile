@@ -1,0 +1,62 @@
+# make demo   quantize the bundled model, generate with it; pictures and report in demo/
+# make test   every test this machine can run (those marked gpu where there is a GPU)
+#
+# Both work in .venv, which .ci/environment.py makes: over PYTHON where that has torch, else with a
+# pinned torch of its own. LRQ_BUILD_CUDA, LRQ_CUDA_ARCHS, CUDA_HOME: see setup.py.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+VENV_PYTHON := .venv/bin/python
+
+# Threads that spin while they wait cost more than they bring when the cores are few or busy.
+export OMP_WAIT_POLICY ?= passive
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test test-gpu lint format clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+	@echo 'make test-gpu | lint | format | build | clean'
+
+# Done again when the list of what is needed changes.
+.venv/lrq-installed: pyproject.toml .ci/environment.py
+	$(PYTHON) .ci/environment.py create
+	$(VENV_PYTHON) .ci/environment.py install test
+	$(VENV_PYTHON) setup.py --quiet build_ext --inplace
+	$(VENV_PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
+
+.venv/lrq-lint: .venv/lrq-installed
+	$(VENV_PYTHON) .ci/environment.py install lint
+	@touch $@
+
+# ninja decides what is out of date: half a second when nothing is.
+build: .venv/lrq-installed
+	@$(VENV_PYTHON) setup.py --quiet build_ext --inplace
+
+demo: build
+	$(VENV_PYTHON) -m lrq_quant demo --out demo
+
+test: build
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+
+test-gpu: build
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
+
+SOURCES := lrq_kernels lrq_quant tests benchmarks setup.py .ci/environment.py
+CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+lint: .venv/lrq-lint
+	$(VENV_PYTHON) -m ruff check $(wildcard $(SOURCES))
+	$(VENV_PYTHON) -m ruff format --check $(wildcard $(SOURCES))
+	$(VENV_PYTHON) -m mypy
+	.venv/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+format: .venv/lrq-lint
+	$(VENV_PYTHON) -m ruff check --fix $(wildcard $(SOURCES))
+	$(VENV_PYTHON) -m ruff format $(wildcard $(SOURCES))
+	.venv/bin/clang-format -i $(CXX_SOURCES)
+
+clean:
+	rm -rf build demo *.egg-info .venv lrq_kernels/*.so .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +

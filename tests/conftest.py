@@ -1,0 +1,78 @@
+"""What every test shares: which tests run here, and data that is fresh in each run and repeatable.
+
+Each test starts with torch, numpy and random seeded from LRQ_TEST_SEED (drawn anew for a run unless it
+is set) and the test's own name. A failing test prints the seed: the same command with
+LRQ_TEST_SEED=... draws the same data again, for that test alone or in the whole suite.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import zlib
+from collections.abc import Iterator
+
+# Before torch is imported. Threads that spin while they wait make small matrix products on busy cores
+# thousands of times slower; tests are small, so one thread is enough.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import numpy as np
+import pytest
+import torch
+
+RUN_SEED = int(os.environ.get("LRQ_TEST_SEED") or random.SystemRandom().getrandbits(31))
+
+
+def why_no_gpu() -> str | None:
+    """Why tests marked gpu cannot run here, or None where they can."""
+    if not torch.cuda.is_available():
+        return "needs a CUDA device; torch.cuda.is_available() is False"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return f"needs compute capability >= 8.0, {torch.cuda.get_device_name()} has {capability}"
+    return None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.pluginmanager.hasplugin("timeout"):  # without pytest-timeout the marks do nothing
+        config.addinivalue_line("markers", "timeout(seconds): limit of pytest-timeout")
+        config.addinivalue_line("filterwarnings", "ignore:Unknown config option. timeout")
+
+
+def pytest_report_header() -> str:
+    return f"LRQ_TEST_SEED={RUN_SEED}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and (reason := why_no_gpu()):
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    if report.failed:
+        report.sections.append(("data", f"repeat it with LRQ_TEST_SEED={RUN_SEED}"))
+    return report
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """This test's seed: of the run and of the test's name, so that running it alone changes nothing."""
+    return (RUN_SEED + zlib.crc32(request.node.nodeid.encode())) % 2**31
+
+
+@pytest.fixture(autouse=True)
+def _seeded(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@pytest.fixture
+def generator(seed: int) -> torch.Generator:
+    """A CPU generator of this test's own, for data that must not depend on what else draws numbers."""
+    return torch.Generator().manual_seed(seed)
