@@ -1,0 +1,60 @@
+// One PTX instruction (or one address conversion) per function, for sm_80 and newer.
+#pragma once
+
+#include <cstdint>
+
+namespace lrq {
+
+// Address of a shared-memory object in the shared window (PTX ISA 10.10, cvta).
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Copies 16 bytes to shared memory past L1, of which the first `valid_bytes` are read and the rest
+// are zeros (PTX ISA 9.7.9.25.3.1, cp.async).
+__device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, int valid_bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+               "r"(valid_bytes)
+               : "memory");
+}
+
+// Closes the group of this thread's copies (PTX ISA 9.7.9.25.3.2, cp.async.commit_group).
+__device__ __forceinline__ void cp_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until at most kPending groups are in flight (PTX ISA 9.7.9.25.3.3, cp.async.wait_group).
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Loads four 8 x 16-byte matrices, row addresses from lanes 8i..8i+7 for matrix i; lane l receives
+// bytes 4(l%4)..+3 of row l/4 of each (PTX ISA 9.7.14.5.15, ldmatrix).
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&matrix)[4], uint32_t row_address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrix[0]), "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3])
+               : "r"(row_address)
+               : "memory");
+}
+
+// d += a * b, 16 x 8 x 32, int8 in, int32 accumulation without saturation (PTX ISA 9.7.14.5.14,
+// mma).
+__device__ __forceinline__ void mma_m16n8k32_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Byte permute: nibble i of `selector` picks byte i of the result from the eight bytes {high, low};
+// its top bit replicates the sign of that byte instead (PTX ISA 9.7.9.7, prmt).
+__device__ __forceinline__ uint32_t prmt(uint32_t low, uint32_t high, uint32_t selector) {
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
+  return result;
+}
+
+}  // namespace lrq

@@ -1,0 +1,233 @@
+// Python module _planner: the tile configurations, their selection, the device layout's index maps
+// and build facts. Plain host code: builds and runs without torch, CUDA or a GPU.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <sstream>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "gemm/config.h"
+#include "layout/packed_weight.h"
+
+#ifndef LRQ_CUDA_ARCHS
+#define LRQ_CUDA_ARCHS ""  // a build without nvcc has no kernels
+#endif
+
+namespace py = pybind11;
+
+namespace lrq {
+namespace {
+
+void check_range(const char* what, int64_t value, int64_t end) {
+  if (value < 0 || value >= end) {
+    throw std::invalid_argument(std::string("_planner: ") + what + " must be in [0, " +
+                                std::to_string(end) + "), got " + std::to_string(value));
+  }
+}
+
+void check_bits(int bits) {
+  if (!is_weight_bits(bits)) {
+    throw std::invalid_argument("_planner: weight_bits must be 2, 3 or 4, got " +
+                                std::to_string(bits));
+  }
+}
+
+std::string describe(const GemmConfig& config) {
+  std::ostringstream text;
+  text << "GemmConfig(name='" << config.name << "', arch=" << config.arch
+       << ", tile_m=" << config.tile_m << ", tile_n=" << config.tile_n
+       << ", tile_k=" << config.tile_k << ", warps_n=" << config.warps_n
+       << ", warps_m=" << config.warps_m << ", stages=" << config.stages
+       << ", blocks_per_sm=" << config.blocks_per_sm << ")";
+  return text.str();
+}
+
+// "80;89;90a" -> ["80", "89", "90a"]
+std::vector<std::string> compiled_archs() {
+  std::vector<std::string> archs;
+  std::istringstream list(LRQ_CUDA_ARCHS);
+  for (std::string arch; std::getline(list, arch, ';');) {
+    if (!arch.empty()) {
+      archs.push_back(arch);
+    }
+  }
+  return archs;
+}
+
+void bind_gemm(py::module_& m) {
+  py::class_<GemmConfig>(m, "GemmConfig")
+      .def_readonly("name", &GemmConfig::name)
+      .def_readonly("arch", &GemmConfig::arch)
+      .def_readonly("tile_m", &GemmConfig::tile_m)
+      .def_readonly("tile_n", &GemmConfig::tile_n)
+      .def_readonly("tile_k", &GemmConfig::tile_k)
+      .def_readonly("warps_n", &GemmConfig::warps_n)
+      .def_readonly("warps_m", &GemmConfig::warps_m)
+      .def_readonly("stages", &GemmConfig::stages)
+      .def_readonly("blocks_per_sm", &GemmConfig::blocks_per_sm)
+      .def(
+          "shared_bytes",
+          [](const GemmConfig& config, int weight_bits) {
+            check_bits(weight_bits);
+            return shared_bytes(config, weight_bits);
+          },
+          py::arg("weight_bits"))
+      .def(
+          "is_legal",
+          [](const GemmConfig& config, int64_t m, int64_t n, int64_t k, int bits, int arch) {
+            return is_legal(config, {m, n, k, bits}, arch);
+          },
+          py::arg("m"), py::arg("n"), py::arg("k"), py::arg("weight_bits"), py::arg("arch"))
+      .def("__repr__", &describe);
+
+  m.def(
+      "gemm_configs",
+      [] { return std::vector<GemmConfig>(std::begin(kGemmConfigs), std::end(kGemmConfigs)); },
+      "Every compiled GEMM configuration.");
+  m.def(
+      "select",
+      [](int64_t m, int64_t n, int64_t k, int weight_bits, int arch) {
+        return select_gemm_config({m, n, k, weight_bits}, arch);
+      },
+      py::arg("m"), py::arg("n"), py::arg("k"), py::arg("weight_bits"), py::arg("arch"),
+      "The configuration that lrq::gemm runs. arch is 10 * major + minor. ValueError where none "
+      "can.");
+  m.def(
+      "workspace_bytes",
+      [](const GemmConfig& config, int64_t m, int64_t n, int64_t k, int weight_bits) {
+        return workspace_bytes(config, {m, n, k, weight_bits});
+      },
+      py::arg("config"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("weight_bits"));
+  m.def("max_shared_bytes", &max_shared_bytes, py::arg("arch"));
+  m.attr("OLDEST_ARCH") = kOldestArch;
+  m.attr("GEMV_MAX_TOKENS") = kGemvMaxTokens;
+}
+
+void bind_layout(py::module_& m) {
+  m.attr("TILE_CHANNELS") = kTileChannels;
+  m.attr("TILE_INPUTS") = kTileInputs;
+  m.attr("HALF_TILE_CHANNELS") = kHalfTileChannels;
+  m.attr("HALF_TILE_LANES") = kHalfTileLanes;
+  m.attr("SLICES") = kSlices;
+  m.attr("ROWS_PER_LANE") = kRowsPerLane;
+  m.attr("POSITIONS") = kPositions;
+  m.def(
+      "words_per_lane", [](int bits) { return check_bits(bits), words_per_lane(bits); },
+      py::arg("weight_bits"));
+  m.def(
+      "half_tile_words", [](int bits) { return check_bits(bits), half_tile_words(bits); },
+      py::arg("weight_bits"));
+
+  m.def(
+      "lane_to_nk",
+      [](int lane, int slice, int row, int position) {
+        check_range("lane", lane, kHalfTileLanes);
+        check_range("slice", slice, kSlices);
+        check_range("row", row, kRowsPerLane);
+        check_range("position", position, kPositions);
+        const HalfTileNK nk = lane_to_nk({lane, slice, row, position});
+        return std::make_tuple(nk.channel, nk.k);
+      },
+      py::arg("lane"), py::arg("slice"), py::arg("row"), py::arg("position"),
+      "(channel 0..63, k 0..127) in a half tile.");
+  m.def(
+      "nk_to_lane",
+      [](int channel, int k) {
+        check_range("channel", channel, kHalfTileChannels);
+        check_range("k", k, kTileInputs);
+        const LaneSlot slot = nk_to_lane({channel, k});
+        return std::make_tuple(slot.lane, slot.slice, slot.row, slot.position);
+      },
+      py::arg("channel"), py::arg("k"), "(lane, slice, row, position).");
+  m.def(
+      "slot_to_lane_bit",
+      [](int bits, int slice, int row, int position, int plane) {
+        check_bits(bits);
+        check_range("slice", slice, kSlices);
+        check_range("row", row, kRowsPerLane);
+        check_range("position", position, kPositions);
+        check_range("plane", plane, bits);
+        const LaneBit at = slot_to_lane_bit(bits, {0, slice, row, position}, plane);
+        return std::make_tuple(at.word, at.bit);
+      },
+      py::arg("weight_bits"), py::arg("slice"), py::arg("row"), py::arg("position"),
+      py::arg("plane"), "(word of the lane, bit) of bit `plane` of a code.");
+  m.def(
+      "lane_bit_to_slot",
+      [](int bits, int word, int bit) {
+        check_bits(bits);
+        check_range("word", word, words_per_lane(bits));
+        check_range("bit", bit, 32);
+        const SlotBit at = lane_bit_to_slot(bits, 0, {word, bit});
+        return std::make_tuple(at.slot.slice, at.slot.row, at.slot.position, at.plane);
+      },
+      py::arg("weight_bits"), py::arg("word"), py::arg("bit"), "(slice, row, position, plane).");
+  m.def(
+      "lane_word_to_offset",
+      [](int bits, int lane, int word) {
+        check_bits(bits);
+        check_range("lane", lane, kHalfTileLanes);
+        check_range("word", word, words_per_lane(bits));
+        return lane_word_to_offset(bits, lane, word);
+      },
+      py::arg("weight_bits"), py::arg("lane"), py::arg("word"), "Word offset in the half tile.");
+  m.def(
+      "offset_to_lane_word",
+      [](int bits, int offset) {
+        check_bits(bits);
+        check_range("offset", offset, half_tile_words(bits));
+        const LaneWord at = offset_to_lane_word(bits, offset);
+        return std::make_tuple(at.lane, at.word);
+      },
+      py::arg("weight_bits"), py::arg("offset"), "(lane, word of the lane).");
+  m.def(
+      "nk_to_offset",
+      [](int bits, int64_t n, int64_t k, int plane, int64_t k_tiles) {
+        check_bits(bits);
+        check_range("n", n, INT64_MAX);
+        check_range("plane", plane, bits);
+        check_range("k", k, k_tiles * kTileInputs);
+        const PackedBit at = nk_to_offset(bits, n, k, plane, k_tiles);
+        return std::make_tuple(at.word, at.bit);
+      },
+      py::arg("weight_bits"), py::arg("n"), py::arg("k"), py::arg("plane"), py::arg("k_tiles"),
+      "(word, bit) of bit `plane` of code (n, k) in the whole packed weight.");
+  m.def(
+      "half_tile_to_nk",
+      [](int64_t half_tile, int64_t k_tiles) {
+        check_range("half_tile", half_tile, INT64_MAX);
+        check_range("k_tiles - 1", k_tiles - 1, INT64_MAX);
+        const MatrixNK nk = half_tile_to_nk(half_tile, k_tiles);
+        return std::make_tuple(nk.n, nk.k);
+      },
+      py::arg("half_tile"), py::arg("k_tiles"), "First (n, k) of a half tile.");
+  m.def(
+      "canonical_to_device_code",
+      [](int bits, int code) {
+        check_bits(bits);
+        check_range("code", code, 1 << bits);
+        return canonical_to_device_code(bits, code);
+      },
+      py::arg("weight_bits"), py::arg("code"));
+  m.def(
+      "device_to_canonical_code",
+      [](int bits, int code) {
+        check_bits(bits);
+        check_range("code", code, 1 << bits);
+        return device_to_canonical_code(bits, code);
+      },
+      py::arg("weight_bits"), py::arg("code"));
+}
+
+}  // namespace
+}  // namespace lrq
+
+PYBIND11_MODULE(_planner, m) {
+  m.doc() = "Tile configurations, their selection, device layout maps and build facts of lrq.";
+  lrq::bind_gemm(m);
+  lrq::bind_layout(m);
+  m.def("cuda_archs", &lrq::compiled_archs,
+        "Architectures the CUDA kernels were compiled for; empty for a build without nvcc.");
+}
