@@ -1,0 +1,40 @@
+"""lrq_kernels: low-bit linears for diffusion transformers, at run time.
+
+QuantScheme, TwinLogCodebook and Rotation describe a quantized linear; `ops` holds the torch ops
+`lrq::*`; LRQLinear runs them; `checkpoint` is the file format and load_quantized puts a file into
+a model. Importing needs torch and safetensors only: Triton is imported on the first CUDA call.
+"""
+
+from __future__ import annotations
+
+from . import ops, reference
+from .checkpoint import CheckpointError, LinearState, load, save
+from .codebook import TwinLogCodebook
+from .library import cuda_library_status, load_cuda_library
+from .linear import InputQuantizer, LRQLinear, fuse_linears
+from .loader import load_quantized, model_states
+from .packing import pack_codes, unpack_codes
+from .rotation import Rotation
+from .scheme import QuantScheme
+
+__all__ = [
+    "CheckpointError",
+    "InputQuantizer",
+    "LRQLinear",
+    "LinearState",
+    "QuantScheme",
+    "Rotation",
+    "TwinLogCodebook",
+    "cuda_library_status",
+    "fuse_linears",
+    "load",
+    "load_quantized",
+    "model_states",
+    "ops",
+    "pack_codes",
+    "reference",
+    "save",
+    "unpack_codes",
+]
+
+load_cuda_library()

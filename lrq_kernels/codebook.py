@@ -1,0 +1,113 @@
+"""TwinLogCodebook: 2^b int8 levels and one fp32 scale per output row.
+
+Canonical code c = s << (b-1) | m: s = 1 selects the negative half, m counts magnitudes upward.
+
+    b = 3      c   0    1    2    3  |   4    5    6    7
+               m   0    1    2    3  |   0    1    2    3
+       level(c)   +9  +30  +61 +118  |  -8  -29  -60 -117        value = level(c) * scale
+    ascending v    4    5    6    7  |   3    2    1    0        v = L + m or L - 1 - m, L = 2^(b-1)
+
+There is no code for exact zero. The negative half must stay in [-128, -1] and the other in
+[0, 127]: the sign-fill decode of the kernels relies on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .scheme import WEIGHT_BITS
+
+# Rows are encoded in chunks so that the comparison buffers stay small next to the weight itself.
+_ENCODE_CHUNK_ELEMENTS = 1 << 24
+
+
+def ascending_to_code(bits: int) -> list[int]:
+    """Canonical code of each ascending index v = 0 .. 2^bits - 1."""
+    half = 1 << (bits - 1)
+    return [half + (half - 1 - v) if v < half else v - half for v in range(2 * half)]
+
+
+@dataclass(frozen=True)
+class TwinLogCodebook:
+    """levels: int8 [N, 2^b] indexed by canonical code; scale: fp32 [N], finite and >= 0."""
+
+    levels: Tensor
+    scale: Tensor
+
+    def __post_init__(self) -> None:
+        levels, scale = self.levels, self.scale
+        if levels.dtype != torch.int8 or scale.dtype != torch.float32:
+            raise TypeError(
+                "TwinLogCodebook: levels must be int8 and scale float32, "
+                f"got {levels.dtype} and {scale.dtype}"
+            )
+        sizes = {1 << bits for bits in WEIGHT_BITS}
+        if levels.dim() != 2 or levels.shape[1] not in sizes:
+            raise ValueError(
+                f"TwinLogCodebook: levels must be [N, 2^b] with 2^b in {sorted(sizes)}, "
+                f"got shape {tuple(levels.shape)}"
+            )
+        if scale.shape != levels.shape[:1]:
+            raise ValueError(
+                f"TwinLogCodebook: scale must be [N] = [{levels.shape[0]}], "
+                f"got shape {tuple(scale.shape)}"
+            )
+        half = levels.shape[1] // 2
+        positive = levels[:, :half].to(torch.int16)
+        negative = levels[:, half:].to(torch.int16)
+        if bool((positive < 0).any()) or bool((negative >= 0).any()):
+            raise ValueError(
+                "TwinLogCodebook: levels of codes "
+                f"0..{half - 1} must be in [0, 127] and of codes {half}..{2 * half - 1} "
+                "in [-128, -1]; a level has the wrong sign"
+            )
+        if bool((positive.diff(dim=1) < 0).any()) or bool((negative.diff(dim=1) > 0).any()):
+            raise ValueError("TwinLogCodebook: magnitudes must not decrease with the code")
+        if not bool(torch.isfinite(scale).all()) or bool((scale < 0).any()):
+            raise ValueError("TwinLogCodebook: scale must be finite and not negative")
+
+    @property
+    def bits(self) -> int:
+        return self.levels.shape[1].bit_length() - 1
+
+    def ascending(self) -> Tensor:
+        """Levels in ascending order, int8 [N, 2^b]."""
+        return self.levels[:, ascending_to_code(self.bits)]
+
+    def encode(self, weight: Tensor) -> Tensor:
+        """Nearest level of each weight: float [N, K] to canonical codes uint8 [N, K].
+
+        A value halfway between two levels takes the lower one. Raises ValueError on another
+        shape and on NaN or inf.
+        """
+        if weight.dim() != 2 or weight.shape[0] != self.levels.shape[0]:
+            raise ValueError(
+                f"TwinLogCodebook.encode: weight must be [N, K] with N = {self.levels.shape[0]}, "
+                f"got shape {tuple(weight.shape)}"
+            )
+        ascending = self.ascending().float() * self.scale[:, None]
+        boundaries = ((ascending[:, 1:] + ascending[:, :-1]) / 2).contiguous()
+        to_code = torch.tensor(
+            ascending_to_code(self.bits), dtype=torch.uint8, device=weight.device
+        )
+        codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+        rows = max(1, _ENCODE_CHUNK_ELEMENTS // max(1, weight.shape[1]))
+        for start in range(0, weight.shape[0], rows):
+            chunk = weight[start : start + rows].float().contiguous()
+            if not bool(torch.isfinite(chunk).all()):
+                raise ValueError("TwinLogCodebook.encode: weight must be finite, got NaN or inf")
+            index = torch.searchsorted(boundaries[start : start + rows], chunk, out_int32=True)
+            codes[start : start + rows] = to_code[index]
+        return codes
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """levels[codes] * scale, fp32 [N, K]."""
+        return decode_levels(codes, self.levels).float() * self.scale[:, None]
+
+
+def decode_levels(codes: Tensor, levels: Tensor) -> Tensor:
+    """int8 level of each code: uint8 [N, K] and int8 [N, 2^b] to int8 [N, K]."""
+    return torch.gather(levels, 1, codes.to(torch.int64))

@@ -1,0 +1,399 @@
+"""LRQLinear: a linear layer that holds only its packed weight, and InputQuantizer, what comes
+before it.
+
+Linears that read the same tensor (q, k and v; proj_mlp of a FLUX single block) share one
+InputQuantizer: the input is rotated and quantized once and every sharer's GEMM reads the result.
+
+All buffers are integers. Floating data is kept as int32 views, so that model.to(bfloat16),
+layerwise casting and loaders that cast floats cannot touch it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops
+from .rotation import Rotation
+from .scheme import QuantScheme
+
+if TYPE_CHECKING:
+    from .checkpoint import LinearState
+
+# Schemes of linears that share an input may differ in weight bits, not in these.
+INPUT_FIELDS = ("act_bits", "rotation", "block_size", "scale_mode", "scale_factor")
+
+
+def _no_source() -> None:
+    return None
+
+
+def as_bits(tensor: Tensor) -> Tensor:
+    """float32 seen as int32, the form in which floats are stored."""
+    return tensor.detach().to(torch.float32).contiguous().view(torch.int32)
+
+
+class InputQuantizer(nn.Module):
+    """Smoothing, rotation and per-token quantization of the input of one or more LRQLinears.
+
+    Buffers: channel_scale (fp32 [K] as int32: smoothing and signs in the order of lrq::rotate),
+    permutation (int32 [K]), matrices (fp32 [2, 128, 128] as int32); each may be None.
+    """
+
+    channel_scale: Tensor | None
+    permutation: Tensor | None
+    matrices: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        scheme: QuantScheme,
+        smooth_scale: Tensor | None,
+        rotation: Rotation,
+    ) -> None:
+        super().__init__()
+        rotation.validate(in_features)
+        if rotation.kind != scheme.rotation:
+            raise ValueError(
+                f"InputQuantizer: rotation is {rotation.kind!r}, the scheme says "
+                f"{scheme.rotation!r}"
+            )
+        self.in_features = in_features
+        self.scheme = scheme
+        self.consumers = 0
+        scale = smooth_scale
+        if rotation.kind == "hadamard":
+            scale = torch.ones(in_features) if scale is None else scale
+            if rotation.permutation is not None:
+                scale = scale[rotation.permutation.long()]
+            if rotation.signs is not None:
+                scale = scale * rotation.signs.to(scale)
+        self.register_buffer("channel_scale", None if scale is None else as_bits(scale))
+        self.register_buffer("permutation", rotation.permutation)
+        matrices = rotation.matrices
+        self.register_buffer("matrices", None if matrices is None else as_bits(matrices))
+        self._forget()
+
+    # -- canonical form, for checkpoints
+
+    def smooth_scale(self) -> Tensor | None:
+        """fp32 [K] in natural channel order; None when the layer is not smoothed."""
+        if self.channel_scale is None:
+            return None
+        scale = self.channel_scale.view(torch.float32)
+        if self.scheme.rotation != "hadamard":
+            return scale.clone()
+        scale = scale.abs()
+        if self.permutation is not None:
+            scale = torch.empty_like(scale).index_copy_(0, self.permutation.long(), scale)
+        return None if bool((scale == 1).all()) else scale
+
+    def rotation(self) -> Rotation:
+        scheme = self.scheme
+        if scheme.rotation == "none":
+            return Rotation.none()
+        if scheme.rotation == "dual":
+            return Rotation.dual(self._floats(self.matrices), self.permutation)
+        signs = torch.sign(self._floats(self.channel_scale)).to(torch.int8)
+        return Rotation("hadamard", scheme.block_size, signs, self.permutation)
+
+    @staticmethod
+    def _floats(bits: Tensor | None) -> Tensor | None:
+        return None if bits is None else bits.view(torch.float32)
+
+    # -- forward
+
+    def _rotation_arguments(self) -> tuple:
+        return (
+            self._floats(self.channel_scale),
+            self.permutation,
+            self._floats(self.matrices),
+            self.scheme.rotation,
+            self.scheme.block_size,
+        )
+
+    def is_identity(self) -> bool:
+        return self.scheme.rotation == "none" and self.channel_scale is None
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """x [..., K] in 16 bits, scaled and rotated; x itself when there is nothing to do."""
+        return x if self.is_identity() else ops.rotate(x, *self._rotation_arguments())
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(x_q int8 [..., K], x_scale fp32 [...]) of x [..., K]."""
+        scheme = self.scheme
+        return ops.rotate_quantize(
+            x, *self._rotation_arguments(), scheme.act_bits, scheme.scale_mode, scheme.scale_factor
+        )
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Rotated x (act_bits 16) or its codes, computed once for all sharers of the same x.
+
+        The result is kept until every sharer has read it. Under torch.compile each sharer asks
+        for itself.
+        """
+        prepare = self.rotate if self.scheme.act_bits == 16 else self.quantize
+        if self.consumers <= 1 or torch.compiler.is_compiling():
+            return prepare(x)
+        # Inference tensors have no version: they are taken as unchanged while sharers read.
+        version = None if x.is_inference() else x._version
+        if self._reads_left == 0 or self._source() is not x or self._version != version:
+            self._result = prepare(x)
+            self._source, self._version = weakref.ref(x), version
+            self._reads_left = self.consumers
+        result = self._result
+        self._reads_left -= 1
+        if self._reads_left == 0:
+            self._forget()
+        return result
+
+    def _forget(self) -> None:
+        self._source: Callable[[], Tensor | None] = _no_source
+        self._version: int | None = None
+        self._result: Tensor | tuple[Tensor, Tensor] | None = None
+        self._reads_left = 0
+
+    def __getstate__(self) -> dict:
+        # A weak reference cannot be copied or pickled; what it caches need not be.
+        return {**self.__dict__, "_source": _no_source, "_result": None, "_reads_left": 0}
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:  # type: ignore[no-untyped-def]
+        """Nothing: LRQLinear writes the canonical form of its input too."""
+
+    def _load_from_state_dict(self, *arguments) -> None:  # type: ignore[no-untyped-def]
+        """Nothing: LRQLinear reads it."""
+
+    def extra_repr(self) -> str:
+        scheme = self.scheme
+        block = "" if scheme.rotation == "none" else f", block_size={scheme.block_size}"
+        return f"act_bits={scheme.act_bits}, rotation={scheme.rotation}{block}"
+
+
+class LRQLinear(nn.Module):
+    """y = x @ W.T + bias with W as 2^b int8 levels per row, selected by b-bit codes.
+
+    Buffers: weight (int32, device layout of lrq::prepack), levels (int8 [N, 2^b]), weight_scale
+    and bias (fp32 [N] as int32). x is [..., K] in bf16, fp16 or fp32; y has x's dtype.
+    act_bits 8 and 4 take two launches: rotate_quantize and gemm. act_bits 16 rotates, then runs
+    gemv for at most 8 rows, and above that dequantizes the weight and calls torch.
+    """
+
+    weight: Tensor
+    levels: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, state: LinearState, input_quantizer: InputQuantizer, name: str = "") -> None:
+        super().__init__()
+        scheme, shared = state.scheme, input_quantizer.scheme
+        for field in INPUT_FIELDS:
+            if getattr(scheme, field) != getattr(shared, field):
+                raise ValueError(
+                    f"LRQLinear {name}: {field} must be {getattr(shared, field)!r} as in the input "
+                    f"it shares, got {getattr(scheme, field)!r}"
+                )
+        if input_quantizer.in_features != state.in_features:
+            raise ValueError(
+                f"LRQLinear {name}: in_features must be {input_quantizer.in_features} as in the "
+                f"input it shares, got {state.in_features}"
+            )
+        self.scheme = scheme
+        self.in_features = state.in_features
+        self.out_features = state.out_features
+        # Names and row counts of the linears that this one holds: one, or several when fused.
+        self.parts: list[tuple[str, int]] = [(name, state.out_features)]
+        packed = ops.prepack(state.codes, state.in_features, scheme.weight_bits)
+        self.register_buffer("weight", packed)
+        self.register_buffer("levels", state.levels)
+        self.register_buffer("weight_scale", as_bits(state.weight_scale))
+        self.register_buffer("bias", None if state.bias is None else as_bits(state.bias))
+        self.input_quantizer = input_quantizer
+        input_quantizer.consumers += 1
+
+    @classmethod
+    def from_state(
+        cls, state: LinearState, input_quantizer: InputQuantizer | None = None, name: str = ""
+    ) -> LRQLinear:
+        """From the canonical form; without input_quantizer the state's own rotation makes one."""
+        if input_quantizer is None:
+            input_quantizer = InputQuantizer(
+                state.in_features, state.scheme, state.smooth_scale, state.rotation
+            )
+        return cls(state, input_quantizer, name).to(state.codes.device)
+
+    def codes(self) -> Tensor:
+        """Canonical packed codes, int32 [N, ceil(K/32)*b]."""
+        return ops.unprepack(
+            self.weight, self.out_features, self.in_features, self.scheme.weight_bits
+        )
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight in the rotated domain, [N, K]."""
+        return ops.dequantize(
+            self.weight,
+            self.levels,
+            self.weight_scale.view(torch.float32),
+            self.out_features,
+            self.in_features,
+            self.scheme.weight_bits,
+            dtype,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError(
+                "LRQLinear is for inference: it has no backward. Run under torch.no_grad() or "
+                "torch.inference_mode(), or detach the input"
+            )
+        if x.stride(-1) != 1:
+            x = x.contiguous()
+        prepared = self.input_quantizer(x)
+        if self.scheme.act_bits == 16:
+            y = self._forward_a16(prepared.reshape(-1, self.in_features))
+        else:
+            x_q, x_scale = prepared
+            y = ops.gemm(
+                x_q.view(-1, self.in_features),
+                x_scale.view(-1),
+                self.weight,
+                self.levels,
+                self.weight_scale.view(torch.float32),
+                None if self.bias is None else self.bias.view(torch.float32),
+                None,
+                None,
+                self.scheme.weight_bits,
+                self.out_features,
+                "none",
+                x.dtype,
+            )
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _forward_a16(self, rows: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.view(torch.float32)
+        if rows.shape[0] <= ops.GEMV_MAX_ROWS:
+            return ops.gemv(
+                rows.contiguous(),
+                self.weight,
+                self.levels,
+                self.weight_scale.view(torch.float32),
+                bias,
+                self.scheme.weight_bits,
+                self.out_features,
+            )
+        weight = self.dequantize(rows.dtype)
+        return F.linear(rows, weight, None if bias is None else bias.to(rows.dtype))
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:  # type: ignore[no-untyped-def]
+        """Canonical, architecture-free tensors under the names of checkpoint.FIELDS."""
+        from .checkpoint import state_tensors
+
+        for name, tensor in state_tensors(self.to_state(), with_input=True).items():
+            destination[prefix + name] = tensor
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+    ) -> None:  # type: ignore[no-untyped-def]
+        """Take the canonical tensors that _save_to_state_dict wrote for the same module."""
+        from .checkpoint import state_from_tensors, state_tensors
+
+        own = state_tensors(self.to_state(), with_input=True)
+        given = {
+            key[len(prefix) :]: state_dict[key] for key in state_dict if key.startswith(prefix)
+        }
+        missing.extend(prefix + name for name in own if name not in given)
+        unexpected.extend(prefix + name for name in given if name not in own)
+        if missing or (strict and unexpected):
+            return
+        try:
+            state = state_from_tensors(
+                {name: given[name].to(own[name].device) for name in own},
+                self.scheme,
+                self.out_features,
+                self.in_features,
+                prefix.rstrip("."),
+            )
+        except (TypeError, ValueError) as error:
+            errors.append(str(error))
+            return
+        fresh = LRQLinear.from_state(state)
+        for name, buffer in fresh.named_buffers():
+            self.get_buffer(name).copy_(buffer)
+
+    def to_state(self) -> LinearState:
+        """The canonical form of this linear (as one, even when fused from several)."""
+        from .checkpoint import LinearState
+
+        bias = None if self.bias is None else self.bias.view(torch.float32)
+        return LinearState(
+            codes=self.codes(),
+            levels=self.levels,
+            weight_scale=self.weight_scale.view(torch.float32),
+            bias=bias,
+            scheme=self.scheme,
+            in_features=self.in_features,
+            out_features=self.out_features,
+            smooth_scale=self.input_quantizer.smooth_scale(),
+            rotation=self.input_quantizer.rotation(),
+        )
+
+    def part_states(self) -> dict[str, LinearState]:
+        """Canonical forms of the linears that were fused into this one, by name."""
+        import dataclasses
+
+        whole, start, states = self.to_state(), 0, {}
+        for name, count in self.parts:
+            rows = slice(start, start + count)
+            start += count
+            states[name] = dataclasses.replace(
+                whole,
+                codes=whole.codes[rows],
+                levels=whole.levels[rows],
+                weight_scale=whole.weight_scale[rows],
+                bias=None if whole.bias is None else whole.bias[rows],
+                out_features=count,
+            )
+        return states
+
+    def extra_repr(self) -> str:
+        fused = "" if len(self.parts) == 1 else f", fused={[name for name, _ in self.parts]}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"scheme={self.scheme.name}, bias={self.bias is not None}{fused}"
+        )
+
+
+def fuse_linears(linears: list[LRQLinear]) -> LRQLinear:
+    """One linear whose rows are those of `linears` in order; lossless, everything is per row.
+
+    Raises ValueError unless all share one InputQuantizer and scheme and agree on having a bias.
+    """
+    import dataclasses
+
+    first = linears[0]
+    for other in linears[1:]:
+        if other.input_quantizer is not first.input_quantizer or other.scheme != first.scheme:
+            raise ValueError(
+                f"fuse_linears: {other.parts[0][0]} must share its input and scheme with "
+                f"{first.parts[0][0]}"
+            )
+        if (other.bias is None) != (first.bias is None):
+            raise ValueError("fuse_linears: either all linears have a bias or none")
+    states = [linear.to_state() for linear in linears]
+    biases = [state.bias for state in states if state.bias is not None]
+    state = dataclasses.replace(
+        states[0],
+        codes=torch.cat([state.codes for state in states]),
+        levels=torch.cat([state.levels for state in states]),
+        weight_scale=torch.cat([state.weight_scale for state in states]),
+        bias=torch.cat(biases) if biases else None,
+        out_features=sum(state.out_features for state in states),
+    )
+    fused = LRQLinear(state, first.input_quantizer)
+    fused.parts = [part for linear in linears for part in linear.parts]
+    first.input_quantizer.consumers -= len(linears)
+    return fused

@@ -1,0 +1,360 @@
+"""The arithmetic of every op in plain PyTorch.
+
+These functions are the CPU kernels, the oracle of the tests and the documentation at once. Integer
+accumulation is exact and the float epilogue has one fixed order, so the GEMM kernels must match
+them bit for bit. Given float64 activations, rotate, rotate_quantize and gemv compute in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .codebook import ascending_to_code, decode_levels
+from .packing import pack_codes, to_int32, unpack_codes
+from .rotation import block_dense, block_hadamard
+from .scheme import activation_qmax
+
+TILE = 128  # both N and K of a device tile pair are padded to this
+# |x| <= 128, |level| <= 128: 1024 products stay within 2^24, so a float32 dot product is exact.
+_EXACT_K = 1024
+# Rows of the epilogue are processed in chunks that stay in a CPU core's cache.
+_EPILOGUE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 27}
+
+
+# ---- rotate, quantize ---------------------------------------------------------------------------
+
+
+def _rotate_wide(
+    x: Tensor,
+    channel_scale: Tensor | None,
+    permutation: Tensor | None,
+    matrices: Tensor | None,
+    rotation: str,
+    block_size: int,
+) -> Tensor:
+    """Scaled and rotated x [..., K] in fp32, or fp64 when x is fp64."""
+    v = x.to(torch.promote_types(x.dtype, torch.float32))
+    index = None if permutation is None else permutation.long()
+    if rotation == "dual":
+        if channel_scale is not None:
+            v = v * channel_scale
+        v = block_dense(v, _required(matrices)[0])
+        if index is not None:
+            v = v[..., index]
+        return block_dense(v, _required(matrices)[1])
+    if index is not None:
+        v = v[..., index]
+    if channel_scale is not None:
+        v = v * channel_scale
+    return block_hadamard(v, block_size) if rotation == "hadamard" else v
+
+
+def _required(matrices: Tensor | None) -> Tensor:
+    if matrices is None:
+        raise ValueError("rotation 'dual' needs matrices, got None")
+    return matrices
+
+
+def rotate(
+    x: Tensor,
+    channel_scale: Tensor | None,
+    permutation: Tensor | None,
+    matrices: Tensor | None,
+    rotation: str,
+    block_size: int,
+) -> Tensor:
+    """Scale and rotate x [..., K]; the result has x's dtype.
+
+    channel_scale fp32 [K] holds smoothing and signs in one vector: it is applied after the
+    permutation, v[j] = x[permutation[j]] * channel_scale[j], except for "dual", where the
+    permutation sits between the two dense factors and channel_scale comes first.
+    """
+    v = _rotate_wide(x, channel_scale, permutation, matrices, rotation, block_size)
+    return v.to(x.dtype).contiguous()
+
+
+def rotate_quantize(
+    x: Tensor,
+    channel_scale: Tensor | None,
+    permutation: Tensor | None,
+    matrices: Tensor | None,
+    rotation: str,
+    block_size: int,
+    act_bits: int,
+    scale_mode: str,
+    scale_factor: float,
+) -> tuple[Tensor, Tensor]:
+    """Rotate x [..., K] and quantize each token: (x_q int8 [..., K], x_scale fp32 [...]).
+
+    x_scale = max|v| * fl32(scale_factor / qmax)   (scale_mode "absmax")
+            = sqrt(mean v^2) * fl32(scale_factor)  (scale_mode "rms")
+    x_q     = clamp(rint(v * (1 / x_scale)), -qmax, qmax), half to even, 1/x_scale rounded to fp32
+
+    A zero row has x_scale 0 and codes 0. NaN or inf in a row makes its x_scale NaN or inf and its
+    codes 0. For fp64 input x_scale is fp64 too.
+    """
+    v = _rotate_wide(x, channel_scale, permutation, matrices, rotation, block_size)
+    x_scale = token_scale(v, act_bits, scale_mode, scale_factor)
+    return quantize_by_scale(v, x_scale, act_bits), x_scale
+
+
+def token_scale(v: Tensor, act_bits: int, scale_mode: str, scale_factor: float) -> Tensor:
+    """Quantization step of each token (last dimension of v), in v's dtype."""
+    qmax = activation_qmax(act_bits)
+    if scale_mode == "rms":
+        size, factor = v.square().mean(dim=-1).sqrt(), scale_factor
+    elif v.shape[-1]:
+        size, factor = v.abs().amax(dim=-1), scale_factor / qmax
+    else:
+        size, factor = v.new_zeros(v.shape[:-1]), scale_factor / qmax
+    return size * torch.tensor(factor, dtype=torch.float32).to(v)
+
+
+def quantize_by_scale(v: Tensor, x_scale: Tensor, act_bits: int) -> Tensor:
+    """int8 codes of v [..., K] for a given step x_scale [...]."""
+    qmax = activation_qmax(act_bits)
+    inverse = torch.where(x_scale == 0, torch.zeros_like(x_scale), 1 / x_scale)
+    codes = (v * inverse[..., None]).round().clamp(-qmax, qmax)
+    # A row with a scale that is not finite has no meaningful codes; x_scale carries the news.
+    codes = torch.where(torch.isfinite(x_scale)[..., None], codes, torch.zeros_like(codes))
+    return codes.nan_to_num(nan=0.0).to(torch.int8)
+
+
+# ---- device layout of packed weights ------------------------------------------------------------
+#
+# A tile is 64 channels x 128 k. Thread T = 32w + 4g + t of a warpgroup owns rows 16w + g + 8r and
+# k(h, p) = 32h + 16(p >> 2) + 4t + (p & 3): the A fragment of mma.m16n8k32. A word holds eight
+# nibbles p = 0..7. See csrc/layout/packed_weight.h for the picture.
+
+
+def _device_code(bits: int) -> list[int]:
+    """Device code of each canonical code; b = 4 interleaves ascending levels for sign-fill."""
+    table = [0] * (1 << bits)
+    for v, code in enumerate(ascending_to_code(bits)):
+        table[code] = ((v & 1) << 3) | (v >> 1) if bits == 4 else v
+    return table
+
+
+def prepack(codes: Tensor, in_features: int, weight_bits: int) -> Tensor:
+    """Canonical codes int32 [N, ceil(K/32)*b] to the device layout
+    int32 [ceil(N/128), ceil(K/128), 2, 256*b]; the padding holds device code 0."""
+    n = codes.shape[0]
+    n_tiles, k_tiles = -(-n // TILE), -(-in_features // TILE)
+    table = torch.tensor(_device_code(weight_bits), dtype=torch.uint8, device=codes.device)
+    device_codes = table[unpack_codes(codes, weight_bits, in_features).long()]
+    padded = F.pad(device_codes, (0, k_tiles * TILE - in_features, 0, n_tiles * TILE - n))
+    # n = (n128, half, w, r, g); k = (k128, h, q, t, s) with nibble p = 4q + s
+    grid = padded.view(n_tiles, 2, 4, 2, 8, k_tiles, 4, 2, 4, 4)
+    # -> (n128, k128, half, w, g, t, h, r, p)
+    grid = grid.permute(0, 5, 1, 2, 4, 8, 6, 3, 7, 9).reshape(n_tiles, k_tiles, 2, 128, 4, 2, 8)
+    grid = grid.to(torch.int64)
+    if weight_bits == 4:
+        nibbles = grid  # word (h, r)
+    elif weight_bits == 3:
+        # word (r, i), i = 0..2: codes of h = i, and above them bit i of the codes of h = 3
+        fourth = torch.stack([(grid[..., 3, :, :] >> i) & 1 for i in range(3)], dim=-3)
+        nibbles = (grid[..., :3, :, :] | fourth << 3).transpose(-3, -2)
+    else:
+        # word (i, r): codes of h = 2i, and above them those of h = 2i + 1
+        nibbles = grid[..., 0::2, :, :] | grid[..., 1::2, :, :] << 2
+    shifts = torch.arange(8, device=codes.device) * 4
+    words = to_int32((nibbles << shifts).sum(dim=-1))
+    words = words.reshape(n_tiles, k_tiles, 2, 128, 2 * weight_bits)
+    # A thread's words are stored in pieces of 4 (16 bytes), threads side by side within a piece.
+    pieces = [piece.flatten(3) for piece in words.split(4, dim=-1)]
+    return torch.cat(pieces, dim=-1).contiguous()
+
+
+def unprepack(weight: Tensor, out_features: int, in_features: int, weight_bits: int) -> Tensor:
+    """Exact inverse of prepack: canonical codes int32 [N, ceil(K/32)*b]."""
+    return pack_codes(_codes(weight, out_features, in_features, weight_bits), weight_bits)
+
+
+def _codes(weight: Tensor, out_features: int, in_features: int, weight_bits: int) -> Tensor:
+    """Canonical codes uint8 [N, K] of a prepacked weight."""
+    n_tiles, k_tiles = weight.shape[:2]
+    sizes = [128 * min(4, 2 * weight_bits - start) for start in range(0, 2 * weight_bits, 4)]
+    pieces = [piece.unflatten(-1, (128, -1)) for piece in weight.split(sizes, dim=-1)]
+    words = torch.cat(pieces, dim=-1).to(torch.int64) & 0xFFFFFFFF
+    shifts = torch.arange(8, device=weight.device) * 4
+    nibbles = (words[..., None] >> shifts) & 15
+    if weight_bits == 4:
+        grid = nibbles.unflatten(-2, (4, 2))
+    elif weight_bits == 3:
+        by_h = nibbles.unflatten(-2, (2, 3)).transpose(-3, -2)
+        fourth = sum(by_h[..., i : i + 1, :, :] >> 3 << i for i in range(3))
+        grid = torch.cat([by_h & 7, fourth], dim=-3)
+    else:
+        pairs = nibbles.unflatten(-2, (2, 2))
+        grid = torch.stack([pairs & 3, pairs >> 2], dim=-3).flatten(-4, -3)
+    # (n128, k128, half, w, g, t, h, r, q, s) -> (n128, half, w, r, g, k128, h, q, t, s)
+    grid = grid.reshape(n_tiles, k_tiles, 2, 4, 8, 4, 4, 2, 2, 4)
+    grid = grid.permute(0, 2, 3, 7, 4, 1, 6, 8, 5, 9).reshape(n_tiles * TILE, k_tiles * TILE)
+    canonical = torch.empty(1 << weight_bits, dtype=torch.uint8, device=weight.device)
+    canonical[torch.tensor(_device_code(weight_bits), device=weight.device)] = torch.arange(
+        1 << weight_bits, dtype=torch.uint8, device=weight.device
+    )
+    return canonical[grid[:out_features, :in_features]].contiguous()
+
+
+def weight_levels(
+    weight: Tensor, levels: Tensor, out_features: int, in_features: int, weight_bits: int
+) -> Tensor:
+    """int8 level of every weight, [N, K]: the operand of the integer GEMM."""
+    return decode_levels(_codes(weight, out_features, in_features, weight_bits), levels)
+
+
+def dequantize(
+    weight: Tensor,
+    levels: Tensor,
+    weight_scale: Tensor,
+    out_features: int,
+    in_features: int,
+    weight_bits: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """level * weight_scale in fp32, rounded once to out_dtype: [N, K]."""
+    int8 = weight_levels(weight, levels, out_features, in_features, weight_bits)
+    return (int8.float() * weight_scale[:, None]).to(out_dtype)
+
+
+# ---- GEMM ---------------------------------------------------------------------------------------
+
+
+def integer_matmul(x_q: Tensor, w_q: Tensor) -> Tensor:
+    """x_q int8 [M, K] times w_q int8 [N, K] transposed: int32 [M, N], exact.
+
+    Runs on float32 matrix products short enough to be exact, which every BLAS has.
+    """
+    total = torch.zeros(x_q.shape[0], w_q.shape[0], dtype=torch.int32, device=x_q.device)
+    for start in range(0, x_q.shape[1], _EXACT_K):
+        stop = start + _EXACT_K
+        product = x_q[:, start:stop].float() @ w_q[:, start:stop].float().T
+        total += product.to(torch.int32)
+    return total
+
+
+def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """fma(a, b, c) of float32 tensors, rounded once.
+
+    The product is exact in float64. Rounding its sum with c to float64 and then to float32 can go
+    wrong only where the float64 sum sits on a midpoint of two float32 values (or near zero, where
+    float32 is denser): there the sum is rounded to odd first (Boldo and Melquiond 2008).
+    """
+    product = a.double() * b.double()
+    addend = c.double()
+    total = product + addend
+    midpoint = (total.view(torch.int64) & 0x1FFFFFFF) == 0x10000000
+    suspect = midpoint | (total.abs() < 2.0**-125)
+    if bool(suspect.any()):
+        p, q = torch.broadcast_tensors(product, addend)
+        p, q, s = p[suspect], q[suspect], total[suspect]
+        # Two-sum: error is p + q - s exactly.
+        virtual = s - p
+        error = (p - (s - virtual)) + (q - virtual)
+        even = (s.view(torch.int64) & 1) == 0
+        toward = torch.where(error > 0, torch.inf, -torch.inf).to(s)
+        odd = torch.nextafter(s, toward)
+        total[suspect] = torch.where((error != 0) & even, odd, s)
+    return total.float()
+
+
+def epilogue(
+    accumulator: Tensor,
+    x_scale: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """int32 [M, N] to the output of the linear; the order of rounding is the contract:
+
+    y = fma(rn(acc * x_scale), weight_scale, bias); y = gelu_tanh(y) if asked;
+    y = fma(gate, y, residual), or residual + y without a gate; one rounding to out_dtype.
+    gate is [B, N]: row m belongs to sample m // (M / B).
+    """
+    scaled = accumulator.float() * x_scale[:, None]
+    if bias is None:
+        y = scaled * weight_scale
+    else:
+        y = fused_multiply_add(scaled, weight_scale, bias)
+    if activation == "gelu_tanh":
+        y = F.gelu(y, approximate="tanh")
+    if residual is not None:
+        if gate is None:
+            y = residual.float() + y
+        else:
+            y = fused_multiply_add(gate.float(), y, residual.float())
+    return y.to(out_dtype)
+
+
+def gemm(
+    x_q: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    levels: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    weight_bits: int,
+    out_features: int,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """x_q int8 [M, K], x_scale fp32 [M], prepacked weight -> [M, N] in out_dtype.
+
+    out_dtype int32 returns the accumulators. See `epilogue` for the float order.
+    """
+    m, in_features = x_q.shape
+    w_q = weight_levels(weight, levels, out_features, in_features, weight_bits)
+    accumulator = integer_matmul(x_q, w_q)
+    if out_dtype == torch.int32:
+        return accumulator
+    out = torch.empty(m, out_features, dtype=out_dtype, device=x_q.device)
+    limit = _EPILOGUE_ELEMENTS.get(x_q.device.type, 1 << 18)
+    step = max(1, limit // max(1, out_features))
+    row_gate = None
+    for start in range(0, m, step):
+        rows = slice(start, min(start + step, m))
+        if gate is not None:
+            samples = torch.arange(rows.start, rows.stop, device=gate.device)
+            row_gate = gate[samples // (m // gate.shape[0])]
+        out[rows] = epilogue(
+            accumulator[rows],
+            x_scale[rows],
+            weight_scale,
+            bias,
+            None if residual is None else residual[rows],
+            row_gate,
+            activation,
+            out_dtype,
+        )
+    return out
+
+
+def gemv(
+    x: Tensor,
+    weight: Tensor,
+    levels: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    out_features: int,
+) -> Tensor:
+    """x [M, K] (bf16, fp16, fp32) times the decoded weight: fma(sum_k x * level, scale, bias).
+
+    The sum is fp32 in no fixed order; the result has x's dtype.
+    """
+    w_q = weight_levels(weight, levels, out_features, x.shape[1], weight_bits)
+    if x.dtype == torch.float64:
+        y = (x @ w_q.double().T) * weight_scale.double()
+        return y if bias is None else y + bias.double()
+    total = x.float() @ w_q.float().T
+    if bias is None:
+        return (total * weight_scale).to(x.dtype)
+    return fused_multiply_add(total, weight_scale, bias).to(x.dtype)
