@@ -23,7 +23,7 @@ help:
 	$(PYTHON) .ci/environment.py create
 	$(VENV_PYTHON) .ci/environment.py install test
 	$(VENV_PYTHON) setup.py --quiet build_ext --inplace
-	$(VENV_PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	$(VENV_PYTHON) -m pip install -qq --no-build-isolation --no-deps --editable .
 	@touch $@
 
 .venv/lrq-lint: .venv/lrq-installed

@@ -1,17 +1,18 @@
 """What to compile and how; everything else about the package is in pyproject.toml.
 
-    lrq_kernels/_planner.*.so   csrc/planner.cpp through pybind11: no torch, no CUDA, built everywhere
+    lrq_kernels/_planner.*.so   csrc/planner.cpp through pybind11, without torch and CUDA:
+                                built everywhere
     lrq_kernels/liblrq_cuda.so  every csrc/**/*.cu by nvcc, the other csrc/**/*.cpp against torch's
                                 stable ABI: no Python in it, so one file serves every torch >= 2.10
 
-Not torch's CUDAExtension: under a CPU build of torch that refuses to compile CUDA at all, and it ties
-the library to one torch and one Python. ninja does the work in build/ninja-*, so the next build
-compiles only what changed; beside each object of nvcc lies its .log with registers and spills.
+Not torch's CUDAExtension: under a CPU build of torch that refuses to compile CUDA at all, and it
+ties the library to one torch and one Python. ninja does the work in build/ninja-*, so that the next
+build compiles only what changed; beside each object of nvcc lies its .log: registers and spills.
 
     LRQ_BUILD_CUDA  auto (default): the CUDA library where nvcc and torch >= 2.10 are; 0: never;
                     1: an error where it cannot be
-    LRQ_CUDA_ARCHS  default "80;89;90a;120" as far as nvcc knows them; "90a" alone is quick on Hopper.
-                    The lowest plain one is embedded as PTX too, for GPUs that no other covers
+    LRQ_CUDA_ARCHS  default "80;89;90a;120" as far as nvcc knows them; "90a" alone is quick on
+                    Hopper. The lowest plain one comes as PTX too, for GPUs that no other covers
     CUDA_HOME, CXX  which toolkit and host compiler; else what is on PATH
     MAX_JOBS        how many compilers at once
 """
@@ -54,13 +55,16 @@ rule cxx
   command = $cxx -MMD -MF $out.d $flags -c $in -o $out
   depfile = $out.d
   deps = gcc
+  description = c++ $in
 rule nvcc
   command = if $nvcc -MD -MF $out.d $flags -c $in -o $out > $out.log 2>&1; then $
       grep -i -e warning -e 'Performance Loss' $out.log || true; else cat $out.log; exit 1; fi
   depfile = $out.d
   deps = gcc
+  description = nvcc $in
 rule link
   command = $cxx -shared -o $out $in $flags
+  description = link $out
 """
 
 
@@ -75,29 +79,35 @@ def package_dir(name: str) -> Path | None:
     return Path(spec.origin).parent if spec and spec.origin else None
 
 
-def find_cuda() -> tuple[str, Path] | None:
-    """(nvcc, toolkit folder). CUDA_HOME, when set, is the only place looked at."""
+def cuda_toolchain() -> tuple[str, Path, Path] | str:
+    """(nvcc, toolkit folder, torch's folder), or why the CUDA library cannot be built."""
+    # CUDA_HOME, when set, is the only place looked at.
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     path = f"{home}/bin" if home else f"{os.environ.get('PATH', os.defpath)}:/usr/local/cuda/bin"
-    nvcc = shutil.which("nvcc", path=path)
+    nvcc, torch = shutil.which("nvcc", path=path), package_dir("torch")
     if nvcc is None:
-        return None
+        return f"there is no nvcc in {path}"
+    if torch is None:
+        return f"{sys.executable} sees no torch to compile against (pip: --no-build-isolation)"
+    version = importlib.metadata.version("torch")
+    if tuple(int(part) for part in version.split(".")[:2]) < TARGET_TORCH:
+        return f"torch is {version}, expected >= {'.'.join(map(str, TARGET_TORCH))}"
     # nvcc on PATH may be a link or a script elsewhere: nvcc itself says where its toolkit is.
     said = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr
     top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
-    return nvcc, Path(top[1] if top else f"{nvcc}/../..").resolve()
+    return nvcc, Path(top[1] if top else f"{nvcc}/../..").resolve(), torch
 
 
 def cuda_archs(nvcc: str, wanted: str | None) -> list[str]:
-    """`wanted` ("80;90a"), every one of which nvcc must know, or those of the default that it knows."""
+    """`wanted` ("80;90a"), all of which nvcc must know, or what it knows of the default."""
     said = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
     known = set(re.findall(r"sm_(\d+)", said))
     archs = re.findall(r"[^;,\s]+", wanted or DEFAULT_ARCHS)
     good = [a for a in archs if re.fullmatch(r"\d+[af]?", a) and a.rstrip("af") in known]
     if wanted and (bad := [a for a in archs if a not in good]):
         raise SetupError(
-            f"LRQ_CUDA_ARCHS={wanted!r}: {nvcc} does not know {', '.join(bad)}; expected a list like"
-            f" '80;90a', of {', '.join(sorted(known, key=int))} with or without a suffix a or f"
+            f"LRQ_CUDA_ARCHS={wanted!r}: {nvcc} does not know {', '.join(bad)}; expected a list"
+            f" like '80;90a', of {', '.join(sorted(known, key=int))}, with suffix a, f or none"
         )
     return good
 
@@ -110,7 +120,9 @@ def gencode(archs: list[str]) -> str:
 
 
 class NinjaBuildExt(build_ext):
-    """Writes build.ninja for the two libraries and runs it; setuptools puts them where they belong."""
+    """Compiles the two libraries with ninja; setuptools puts them where they belong."""
+
+    left_out: list[str] = []
 
     def get_ext_filename(self, fullname: str) -> str:
         if fullname.endswith("liblrq_cuda"):  # loaded by torch, not imported: no CPython tag
@@ -132,11 +144,11 @@ class NinjaBuildExt(build_ext):
         self.ninja = [f"cxx = {cxx}", NINJA_RULES]
 
         archs: list[str] = []
-        cuda, torch = find_cuda(), package_dir("torch")
-        if reason := self.why_no_cuda(choice, cuda, torch):
-            self.leave_out([library], reason, fail=choice == "1")
+        toolchain = cuda_toolchain() if choice != "0" else "LRQ_BUILD_CUDA=0"
+        if isinstance(toolchain, str):
+            self.leave_out([library], toolchain, fail=choice == "1")
         else:
-            nvcc, toolkit = cuda
+            nvcc, toolkit, torch = toolchain
             archs = cuda_archs(nvcc, os.environ.get("LRQ_CUDA_ARCHS"))
             self.ninja += [f"nvcc = {nvcc}"]
             cu_flags = f"{NVCC_FLAGS} -ccbin {quote(cxx)} {gencode(archs)}"
@@ -144,10 +156,12 @@ class NinjaBuildExt(build_ext):
             cpp_flags += f" -idirafter {quote(f'{toolkit}/include')}"
             folders = [f"{torch}/lib", f"{toolkit}/lib64", f"{toolkit}/lib"]
             link_flags = " ".join([f"-L{quote(folder)}" for folder in folders] + [LINK_FLAGS])
-            self.add_library(library, {".cu": ("nvcc", cu_flags), ".cpp": ("cxx", cpp_flags)}, link_flags)
+            self.add_library(
+                library, {".cu": ("nvcc", cu_flags), ".cpp": ("cxx", cpp_flags)}, link_flags
+            )
 
         # pybind11 of its own, else torch's copy, where nothing can be installed.
-        pybind11 = package_dir("pybind11") or torch
+        pybind11 = package_dir("pybind11") or package_dir("torch")
         if pybind11 is None:
             raise SetupError("building lrq needs pybind11, which is not installed")
         flags = f"{CXX_FLAGS} -isystem {quote(f'{pybind11}/include')} -isystem {quote(headers)}"
@@ -159,29 +173,23 @@ class NinjaBuildExt(build_ext):
             destination.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / BUILD / self.get_ext_filename(extension.name), destination)
 
-    def why_no_cuda(self, choice: str, cuda: object, torch: Path | None) -> str | None:
-        if choice == "0":
-            return "LRQ_BUILD_CUDA=0"
-        if cuda is None:
-            return "there is no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda"
-        if torch is None:
-            return f"{sys.executable} sees no torch to compile against (pip: --no-build-isolation)"
-        version = importlib.metadata.version("torch")
-        if tuple(int(part) for part in version.split(".")[:2]) < TARGET_TORCH:
-            return f"torch is {version}, expected >= {'.'.join(map(str, TARGET_TORCH))}"
-        return None
-
     def leave_out(self, extensions: list[Extension], reason: str, *, fail: bool) -> None:
         """Say why, and leave no older build behind that would be loaded instead."""
-        names = ", ".join(self.get_ext_filename(extension.name) for extension in extensions)
+        self.left_out = [self.get_ext_filename(extension.name) for extension in extensions]
         if fail:
-            raise SetupError(f"LRQ_BUILD_CUDA=1, but {names} cannot be built: {reason}")
-        print(f"lrq: {names} not built: {reason}. lrq runs on the CPU path.", flush=True)
-        for extension in extensions:
+            raise SetupError(f"LRQ_BUILD_CUDA=1, but {self.left_out} cannot be built: {reason}")
+        print(
+            f"lrq: {', '.join(self.left_out)} not built: {reason}. lrq runs on the CPU path.",
+            flush=True,
+        )
+        for extension, filename in zip(extensions, self.left_out, strict=True):
             self.extensions.remove(extension)
-            filename = self.get_ext_filename(extension.name)
-            (ROOT / filename).unlink(missing_ok=True)
             Path(self.build_lib, filename).unlink(missing_ok=True)
+
+    def copy_extensions_to_source(self) -> None:  # setuptools calls it for editable and --inplace
+        super().copy_extensions_to_source()
+        for filename in self.left_out:
+            (ROOT / filename).unlink(missing_ok=True)
 
     def add_library(
         self, extension: Extension, rules: dict[str, tuple[str, str]], link_flags: str
@@ -196,7 +204,7 @@ class NinjaBuildExt(build_ext):
         self.ninja += [f"build {library}: link {' '.join(objects)}", f"  flags = {link_flags}"]
 
     def run_ninja(self) -> None:
-        # On PATH, beside this Python, or beside the package: it may be of another prefix than this one.
+        # On PATH, beside this Python, or beside the package, which may be of another prefix.
         package = package_dir("ninja")
         path = [os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)]
         path += [str(package.parents[3] / "bin")] if package else []

@@ -1,12 +1,12 @@
 """Make .venv, the environment that `make` and .ci/run work in. Standard library only.
 
-    PYTHON .ci/environment.py create               # .venv, unless it is there
-    .venv/bin/python .ci/environment.py install test lint   # what the package and these extras need
+    PYTHON .ci/environment.py create                       make .venv, unless it is there
+    .venv/bin/python .ci/environment.py install test lint  what the package and these extras need
 
-Where PYTHON has torch (with its CUDA, its triton), .venv is laid over PYTHON: it sees all of PYTHON's
-packages and adds only what is missing, and PYTHON's own folders are not written to. Where it has none,
-.venv starts empty and gets the pinned torch. A package that is there in a version that pyproject.toml
-accepts is left alone, so that nothing is asked of a network which may not be there.
+Where PYTHON has torch (with its CUDA, its triton), .venv is laid over PYTHON: it sees all of
+PYTHON's packages and adds only what is missing; PYTHON's own folders are not written to. Where it
+has none, .venv starts empty and gets the pinned torch. A package that is there in a version that
+pyproject.toml accepts is left alone: nothing is asked of a network which may not be there.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -34,19 +35,20 @@ def torch_version() -> tuple[int, ...]:
 def create() -> None:
     if (VENV / "bin" / "python").exists():
         return
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036 (this file is what finds out)
         sys.exit(f"lrq needs Python >= 3.10, {sys.executable} is {sys.version.split()[0]}")
     layered = torch_version() >= (2, 10)
     print(f"Making .venv {'over' if layered else 'with'} {sys.executable}", flush=True)
-    # pip comes from the layer below if it has one: Debian's Python, for one, cannot install its own.
+    # pip comes from the layer below if it has one: not every Python can install its own (Debian).
     below_has_pip = layered and importlib.util.find_spec("pip") is not None
     try:
         venv.create(VENV, symlinks=True, with_pip=not below_has_pip)
     except subprocess.CalledProcessError as error:
+        shutil.rmtree(VENV, ignore_errors=True)
         sys.exit(f"{sys.executable} cannot make a virtual environment (python3-venv?): {error}")
     if layered:
-        # Not --system-site-packages: of an interpreter that is itself in a virtual environment, that
-        # shows the base installation and not the environment that has the torch.
+        # Not --system-site-packages: when PYTHON is itself in a virtual environment, that shows the
+        # base installation and not the environment that has the torch.
         seen = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
         packages = VENV / "lib" / version / "site-packages"
@@ -92,12 +94,12 @@ def install(extras: list[str]) -> None:
     print(f"Installing into .venv: {' '.join(wanted)}", flush=True)
     # Naming the torch that is there keeps pip from replacing it with another, by several GB.
     keep = [f"torch=={importlib.metadata.version('torch')}"] if torch_version() else []
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
     if subprocess.run([*pip, *wanted, *(pin for pin in keep if pin not in wanted)]).returncode:
         sys.exit(
-            f"\npip could not install {', '.join(wanted)} (its reason is above). Without a network, put"
-            " them into .venv from wheels (.venv/bin/python -m pip install --no-deps *.whl), or delete"
-            " .venv and run make PYTHON=... with a Python that has them; then run make again."
+            f"\npip could not install {', '.join(wanted)} (its reason is above). Without a network,"
+            " install them from wheels (.venv/bin/python -m pip install --no-deps *.whl), or remove"
+            " .venv and give a Python that has them (make PYTHON=...). Then run make again."
         )
 
 

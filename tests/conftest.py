@@ -1,8 +1,8 @@
 """What every test shares: which tests run here, and data that is fresh in each run and repeatable.
 
-Each test starts with torch, numpy and random seeded from LRQ_TEST_SEED (drawn anew for a run unless it
-is set) and the test's own name. A failing test prints the seed: the same command with
-LRQ_TEST_SEED=... draws the same data again, for that test alone or in the whole suite.
+Each test starts with torch, numpy and random seeded from LRQ_TEST_SEED (drawn anew for a run unless
+it is set) and the test's own name. A failing test prints the seed: with LRQ_TEST_SEED=... the same
+data is drawn again, for that test alone or in the whole suite.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import random
 import zlib
 from collections.abc import Iterator
 
-# Before torch is imported. Threads that spin while they wait make small matrix products on busy cores
-# thousands of times slower; tests are small, so one thread is enough.
+# Before torch is imported. Threads that spin while they wait make small matrix products on busy
+# cores thousands of times slower; tests are small, so one thread is enough.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -61,7 +61,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
-    """This test's seed: of the run and of the test's name, so that running it alone changes nothing."""
+    """Of the run and of the test's name, so that running a test alone changes nothing."""
     return (RUN_SEED + zlib.crc32(request.node.nodeid.encode())) % 2**31
 
 
@@ -74,5 +74,5 @@ def _seeded(seed: int) -> None:
 
 @pytest.fixture
 def generator(seed: int) -> torch.Generator:
-    """A CPU generator of this test's own, for data that must not depend on what else draws numbers."""
+    """A CPU generator of this test's own, apart from what else draws numbers."""
     return torch.Generator().manual_seed(seed)

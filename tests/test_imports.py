@@ -1,4 +1,4 @@
-"""The layers: lrq_quant -> lrq_kernels -> torch, safetensors; never back, and nothing heavy on import."""
+"""The layers: lrq_quant -> lrq_kernels -> torch, safetensors; never back; import is light."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_importing_the_runtime_prints_nothing():
 
 
 def test_importing_the_runtime_is_quick():
-    """Against torch alone in the same process; the least of several, since the machine may be busy."""
+    """On top of torch, in its process; the least of several, since the machine may be busy."""
     code = (
         "import torch, time; start = time.perf_counter(); import lrq_kernels;"
         "print(time.perf_counter() - start)"
