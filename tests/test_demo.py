@@ -1,0 +1,354 @@
+"""The demo: what captions mean, what the checker accepts, that pictures are reproducible."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from diffusers import FlowMatchEulerDiscreteScheduler  # noqa: E402
+
+from lrq_quant.demo import checker, scenes, train  # noqa: E402
+from lrq_quant.demo.pipeline import ShapesPipeline, prompt_generators  # noqa: E402
+from lrq_quant.demo.text import CaptionEncoder  # noqa: E402
+
+TINY = train.ModelConfig(width=128, blocks=1, patch_size=8)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    generator = torch.Generator()
+    generator.seed()
+    return generator
+
+
+@pytest.fixture
+def tiny_pipeline() -> ShapesPipeline:
+    model = train.Denoiser(TINY).eval()
+    # A fresh model ends in zeros; give the output something that depends on the caption.
+    torch.nn.init.normal_(model.transformer.proj_out.weight, std=0.1)
+    for block in model.transformer.transformer_blocks:
+        torch.nn.init.normal_(block.attn2.to_out[0].weight, std=0.1)
+    pipeline = ShapesPipeline(
+        model.transformer, model.text_encoder, FlowMatchEulerDiscreteScheduler(shift=2.0)
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw_scenes(count: int, generator: torch.Generator) -> tuple[torch.Tensor, list[str]]:
+    """Pictures fp32 [count, 3, 32, 32] over all compositions, and their captions."""
+    sampler = scenes.SceneSampler(compositions=scenes.all_compositions())
+    batch = sampler.sample(count, generator)
+    return batch.pictures, sampler.captions(batch)
+
+
+def picture_of(*things: tuple[str, str, float, int, int]) -> np.ndarray:
+    """[32, 32, 3] with every (colour, shape, half_extent, column, row) drawn in turn."""
+    picture = np.broadcast_to(np.float32(scenes.BACKGROUND), (32, 32, 3)).copy()
+    for colour, shape, half_extent, column, row in things:
+        cover = scenes.shape_coverage(shape, half_extent, column, row).numpy()[..., None]
+        picture = picture * (1 - cover) + np.float32(scenes.COLOURS[colour]) * cover
+    return picture
+
+
+def test_import_is_light():
+    # The parent package is another's business; only what this module adds is checked.
+    code = "import sys, lrq_quant; before = set(sys.modules); import lrq_quant.demo\n" + (
+        "print([m for m in ('torch', 'diffusers') if m in set(sys.modules) - before])"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert output.stdout.strip() == "[]", output.stderr
+
+
+def test_heldout_compositions_never_appear_in_training(generator):
+    train_set = set(scenes.split_compositions(False))
+    heldout = set(scenes.split_compositions(True))
+    assert not train_set & heldout
+    assert train_set | heldout == set(scenes.all_compositions())
+    assert 0.1 < len(heldout) / len(scenes.all_compositions()) < 0.2
+
+    def words(caption: scenes.Caption) -> tuple:
+        first, second = caption.first, caption.second
+        return first.colour, first.shape, caption.relation, second.colour, second.shape
+
+    heldout_words = {words(c.caption()) for c in heldout}
+    sampler = scenes.SceneSampler()
+    drawn = sampler.captions(sampler.sample(2000, generator))
+    assert not heldout_words & {words(scenes.parse_caption(text)) for text in drawn}
+    captions = scenes.heldout_captions(256, seed=1)
+    assert len(set(captions)) == 256
+    assert {words(scenes.parse_caption(text)) for text in captions} <= heldout_words
+
+
+def test_the_same_picture_told_backwards_is_on_the_same_side_of_the_split():
+    opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+    names = [scenes.RELATIONS.index(opposite[name]) for name in scenes.RELATIONS]
+    for c in scenes.all_compositions():
+        backwards = scenes.Composition(c.colour2, c.shape2, names[c.relation], c.colour1, c.shape1)
+        assert scenes.is_held_out(c) == scenes.is_held_out(backwards)
+
+
+def test_captions_survive_text():
+    for text in scenes.training_captions(200, seed=3):
+        assert scenes.parse_caption(text).text == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a red circle",
+        "a red circle left of a red circle",
+        "a pink circle above a red square",
+        "a red circle above a huge red square",
+        "red circle above a red square",
+        "",
+    ],
+)
+def test_text_outside_the_grammar_is_an_error(text):
+    with pytest.raises(ValueError, match="parse_caption"):
+        scenes.parse_caption(text)
+
+
+def test_things_keep_their_gap():
+    """Every layout of the two largest shapes leaves MIN_GAP pixels of background between them."""
+    half_extents = list(scenes.SIZES.values())
+    for relation in range(len(scenes.RELATIONS)):
+        for size1, a in enumerate(half_extents):
+            for size2, b in enumerate(half_extents):
+                places = scenes.layouts(relation, size1, size2)
+                assert places
+                for row1, column1, row2, column2 in places:
+                    centres = [scenes.LATTICE[i] for i in (row1, column1, row2, column2)]
+                    apart = max(abs(centres[0] - centres[2]), abs(centres[1] - centres[3]))
+                    assert apart - a - b >= scenes.MIN_GAP
+
+
+def test_checker_accepts_what_the_renderer_drew(generator):
+    pictures, captions = draw_scenes(1000, generator)
+    assert checker.prompt_accuracy(pictures, captions) >= 0.995
+    noisy = (pictures + 0.04 * torch.randn(pictures.shape, generator=generator)).clamp(0, 1)
+    assert checker.prompt_accuracy(noisy, captions) >= 0.995
+
+
+def test_checker_tolerates_slight_blur(generator):
+    pictures, captions = draw_scenes(300, generator)
+    kernel = torch.tensor([0.15, 0.7, 0.15])
+    kernel = (kernel[:, None] * kernel).expand(3, 1, 3, 3)
+    padded = torch.nn.functional.pad(pictures, (1, 1, 1, 1), mode="replicate")
+    blurred = torch.nn.functional.conv2d(padded, kernel, groups=3)
+    assert checker.prompt_accuracy(blurred, captions) >= 0.995
+
+
+def test_checker_rejects_other_captions(generator):
+    pictures, captions = draw_scenes(1000, generator)
+    assert checker.prompt_accuracy(pictures, captions[1:] + captions[:1]) < 0.02
+    assert (
+        checker.prompt_accuracy(torch.rand(20, 3, 32, 32, generator=generator), captions[:20]) == 0
+    )
+
+
+def test_checker_takes_every_kind_of_picture(generator):
+    pictures, captions = draw_scenes(8, generator)
+    bytes_ = (pictures.permute(0, 2, 3, 1) * 255).round().byte().numpy()
+    images = ShapesPipeline.numpy_to_pil(bytes_ / 255)
+    for kind in (pictures, bytes_, bytes_ / 255, images):
+        assert checker.prompt_accuracy(kind, captions) == 1
+    assert checker.check(pictures[0], captions[0]).right
+    assert checker.check(images[0], captions[0]).right
+
+
+RED, BLUE = ("red", "circle", 6.0, 8, 16), ("blue", "square", 4.0, 24, 16)
+
+
+@pytest.mark.parametrize(
+    ("things", "caption", "right"),
+    [
+        ((RED, BLUE), "a red circle left of a blue square", True),
+        ((RED, BLUE), "a blue square right of a red circle", True),
+        ((RED, BLUE), "a large red circle left of a small blue square", True),
+        ((RED, BLUE), "a small red circle left of a blue square", False),  # size
+        ((RED, BLUE), "a red circle right of a blue square", False),  # relation
+        ((RED, BLUE), "a red circle above a blue square", False),  # relation across
+        ((RED, BLUE), "a blue circle left of a red square", False),  # colours swapped
+        ((RED, BLUE), "a red square left of a blue circle", False),  # shapes swapped
+        ((RED, BLUE, ("cyan", "circle", 4.0, 16, 28)), "a red circle left of a blue square", False),
+        ((RED,), "a red circle left of a blue square", False),  # one is missing
+        ((), "a red circle left of a blue square", False),
+        ((("red", "circle", 6.0, 8, 16), ("blue", "circle", 9.0, 22, 16)),
+         "a red circle left of a blue circle", False),  # a size that is neither
+    ],
+)  # fmt: skip
+def test_checker_verdicts(things, caption, right):
+    verdict = checker.check(picture_of(*things), caption)
+    assert verdict.right == right
+    assert bool(verdict.reason) != right
+    assert len(verdict.found) == len(things)
+
+
+def test_checker_rejects_a_colour_outside_the_palette():
+    picture = picture_of(RED, BLUE)
+    picture[24:30, 12:18] = (0.95, 0.95, 0.95)
+    verdict = checker.check(picture, "a red circle left of a blue square")
+    assert not verdict.right
+    assert sorted(thing.colour for thing in verdict.found) == ["blue", "red", "unknown"]
+
+
+def test_empty_caption_is_the_start_mark_alone():
+    encoder = CaptionEncoder(embed_dim=8)
+    embeddings, mask = encoder.encode(["", "a red circle above a small blue cross"])
+    assert embeddings.shape == (2, 16, 8)
+    assert mask.sum(dim=1).tolist() == [1, 9]
+    with pytest.raises(ValueError, match="unknown word 'orange'"):
+        encoder.tokenize(["an orange"[3:]])
+    with pytest.raises(ValueError, match="at most 15 words"):
+        encoder.tokenize(["a " * 16])
+
+
+def test_first_and_second_thing_never_share_a_position():
+    """Word positions alone must tell the two things apart: the encoder does not mix words."""
+    encoder = CaptionEncoder(embed_dim=8)
+    relation_words = set(encoder.tokenize([" ".join(scenes.RELATIONS)]).unique().tolist())
+    firsts, seconds = set(), set()
+    for text in scenes.training_captions(1000):
+        before = len(scenes.parse_caption(text).first.text.split()) + 1
+        ids = encoder.tokenize([text])[0].tolist()
+        words = [i for i, word in enumerate(ids) if word > 1 and word not in relation_words]
+        firsts |= {i for i in words if i < before}
+        seconds |= {i for i in words if i > before}
+    colours = max(firsts), min(seconds)
+    assert colours[0] < colours[1]
+
+
+def test_picture_depends_on_its_generator_not_on_its_batch(tiny_pipeline):
+    captions = scenes.heldout_captions(5, seed=7)
+    options = {"num_inference_steps": 3, "output_type": "np"}
+    together = tiny_pipeline(captions, generator=prompt_generators(5, seed=1), **options).images
+    again = tiny_pipeline(captions, generator=prompt_generators(5, seed=1), **options).images
+    np.testing.assert_array_equal(together, again)
+    generators = prompt_generators(5, seed=1)
+    alone = tiny_pipeline(captions[3], generator=generators[3], **options).images
+    np.testing.assert_allclose(alone[0], together[3], atol=1e-4)
+    other = tiny_pipeline(captions[:1], generator=prompt_generators(1, seed=2), **options).images
+    assert np.abs(other[0] - together[0]).max() > 0.1
+
+
+def test_guidance_uses_the_caption(tiny_pipeline):
+    captions = scenes.heldout_captions(2, seed=7)
+    options = {"num_inference_steps": 3, "output_type": "pt"}
+
+    def draw(prompts: list[str], guidance: float) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(5) for _ in prompts]
+        return tiny_pipeline(
+            prompts, guidance_scale=guidance, generator=generators, **options
+        ).images
+
+    first, second = draw(captions, 2.0)
+    assert not torch.equal(first, second)
+    # Guiding an empty caption away from the empty caption changes nothing.
+    torch.testing.assert_close(draw([""], 3.0), draw([""], 1.0), atol=1e-4, rtol=0)
+
+
+def test_pipeline_names_bad_arguments(tiny_pipeline):
+    with pytest.raises(ValueError, match="one a prompt"):
+        tiny_pipeline(["a red circle"], generator=prompt_generators(2))
+    with pytest.raises(ValueError, match="output_type"):
+        tiny_pipeline(["a red circle"], output_type="latent")
+    with pytest.raises(ValueError, match="at least one caption"):
+        tiny_pipeline([])
+    with pytest.raises(ValueError, match="num_inference_steps"):
+        tiny_pipeline(["a red circle"], num_inference_steps=0)
+
+
+def test_saved_pipeline_draws_the_same(tiny_pipeline, tmp_path):
+    tiny_pipeline.save_pretrained(tmp_path)
+    loaded = ShapesPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["text_encoder"] == ["lrq_quant.demo.text", "CaptionEncoder"]
+    captions = scenes.heldout_captions(2)
+    first, second = (
+        p(captions, num_inference_steps=2, generator=prompt_generators(2), output_type="np").images
+        for p in (tiny_pipeline, loaded)
+    )
+    np.testing.assert_array_equal(first, second)
+
+
+def test_training_batch_is_a_straight_path_from_picture_to_noise():
+    config = train.TrainConfig(batch=64, caption_dropout=0.5)
+    encoder = CaptionEncoder(embed_dim=8)
+    batches = train.Batches(config, encoder, torch.device("cpu"))
+    noisy, word_ids, timestep, velocity = batches.draw()
+    sigma = (timestep / 1000)[:, None, None, None]
+    assert 0 <= sigma.min() < 0.1 and 0.9 < sigma.max() <= 1
+    clean = (noisy - sigma * velocity) / 2 + 0.5
+    background = clean.permute(0, 2, 3, 1)[:, 0, 0]
+    torch.testing.assert_close(
+        background, torch.tensor(scenes.BACKGROUND).expand(64, 3), atol=1e-4, rtol=0
+    )
+    dropped = (encoder.mask(word_ids).sum(dim=1) == 1).sum()
+    assert 0 < dropped < 64
+
+
+def test_training_captions_match_their_pictures(generator):
+    sampler = scenes.SceneSampler()
+    encoder = CaptionEncoder(embed_dim=8)
+    table = train.CaptionTable(encoder, sampler)
+    batch = sampler.sample(200, generator)
+    captions = sampler.captions(batch)
+    assert checker.prompt_accuracy(batch.pictures, captions) == 1
+    looked_up = table.lookup(batch.composition, batch.size_words)
+    assert torch.equal(looked_up, encoder.tokenize(captions))
+
+
+def test_trainer_writes_a_folder_that_draws(tmp_path):
+    config = train.TrainConfig(
+        seconds=None, steps=3, batch=4, compile=False, final_captions=2,
+        final_guidance=(2.0,), model=TINY,
+    )  # fmt: skip
+    out = tmp_path / "model"
+    for _ in range(2):  # the second run replaces the first
+        train.train(out, config, torch.device("cpu"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+    report = json.loads((out / train.REPORT_FILE).read_text())
+    assert report["steps"] == 3 and report["heldout_captions"] == 2
+    assert np.isfinite(report["final_loss"])
+    pipeline = ShapesPipeline.from_pretrained(out)
+    assert pipeline.scheduler.config.shift == config.shift
+    assert pipeline(scenes.heldout_captions(1), num_inference_steps=1).images[0].size == (32, 32)
+
+
+def test_training_falls_and_the_average_follows():
+    config = train.TrainConfig(
+        seconds=None, steps=40, batch=16, compile=False, warmup_steps=5, model=TINY
+    )
+    trainer = train.Trainer(config, torch.device("cpu"), scenes.split_compositions(False)[:1])
+    losses = [float(trainer.train_step()) for _ in range(config.steps)]
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
+    assert trainer.progress() == 1
+    for average, parameter in zip(trainer.averages, trainer.parameters, strict=True):
+        assert not average.requires_grad
+        assert (average - parameter).abs().max() < 0.2
+    assert not torch.equal(trainer.averages[0], trainer.parameters[0])
+    rounded = trainer.pipeline().transformer
+    assert {p.dtype for p in rounded.parameters()} == {torch.bfloat16}
+
+
+def test_a_run_without_an_end_is_an_error():
+    with pytest.raises(ValueError, match="seconds or steps"):
+        train.TrainConfig(seconds=None, steps=None)
+
+
+def test_shipped_model_fits_its_budget():
+    """At most 8 MB of bf16 safetensors, and rotation blocks of 128 fit every width."""
+    model = train.Denoiser(train.ModelConfig())
+    assert sum(p.numel() for p in model.parameters()) * 2 < 7_900_000
+    for block in model.transformer.transformer_blocks:
+        linears = [m for m in block.modules() if isinstance(m, torch.nn.Linear)]
+        assert all(m.in_features % 128 == 0 for m in linears)
