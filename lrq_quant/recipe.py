@@ -1,0 +1,254 @@
+"""QuantRecipe: which linears of a model are quantized, and how.
+
+resolve(model) turns a recipe and the model's family into a QuantPlan: input groups (linears that
+share one quantized input), and every linear that stays with the reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from lrq_kernels.scheme import QuantScheme
+
+from .families import MODULATION, Family, family_of
+
+MODES = ("default", "paper")
+# The GEMM and the canonical packing take any K that is a multiple of this.
+K_MULTIPLE = 32
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """rotations: kinds to try, of "none", "hadamard", "permuted", "dual"; alphas: smoothing
+    strengths to try besides none; tolerance: error above the best that a cheaper rotation may have;
+    sample_rows, weight_rows: tokens and output rows that finalists are measured on; dual_steps of
+    the greedy search for each dense matrix; seed of signs and dense matrices."""
+
+    rotations: tuple[str, ...] = ("none", "hadamard", "permuted", "dual")
+    alphas: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7)
+    tolerance: float = 0.025
+    sample_rows: int = 512
+    weight_rows: int = 512
+    dual_steps: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        known = ("none", "hadamard", "permuted", "dual")
+        unknown = [kind for kind in self.rotations if kind not in known]
+        if unknown or not self.rotations:
+            raise ValueError(
+                f"SearchOptions: rotations must be some of {known}, got {self.rotations}"
+            )
+
+
+@dataclass(frozen=True)
+class QuantRecipe:
+    """block: scheme of attention and feed-forward linears; modulation: scheme of the adaLN linears,
+    None to keep them.  Patterns are fnmatch patterns on full module names: a linear is quantized if
+    include matches and exclude does not; overrides are (pattern, scheme or None) pairs, the first
+    that matches wins.  mode "paper" is the published method (method.md decision 2).  Of a scheme
+    the recipe fixes the bits; rotation and activation scale are searched per input when there is
+    calibration data and taken from the scheme when there is none."""
+
+    block: QuantScheme = QuantScheme(weight_bits=4, act_bits=8)
+    modulation: QuantScheme | None = QuantScheme(weight_bits=4, act_bits=16, rotation="none")
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    overrides: tuple[tuple[str, QuantScheme | None], ...] = ()
+    mode: str = "default"
+    search: SearchOptions = field(default_factory=SearchOptions)
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"QuantRecipe: mode must be one of {MODES}, got {self.mode!r}")
+        for argument in ("include", "exclude"):
+            if isinstance(getattr(self, argument), str):
+                raise TypeError(f"QuantRecipe: {argument} must be a tuple of patterns, got a str")
+
+    @staticmethod
+    def from_name(name: str, **changes: Any) -> QuantRecipe:
+        """Recipe whose blocks have the scheme `name`, such as "w4a8"; changes are fields."""
+        block = QuantScheme.from_name(name)
+        if block.act_bits == 4:
+            # Weights-only A4 needs the Gaussian optimum; absmax costs 2-3 dB (method.md 5.6).
+            block = dataclasses.replace(block, scale_mode="rms", scale_factor=0.3545)
+        return QuantRecipe(**{"block": block, **changes})
+
+    def resolve(self, model: nn.Module) -> QuantPlan:
+        """The plan for `model`; it may live on the meta device.  Raises ValueError on a model of an
+        unknown family and on a pattern that matches no linear of it."""
+        family = family_of(model)
+        linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        self._check_patterns(linears)
+        groups: list[InputGroup] = []
+        kept: dict[str, str] = {}
+        for role, names in _family_groups(family, linears):
+            # Members with another activation width cannot share one quantized input.
+            by_input: dict[int, list[LinearPlan]] = {}
+            for name in names:
+                scheme, why = self._scheme(name, role, linears[name])
+                if scheme is None:
+                    kept[name] = why
+                    continue
+                shape = linears[name].weight.shape
+                plan = LinearPlan(name, role, scheme, shape[0], shape[1])
+                by_input.setdefault(scheme.act_bits, []).append(plan)
+            groups += [InputGroup(tuple(plans)) for plans in by_input.values()]
+        quantized = {linear.name for group in groups for linear in group.linears}
+        for name in linears:
+            if name not in quantized and name not in kept:
+                kept[name] = _why_kept(family, name)
+        return QuantPlan(
+            family.model_class,
+            tuple(groups),
+            tuple(KeptLinear(n, linears[n].weight.numel(), kept[n]) for n in linears if n in kept),
+            sum(p.numel() for p in model.parameters()),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dataclasses.asdict(self)
+
+    def _scheme(self, name: str, role: str, linear: nn.Linear) -> tuple[QuantScheme | None, str]:
+        if not _matches(name, self.include) or _matches(name, self.exclude):
+            return None, "excluded by the recipe"
+        if linear.in_features % K_MULTIPLE:
+            return None, f"in_features {linear.in_features} is not a multiple of {K_MULTIPLE}"
+        for pattern, scheme in self.overrides:
+            if fnmatchcase(name, pattern):
+                return scheme, f"kept by the override {pattern!r}"
+        if role == MODULATION:
+            return self.modulation, "the recipe keeps modulation"
+        return self.block, ""
+
+    def _check_patterns(self, linears: dict[str, nn.Linear]) -> None:
+        patterns = [*self.include, *self.exclude, *(pattern for pattern, _ in self.overrides)]
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in linears):
+                raise ValueError(f"QuantRecipe: pattern {pattern!r} matches no linear of the model")
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """One linear to quantize: weight [out_features, in_features]."""
+
+    name: str
+    role: str
+    scheme: QuantScheme
+    out_features: int
+    in_features: int
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """Linears that read one tensor: one smoothing vector, one rotation, one quantized input."""
+
+    linears: tuple[LinearPlan, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of the first member, under which the shared tensors are stored."""
+        return self.linears[0].name
+
+    @property
+    def in_features(self) -> int:
+        return self.linears[0].in_features
+
+    @property
+    def weights(self) -> int:
+        return sum(linear.out_features * linear.in_features for linear in self.linears)
+
+
+@dataclass(frozen=True)
+class KeptLinear:
+    name: str
+    weights: int
+    why: str
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """groups in the family's order; kept in the model's order; parameters of the whole model."""
+
+    model_class: str
+    groups: tuple[InputGroup, ...]
+    kept: tuple[KeptLinear, ...]
+    parameters: int
+
+    @cached_property
+    def linears(self) -> tuple[LinearPlan, ...]:
+        return tuple(linear for group in self.groups for linear in group.linears)
+
+    @property
+    def quantized_weights(self) -> int:
+        return sum(group.weights for group in self.groups)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the weights of all linears that is quantized."""
+        total = self.quantized_weights + sum(kept.weights for kept in self.kept)
+        return self.quantized_weights / total if total else 0.0
+
+    def summary(self) -> str:
+        """What is quantized and what stays, one line per kind of linear."""
+        lines = [
+            f"{self.model_class}: {len(self.linears)} of {len(self.linears) + len(self.kept)} "
+            f"linears in {len(self.groups)} input groups, {self.coverage:.2%} of linear weights"
+        ]
+        kinds: dict[tuple[str, str, str], list[int]] = {}
+        for linear in self.linears:
+            key = (_kind(linear.name), linear.role, linear.scheme.name)
+            kinds.setdefault(key, []).append(linear.out_features * linear.in_features)
+        for (kind, role, scheme), sizes in kinds.items():
+            lines.append(f"  {scheme:<6} {role:<13} {len(sizes):>4} x {kind}  {_millions(sizes)}")
+        stays: dict[tuple[str, str], list[int]] = {}
+        for kept in self.kept:
+            stays.setdefault((_kind(kept.name), kept.why), []).append(kept.weights)
+        for (kind, why), sizes in stays.items():
+            lines.append(f"  stays  {len(sizes):>4} x {kind}  {_millions(sizes)}: {why}")
+        return "\n".join(lines)
+
+
+def _family_groups(
+    family: Family, linears: dict[str, nn.Linear]
+) -> Iterator[tuple[str, list[str]]]:
+    """(role, names of the linears that read one tensor) for every block that a rule matches."""
+    for rule in family.inputs:
+        parents: dict[str, list[str]] = {}
+        for member in rule.members:
+            for name in linears:
+                parent = name.removesuffix(member).removesuffix(".")
+                joined = f"{parent}.{member}" if parent else member
+                if joined == name and fnmatchcase(parent, rule.parent):
+                    parents.setdefault(parent, []).append(name)
+        for names in parents.values():
+            yield rule.role, names
+
+
+def _why_kept(family: Family, name: str) -> str:
+    for pattern, why in family.stays:
+        if fnmatchcase(name, pattern):
+            return why
+    return "not part of the family's recipe"
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _kind(name: str) -> str:
+    """The name with the block index replaced: transformer_blocks.*.attn.to_q."""
+    parent, _, rest = name.partition(".")
+    index, _, tail = rest.partition(".")
+    return f"{parent}.*.{tail}" if index.isdigit() and tail else name
+
+
+def _millions(sizes: list[int]) -> str:
+    return f"{sum(sizes) / 1e6:.2f} M"
