@@ -30,11 +30,6 @@ __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
 
-// Byte `index` of four packed int8.
-__device__ __forceinline__ int signed_byte(uint32_t bytes, int index) {
-  return static_cast<int8_t>(bytes >> 8 * index);
-}
-
 // kCount neighbours that move as one access.
 template <typename T, int kCount>
 struct alignas(sizeof(T) * kCount > 16 ? 16 : sizeof(T) * kCount) Pack {

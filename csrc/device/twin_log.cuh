@@ -139,4 +139,15 @@ __device__ __forceinline__ void decode_slice(uint32_t (&a)[4],
   }
 }
 
+// Four levels as floats. A byte with its sign bit flipped, level + 128, put under the exponent of
+// 2^23 is the float 2^23 + 128 + level: one PRMT and one exact subtraction, both at full rate,
+// which integer conversion is not.
+__device__ __forceinline__ void levels_to_float(float (&value)[4], uint32_t levels) {
+  const uint32_t biased = levels ^ 0x80808080u;
+#pragma unroll
+  for (uint32_t i = 0; i < 4; ++i) {
+    value[i] = __uint_as_float(prmt(biased, 0x4b000000u, 0x7440u | i)) - 8388736.0f;
+  }
+}
+
 }  // namespace lrq

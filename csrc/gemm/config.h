@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 #include "../int_math.h"
 #include "../layout/packed_weight.h"
@@ -37,8 +38,21 @@ inline constexpr GemmConfig kGemmConfigs[] = {
 };
 inline constexpr int kGemmConfigCount = sizeof(kGemmConfigs) / sizeof(kGemmConfigs[0]);
 
+// Row of the table with this name, or -1.
+inline int config_index(const GemmConfig& config) {
+  for (int i = 0; i < kGemmConfigCount; ++i) {
+    if (std::string_view(kGemmConfigs[i].name) == config.name) {
+      return i;
+    }
+  }
+  return -1;
+}
+
 // Oldest compute capability with cp.async and mma.m16n8k32 on int8.
 inline constexpr int kOldestArch = 80;
+
+// Kernels count tokens, channels and inputs in int32, up to the end of the last tile.
+inline constexpr int64_t kLargestSize = INT32_MAX - 127;
 
 // int32 accumulators of one output tile are staged in shared memory, four words of padding a token
 // (gemm/epilogue.cuh says why four).
@@ -83,8 +97,9 @@ constexpr int64_t block_count(const GemmConfig& config, const GemmProblem& probl
 // The one statement of which configuration may run what where.
 constexpr bool is_legal(const GemmConfig& config, const GemmProblem& problem, int arch) {
   return arch >= config.arch && is_weight_bits(problem.weight_bits) && problem.m >= 1 &&
-         problem.n >= 1 && problem.k >= 1 && problem.m <= INT32_MAX && problem.n <= INT32_MAX &&
-         problem.k <= INT32_MAX && block_count(config, problem) <= INT32_MAX &&
+         problem.n >= 1 && problem.k >= 1 && problem.m <= kLargestSize &&
+         problem.n <= kLargestSize && problem.k <= kLargestSize &&
+         block_count(config, problem) <= INT32_MAX &&
          shared_bytes(config, problem.weight_bits) <= max_shared_bytes(arch);
 }
 
@@ -116,7 +131,7 @@ inline const GemmConfig& select_gemm_config(const GemmProblem& problem, int arch
         "lrq::gemm: no configuration for M=" + std::to_string(problem.m) +
         ", N=" + std::to_string(problem.n) + ", K=" + std::to_string(problem.k) +
         ", weight_bits=" + std::to_string(problem.weight_bits) + " on compute capability " +
-        arch_name(arch) + "; expected sizes of 1 to 2^31-1 and 2, 3 or 4 bits");
+        arch_name(arch) + "; expected sizes of 1 to 2^31-128 and 2, 3 or 4 bits");
   }
   return *smallest;
 }

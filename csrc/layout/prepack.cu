@@ -124,11 +124,12 @@ __global__ void __launch_bounds__(kHalfTileLanes) dequantize_kernel(const Dequan
       if (n >= args.n || k >= args.k) {
         continue;
       }
+      float level[4];
+      levels_to_float(level, a[reg]);
       Pack<Out, 4> four;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        four.value[i] =
-            round_to<Out>(__fmul_rn(static_cast<float>(signed_byte(a[reg], i)), scale[row]));
+        four.value[i] = round_to<Out>(__fmul_rn(level[i], scale[row]));
       }
       Out* out = static_cast<Out*>(args.out) + n * args.k + k;
       if (args.k % 4 == 0) {

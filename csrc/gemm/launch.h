@@ -1,0 +1,20 @@
+// Launchers of the products. Each returns the error of its launch and waits for nothing.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "config.h"
+#include "problem.h"
+
+namespace lrq {
+
+// config is an entry of kGemmConfigs that is_legal for args.problem on the current device.
+cudaError_t launch_gemm(const GemmArgs& args, const GemmConfig& config, cudaStream_t stream);
+
+// The rows of kGemmConfigs with arch 80.
+cudaError_t launch_gemm_sm80(const GemmArgs& args, const GemmConfig& config, cudaStream_t stream);
+
+// args.problem.m <= kGemvMaxTokens.
+cudaError_t launch_gemv(const GemvArgs& args, cudaStream_t stream);
+
+}  // namespace lrq
