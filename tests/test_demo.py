@@ -15,7 +15,7 @@ pytest.importorskip("diffusers")
 from diffusers import FlowMatchEulerDiscreteScheduler  # noqa: E402
 
 from lrq_quant.demo import checker, scenes, train  # noqa: E402
-from lrq_quant.demo.pipeline import ShapesPipeline, prompt_generators  # noqa: E402
+from lrq_quant.demo.pipeline import ShapesPipeline, load_pipeline, prompt_generators  # noqa: E402
 from lrq_quant.demo.text import CaptionEncoder  # noqa: E402
 
 TINY = train.ModelConfig(width=128, blocks=1, patch_size=8)
@@ -268,7 +268,7 @@ def test_pipeline_names_bad_arguments(tiny_pipeline):
 
 def test_saved_pipeline_draws_the_same(tiny_pipeline, tmp_path):
     tiny_pipeline.save_pretrained(tmp_path)
-    loaded = ShapesPipeline.from_pretrained(tmp_path)
+    loaded = load_pipeline(tmp_path, dtype=torch.float32)
     loaded.set_progress_bar_config(disable=True)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["text_encoder"] == ["lrq_quant.demo.text", "CaptionEncoder"]
@@ -319,7 +319,7 @@ def test_trainer_writes_a_folder_that_draws(tmp_path):
     report = json.loads((out / train.REPORT_FILE).read_text())
     assert report["steps"] == 3 and report["heldout_captions"] == 2
     assert np.isfinite(report["final_loss"])
-    pipeline = ShapesPipeline.from_pretrained(out)
+    pipeline = load_pipeline(out)
     assert pipeline.scheduler.config.shift == config.shift
     assert pipeline(scenes.heldout_captions(1), num_inference_steps=1).images[0].size == (32, 32)
 

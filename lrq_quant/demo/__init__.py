@@ -28,11 +28,11 @@ def load_demo_pipeline(
     """
     import torch
 
-    from lrq_quant.demo.pipeline import ShapesPipeline
+    from lrq_quant.demo.pipeline import load_pipeline
 
     if not (WEIGHTS_FOLDER / "model_index.json").is_file():
         raise FileNotFoundError(
             f"load_demo_pipeline: no weights in {WEIGHTS_FOLDER}; "
             "train them with: python -m lrq_quant.demo.train --out FOLDER"
         )
-    return ShapesPipeline.from_pretrained(WEIGHTS_FOLDER).to(device, dtype or torch.bfloat16)
+    return load_pipeline(WEIGHTS_FOLDER, device, dtype or torch.bfloat16)

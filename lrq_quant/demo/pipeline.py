@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -126,3 +127,15 @@ class ShapesPipeline(DiffusionPipeline):
             for g in generators
         ]
         return torch.stack([n.to(device) for n in noise])
+
+
+def load_pipeline(
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+) -> ShapesPipeline:
+    """The pipeline that save_pretrained wrote to `folder`, on `device` in `dtype`."""
+    pipeline = ShapesPipeline.from_pretrained(folder, dtype=dtype)
+    if pipeline.dtype != dtype:  # a diffusers that does not know the argument loads fp32
+        pipeline = pipeline.to(dtype)
+    return pipeline.to(device)

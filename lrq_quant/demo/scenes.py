@@ -289,14 +289,15 @@ class SceneSampler:
     ) -> torch.Tensor:
         """Pictures fp32 [B, 3, 32, 32] of composition [B], size [B, 2] and layout [B, 4]."""
         attributes = self._attributes[composition]
-        colour = self._palette[attributes[:, (0, 3)]]  # [B, 2, 3]
-        shape = attributes[:, (1, 4)]
+        colour = self._palette[attributes[:, 0::3]]  # [B, 2, 3]
+        shape = attributes[:, 1::3]
         row, column = layout[:, 0::2], layout[:, 1::2]
         n = len(LATTICE)
         plane = ((shape * len(SIZES) + size) * n + row) * n + column
         coverage = self._coverage[plane]  # [B, 2, HW]
-        contrast = (colour - self._background).transpose(1, 2)  # [B, 3, 2]
-        pictures = torch.baddbmm(self._background[:, None], contrast, coverage)
+        contrast = colour - self._background  # [B, 2, 3]
+        # A sum and not a matmul, which may round to TF32.
+        pictures = self._background[:, None] + (contrast[..., None] * coverage[:, :, None]).sum(1)
         return pictures.unflatten(2, (PICTURE_SIZE, PICTURE_SIZE))
 
     def captions(self, scenes: SceneBatch) -> list[str]:

@@ -29,6 +29,7 @@ from lrq_quant.demo.pipeline import (
     DEFAULT_GUIDANCE,
     DEFAULT_STEPS,
     ShapesPipeline,
+    load_pipeline,
     prompt_generators,
 )
 from lrq_quant.demo.scenes import (
@@ -366,7 +367,7 @@ def train(
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
         folder = Path(scratch) / out.name
         trainer.pipeline().save_pretrained(folder)
-        stored = ShapesPipeline.from_pretrained(folder).to(device, torch.bfloat16)
+        stored = load_pipeline(folder, device)
         stored.set_progress_bar_config(disable=True)
         accuracy = {}
         for guidance in config.final_guidance:
