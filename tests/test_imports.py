@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +78,29 @@ def test_importing_the_runtime_is_quick():
 def test_runtime_imports_only_what_it_may(path: Path):
     third_party = imported_packages(path) - set(sys.stdlib_module_names)
     assert third_party <= RUNTIME_MAY_IMPORT
+
+
+def test_runtime_modules_import_in_one_order():
+    """No cycle, not even one that works because of the order in which names get bound."""
+    graph: dict[str, set[str]] = {}
+    for path in RUNTIME_FILES:
+        if path.stem == "__init__":
+            continue
+        nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
+        names = [n.module.split(".")[0] for n in nodes if n.level == 1 and n.module]
+        names += [alias.name for n in nodes if n.level == 1 and not n.module for alias in n.names]
+        graph[path.stem] = set(names)
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError with the cycle
+
+
+def test_only_the_binding_of_csrc_sees_torch():
+    """Kernels and launchers take pointers: they compile in seconds and never depend on a torch."""
+    including = {
+        path.name
+        for path in (ROOT / "csrc").rglob("*")
+        if path.is_file() and re.search(r"#include\s+[<\"](torch|ATen|c10)/", path.read_text())
+    }
+    assert including <= {"ops.cpp", "torch_utils.h"}
 
 
 def test_runtime_files_are_found():
