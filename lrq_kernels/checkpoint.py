@@ -6,11 +6,12 @@ is stored as int32 views, so that a loader that casts floats cannot touch it. Li
 input store its smoothing and rotation once, under the first of them; the others name it.
 
 Metadata (strings, as safetensors asks):
-    format       "lrq"
-    version      "1"
-    model_class  class name of the model
-    layers       JSON: name -> {scheme fields, in_features, out_features, shared_input?}
-    checksums    JSON: tensor name -> CRC-32 of its bytes
+    format             "lrq"
+    version            "1"
+    model_class        class name of the model
+    layers             JSON: name -> {scheme fields, in_features, out_features, shared_input?}
+    checksums          JSON: tensor name -> CRC-32 of "dtype shape" (as "int32 [64, 16]") and bytes
+    metadata_checksum  CRC-32 of model_class, layers and checksums, joined by zero bytes
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch import Tensor
 from .codebook import TwinLogCodebook
 from .packing import packed_words
 from .rotation import Rotation
-from .scheme import DUAL_BLOCK_SIZE, QuantScheme
+from .scheme import DUAL_BLOCK_SIZE, INPUT_FIELDS, QuantScheme
 
 FORMAT = "lrq"
 VERSION = 1
@@ -288,17 +289,20 @@ def save(
         sizes = (state.out_features, state.in_features)
         state_from_tensors(own, state.scheme, *sizes, name)
         if owner != name:
-            _check_same_input(name, own, owner, states[owner])
+            _check_same_input(name, state, owner, states[owner])
         layer = {**state.scheme.to_dict(), "out_features": sizes[0], "in_features": sizes[1]}
         if owner != name:
             layer["shared_input"] = owner
         layers[name] = layer
         for key, tensor in state_tensors(state, with_input=owner == name).items():
-            tensors[f"{name}.{key}"] = tensor.cpu()
+            tensors[f"{name}.{key}"] = tensor
     for name, tensor in dense.items():
         if name in tensors:
             raise CheckpointError(f"{name} is both a dense tensor and a field of a linear")
-        tensors[name] = tensor.detach().cpu().contiguous()
+        if tensor.is_meta:
+            raise CheckpointError(f"{name} is on the meta device: it has no values to save")
+        tensors[name] = tensor.detach().contiguous()
+    tensors = _separate_on_cpu(tensors)
     checksums = {name: _crc32(tensor) for name, tensor in tensors.items()}
     metadata = {
         "format": FORMAT,
@@ -307,6 +311,7 @@ def save(
         "layers": json.dumps(layers),
         "checksums": json.dumps(checksums),
     }
+    metadata["metadata_checksum"] = _metadata_crc32(metadata)
     file = checkpoint_file(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
@@ -320,9 +325,21 @@ def save(
     return file
 
 
-def _check_same_input(
-    name: str, own: Mapping[str, Tensor], owner: str, owner_state: LinearState
-) -> None:
+def _separate_on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, none sharing memory with another: safetensors refuses tied tensors."""
+    storages: set[int] = set()
+    separate = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.cpu()
+        storage = tensor.untyped_storage().data_ptr()
+        separate[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    return separate
+
+
+def _check_same_input(name: str, state: LinearState, owner: str, owner_state: LinearState) -> None:
+    _check_same_input_scheme(name, state, owner, owner_state)
+    own = state_tensors(state, with_input=True)
     stored = state_tensors(owner_state, with_input=True)
     for key, spec in FIELDS.items():
         if not spec.per_input:
@@ -335,8 +352,32 @@ def _check_same_input(
             raise CheckpointError(f"{name}.{key} must equal that of {owner}, whose input it shares")
 
 
+def _check_same_input_scheme(
+    name: str, state: LinearState, owner: str, owner_state: LinearState
+) -> None:
+    if state.in_features != owner_state.in_features:
+        raise CheckpointError(
+            f"{name}: in_features must be {owner_state.in_features} as in {owner}, whose input it "
+            f"shares, got {state.in_features}"
+        )
+    for key in INPUT_FIELDS:
+        mine, theirs = getattr(state.scheme, key), getattr(owner_state.scheme, key)
+        if mine != theirs:
+            raise CheckpointError(
+                f"{name}: {key} must be {theirs!r} as in {owner}, whose input it shares, "
+                f"got {mine!r}"
+            )
+
+
 def _crc32(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    what = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    return zlib.crc32(data, zlib.crc32(what.encode()))
+
+
+def _metadata_crc32(metadata: Mapping[str, str]) -> str:
+    covered = (metadata["model_class"], metadata["layers"], metadata["checksums"])
+    return str(zlib.crc32("\0".join(covered).encode()))
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
@@ -354,15 +395,16 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
         raise CheckpointError(f"{file} is truncated or not a safetensors file: {error}") from error
     if raw.get("format") != FORMAT:
         raise CheckpointError(f"{file}: format must be {FORMAT!r}, got {raw.get('format')!r}")
+    if raw.get("version") != str(VERSION):
+        raise CheckpointError(
+            f"{file} has format version {raw.get('version')}; this package reads version {VERSION}"
+        )
     try:
-        version = int(raw["version"])
-        if version != VERSION:
-            raise CheckpointError(
-                f"{file} has format version {version}; this package reads version {VERSION}"
-            )
+        if raw["metadata_checksum"] != _metadata_crc32(raw):
+            raise CheckpointError(f"{file}: metadata was altered: its checksum does not match")
         return {
             "format": FORMAT,
-            "version": version,
+            "version": VERSION,
             "model_class": raw["model_class"],
             "layers": json.loads(raw["layers"]),
             "checksums": json.loads(raw["checksums"]),
@@ -399,6 +441,10 @@ def load(
         layers[name]["tensors"] = own
     for name, layer in layers.items():
         states[name] = _layer_state(name, layer, layers)
+    for name, state in states.items():
+        if state.shared_input is not None:
+            owner = states[state.shared_input]
+            _check_same_input_scheme(name, state, state.shared_input, owner)
     return Checkpoint(states, tensors, metadata["model_class"])
 
 
@@ -409,8 +455,10 @@ def _layer_state(
     own = dict(facts.pop("tensors"))
     owner = facts.pop("shared_input", None)
     if owner is not None:
-        if owner not in layers:
-            raise CheckpointError(f"{name}: shared_input {owner!r} is not a quantized linear")
+        if owner not in layers or "shared_input" in layers[owner]:
+            raise CheckpointError(
+                f"{name}: shared_input must name a linear that stores it, got {owner!r}"
+            )
         stored = layers[owner]["tensors"]
         for key, spec in FIELDS.items():
             if spec.per_input and key in own:
@@ -422,6 +470,8 @@ def _layer_state(
         scheme = QuantScheme.from_dict(facts)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{name}: damaged description: {error}") from error
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise CheckpointError(f"{name}: out_features, in_features must be positive, got {sizes}")
     return state_from_tensors(own, scheme, *sizes, name, owner)
 
 

@@ -20,13 +20,10 @@ from torch import Tensor, nn
 
 from . import ops
 from .rotation import Rotation
-from .scheme import QuantScheme
+from .scheme import INPUT_FIELDS, QuantScheme
 
 if TYPE_CHECKING:
     from .checkpoint import LinearState
-
-# Schemes of linears that share an input may differ in weight bits, not in these.
-INPUT_FIELDS = ("act_bits", "rotation", "block_size", "scale_mode", "scale_factor")
 
 
 def _no_source() -> None:
@@ -34,8 +31,18 @@ def _no_source() -> None:
 
 
 def as_bits(tensor: Tensor) -> Tensor:
-    """float32 seen as int32, the form in which floats are stored."""
-    return tensor.detach().to(torch.float32).contiguous().view(torch.int32)
+    """A float32 copy seen as int32, the form in which floats are stored."""
+    copy = tensor.detach().to(torch.float32).clone(memory_format=torch.contiguous_format)
+    return copy.view(torch.int32)
+
+
+def _copy(tensor: Tensor | None) -> Tensor | None:
+    # Buffers own their memory: load_state_dict writes into them.
+    return None if tensor is None else tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _with_last_stride_1(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class InputQuantizer(nn.Module):
@@ -68,13 +75,14 @@ class InputQuantizer(nn.Module):
         self.consumers = 0
         scale = smooth_scale
         if rotation.kind == "hadamard":
-            scale = torch.ones(in_features) if scale is None else scale
+            device = None if rotation.signs is None else rotation.signs.device
+            scale = torch.ones(in_features, device=device) if scale is None else scale
             if rotation.permutation is not None:
                 scale = scale[rotation.permutation.long()]
             if rotation.signs is not None:
                 scale = scale * rotation.signs.to(scale)
         self.register_buffer("channel_scale", None if scale is None else as_bits(scale))
-        self.register_buffer("permutation", rotation.permutation)
+        self.register_buffer("permutation", _copy(rotation.permutation))
         matrices = rotation.matrices
         self.register_buffer("matrices", None if matrices is None else as_bits(matrices))
         self._forget()
@@ -122,29 +130,34 @@ class InputQuantizer(nn.Module):
 
     def rotate(self, x: Tensor) -> Tensor:
         """x [..., K] in 16 bits, scaled and rotated; x itself when there is nothing to do."""
-        return x if self.is_identity() else ops.rotate(x, *self._rotation_arguments())
+        if self.is_identity():
+            return x
+        return ops.rotate(_with_last_stride_1(x), *self._rotation_arguments())
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(x_q int8 [..., K], x_scale fp32 [...]) of x [..., K]."""
         scheme = self.scheme
         return ops.rotate_quantize(
-            x, *self._rotation_arguments(), scheme.act_bits, scheme.scale_mode, scheme.scale_factor
+            _with_last_stride_1(x),
+            *self._rotation_arguments(),
+            scheme.act_bits,
+            scheme.scale_mode,
+            scheme.scale_factor,
         )
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Rotated x (act_bits 16) or its codes, computed once for all sharers of the same x.
 
-        The result is kept until every sharer has read it. Under torch.compile each sharer asks
-        for itself.
+        The result is kept until every sharer has read it. Under torch.compile and for inference
+        tensors each sharer asks for itself.
         """
         prepare = self.rotate if self.scheme.act_bits == 16 else self.quantize
-        if self.consumers <= 1 or torch.compiler.is_compiling():
+        # An inference tensor has no version, so a change between two reads would go unseen.
+        if self.consumers <= 1 or torch.compiler.is_compiling() or x.is_inference():
             return prepare(x)
-        # Inference tensors have no version: they are taken as unchanged while sharers read.
-        version = None if x.is_inference() else x._version
-        if self._reads_left == 0 or self._source() is not x or self._version != version:
+        if self._reads_left == 0 or self._source() is not x or self._version != x._version:
             self._result = prepare(x)
-            self._source, self._version = weakref.ref(x), version
+            self._source, self._version = weakref.ref(x), x._version
             self._reads_left = self.consumers
         result = self._result
         self._reads_left -= 1
@@ -209,7 +222,7 @@ class LRQLinear(nn.Module):
         self.parts: list[tuple[str, int]] = [(name, state.out_features)]
         packed = ops.prepack(state.codes, state.in_features, scheme.weight_bits)
         self.register_buffer("weight", packed)
-        self.register_buffer("levels", state.levels)
+        self.register_buffer("levels", _copy(state.levels))
         self.register_buffer("weight_scale", as_bits(state.weight_scale))
         self.register_buffer("bias", None if state.bias is None else as_bits(state.bias))
         self.input_quantizer = input_quantizer
@@ -250,8 +263,6 @@ class LRQLinear(nn.Module):
                 "LRQLinear is for inference: it has no backward. Run under torch.no_grad() or "
                 "torch.inference_mode(), or detach the input"
             )
-        if x.stride(-1) != 1:
-            x = x.contiguous()
         prepared = self.input_quantizer(x)
         if self.scheme.act_bits == 16:
             y = self._forward_a16(prepared.reshape(-1, self.in_features))
@@ -305,9 +316,10 @@ class LRQLinear(nn.Module):
         given = {
             key[len(prefix) :]: state_dict[key] for key in state_dict if key.startswith(prefix)
         }
-        missing.extend(prefix + name for name in own if name not in given)
+        absent = [prefix + name for name in own if name not in given]
+        missing.extend(absent)  # holds those of the modules before this one too
         unexpected.extend(prefix + name for name in given if name not in own)
-        if missing or (strict and unexpected):
+        if absent:
             return
         try:
             state = state_from_tensors(

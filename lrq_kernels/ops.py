@@ -211,6 +211,20 @@ def _check_gemv(
     _check_optional(op, "bias", bias, torch.float32, (out_features,), x.device)
 
 
+def _check_dequantize(
+    weight: Tensor,
+    levels: Tensor,
+    weight_scale: Tensor,
+    out_features: int,
+    in_features: int,
+    weight_bits: int,
+    out_dtype: torch.dtype,
+) -> None:
+    _check_choice("dequantize", "out_dtype", out_dtype, FLOAT_DTYPES)
+    _check_weight("dequantize", weight, out_features, in_features, weight_bits)
+    _check_codebook("dequantize", weight, levels, weight_scale, out_features, weight_bits)
+
+
 # ---- CPU kernels --------------------------------------------------------------------------------
 
 
@@ -248,20 +262,9 @@ def _unprepack_cpu(weight: Tensor, out_features: int, in_features: int, weight_b
     return reference.unprepack(weight, out_features, in_features, weight_bits)
 
 
-def _dequantize_cpu(
-    weight: Tensor,
-    levels: Tensor,
-    weight_scale: Tensor,
-    out_features: int,
-    in_features: int,
-    weight_bits: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    _check_choice("dequantize", "out_dtype", out_dtype, FLOAT_DTYPES)
-    _check_weight("dequantize", weight, out_features, in_features, weight_bits)
-    _check_codebook("dequantize", weight, levels, weight_scale, out_features, weight_bits)
-    sizes = (out_features, in_features, weight_bits)
-    return reference.dequantize(weight, levels, weight_scale, *sizes, out_dtype)
+def _dequantize_cpu(*arguments):  # type: ignore[no-untyped-def]
+    _check_dequantize(*arguments)
+    return reference.dequantize(*arguments)
 
 
 def _gemm_cpu(*arguments):  # type: ignore[no-untyped-def]
@@ -332,10 +335,9 @@ def _unprepack_fake(weight, out_features, in_features, weight_bits):  # type: ig
     return weight.new_empty(out_features, packed_words(in_features, weight_bits))
 
 
-def _dequantize_fake(
-    weight, levels, weight_scale, out_features, in_features, weight_bits, out_dtype
-):  # type: ignore[no-untyped-def]
-    _check_weight("dequantize", weight, out_features, in_features, weight_bits)
+def _dequantize_fake(*arguments):  # type: ignore[no-untyped-def]
+    _check_dequantize(*arguments)
+    weight, _, _, out_features, in_features, _, out_dtype = arguments
     return weight.new_empty(out_features, in_features, dtype=out_dtype)
 
 

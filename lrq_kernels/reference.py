@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .codebook import ascending_to_code, decode_levels
 from .packing import pack_codes, to_int32, unpack_codes
-from .rotation import block_dense, block_hadamard
+from .rotation import block_dense, block_hadamard, plain_matmul
 from .scheme import activation_qmax
 
 TILE = 128  # both N and K of a device tile pair are padded to this
@@ -93,9 +93,11 @@ def rotate_quantize(
     x_q     = clamp(rint(v * (1 / x_scale)), -qmax, qmax), half to even, 1/x_scale rounded to fp32
 
     A zero row has x_scale 0 and codes 0. NaN or inf in a row makes its x_scale NaN or inf and its
-    codes 0. For fp64 input x_scale is fp64 too.
+    codes 0. So are the codes of a row whose 1/x_scale overflows (x_scale below 2^-128). For fp64
+    input x_scale is fp64 too.
     """
-    v = _rotate_wide(x, channel_scale, permutation, matrices, rotation, block_size)
+    # Elementwise results would keep the strides of an x whose leading dimensions are permuted.
+    v = _rotate_wide(x, channel_scale, permutation, matrices, rotation, block_size).contiguous()
     x_scale = token_scale(v, act_bits, scale_mode, scale_factor)
     return quantize_by_scale(v, x_scale, act_bits), x_scale
 
@@ -115,10 +117,10 @@ def token_scale(v: Tensor, act_bits: int, scale_mode: str, scale_factor: float) 
 def quantize_by_scale(v: Tensor, x_scale: Tensor, act_bits: int) -> Tensor:
     """int8 codes of v [..., K] for a given step x_scale [...]."""
     qmax = activation_qmax(act_bits)
-    inverse = torch.where(x_scale == 0, torch.zeros_like(x_scale), 1 / x_scale)
+    inverse = 1 / x_scale
+    # No meaningful codes where x_scale is 0, tiny, inf or NaN; x_scale carries the news.
+    inverse = torch.where(torch.isfinite(inverse), inverse, torch.zeros_like(inverse))
     codes = (v * inverse[..., None]).round().clamp(-qmax, qmax)
-    # A row with a scale that is not finite has no meaningful codes; x_scale carries the news.
-    codes = torch.where(torch.isfinite(x_scale)[..., None], codes, torch.zeros_like(codes))
     return codes.nan_to_num(nan=0.0).to(torch.int8)
 
 
@@ -231,7 +233,7 @@ def integer_matmul(x_q: Tensor, w_q: Tensor) -> Tensor:
     total = torch.zeros(x_q.shape[0], w_q.shape[0], dtype=torch.int32, device=x_q.device)
     for start in range(0, x_q.shape[1], _EXACT_K):
         stop = start + _EXACT_K
-        product = x_q[:, start:stop].float() @ w_q[:, start:stop].float().T
+        product = plain_matmul(x_q[:, start:stop].float(), w_q[:, start:stop].float().T)
         total += product.to(torch.int32)
     return total
 
@@ -354,7 +356,7 @@ def gemv(
     if x.dtype == torch.float64:
         y = (x @ w_q.double().T) * weight_scale.double()
         return y if bias is None else y + bias.double()
-    total = x.float() @ w_q.float().T
+    total = plain_matmul(x.float(), w_q.float().T)
     if bias is None:
         return (total * weight_scale).to(x.dtype)
     return fused_multiply_add(total, weight_scale, bias).to(x.dtype)

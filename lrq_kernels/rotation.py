@@ -29,15 +29,22 @@ def _sylvester(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return matrix
 
 
+def plain_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in their own dtype: torch.autocast reaches into the CPU kernels of ops."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
+
+
 def block_hadamard(x: Tensor, block_size: int) -> Tensor:
     """x [..., K] times blockdiag(H) / sqrt(block_size), in x's own dtype (fp32 or fp64)."""
-    blocks = x.reshape(-1, block_size) @ _sylvester(block_size, x.dtype, x.device)
+    h = _sylvester(block_size, x.dtype, x.device)
+    blocks = plain_matmul(x.reshape(-1, block_size), h)
     return (blocks * block_size**-0.5).view(x.shape)
 
 
 def block_dense(x: Tensor, matrix: Tensor) -> Tensor:
     """x [..., K] times blockdiag(matrix), in x's own dtype."""
-    return (x.reshape(-1, matrix.shape[0]) @ matrix.to(x.dtype)).view(x.shape)
+    return plain_matmul(x.reshape(-1, matrix.shape[0]), matrix.to(x.dtype)).view(x.shape)
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,15 @@ ROTATIONS = ("none", "hadamard", "dual")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024)
 DUAL_BLOCK_SIZE = 128
 SCALE_MODES = ("absmax", "rms")
+# Schemes of linears that share an input may differ in weight bits, not in these.
+INPUT_FIELDS = ("act_bits", "rotation", "block_size", "scale_mode", "scale_factor")
 
 _NAME = re.compile(r"w(\d+)a(\d+)")
 
 
 def check_weight_bits(bits: int, where: str) -> None:
     """Raise ValueError, naming `where`, unless `bits` is a weight width that the format stores."""
-    if bits not in WEIGHT_BITS:
+    if not isinstance(bits, int) or bits not in WEIGHT_BITS:
         raise ValueError(f"{where}: weight_bits must be one of {WEIGHT_BITS}, got {bits!r}")
 
 
@@ -52,17 +54,19 @@ class QuantScheme:
             ("block_size", BLOCK_SIZES),
             ("scale_mode", SCALE_MODES),
         ):
-            if getattr(self, field) not in allowed:
-                got = getattr(self, field)
+            got = getattr(self, field)
+            # 8.0 == 8, but names, shifts and shapes want the integer.
+            if got not in allowed or type(got) is not type(allowed[0]):
                 raise ValueError(f"QuantScheme: {field} must be one of {allowed}, got {got!r}")
         if self.rotation == "dual" and self.block_size != DUAL_BLOCK_SIZE:
             raise ValueError(
                 f"QuantScheme: block_size of rotation 'dual' must be {DUAL_BLOCK_SIZE}, "
                 f"got {self.block_size}"
             )
-        if not 0.0 < self.scale_factor < float("inf"):
+        factor = self.scale_factor
+        if not isinstance(factor, (int, float)) or not 0.0 < factor < float("inf"):
             raise ValueError(
-                f"QuantScheme: scale_factor must be positive and finite, got {self.scale_factor}"
+                f"QuantScheme: scale_factor must be positive and finite, got {factor!r}"
             )
 
     @property
