@@ -27,8 +27,10 @@ _WIDTH = 128
 # fp32 has unit spacing just above 1.5 * 2^23: adding it rounds half to even, and the low byte of
 # the sum is the rounded integer in two's complement.
 _MAGIC = tl.constexpr(12582912.0)
-# Rows of 128 that one program of the dense kernel multiplies.
+# Blocks of 128 that one program of the dense kernel multiplies, and its warps: no spills up to
+# sm_120, where 4 warps spill on all but sm_90.
 _DENSE_ROWS = 64
+_DENSE_WARPS = 8
 # Elements of the fp32 intermediates of "dual" (32 MiB each), so that they do not leave L2.
 _DUAL_ELEMENTS = 1 << 23
 
@@ -54,27 +56,39 @@ def _times_hadamard16(a):
 
 
 @triton.jit
+def _butterfly(y, SIZE: tl.constexpr, STRIDE: tl.constexpr):
+    """(a, b) -> (a + b, a - b) for all pairs of y [SIZE] that are STRIDE apart."""
+    y = tl.reshape(y, (SIZE // (2 * STRIDE), 2, STRIDE))
+    first, second = tl.split(tl.permute(y, (0, 2, 1)))
+    y = tl.permute(tl.join(first + second, first - second), (0, 2, 1))
+    return tl.reshape(y, (SIZE,))
+
+
+@triton.jit
 def _block_hadamard(v, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """v fp32 [ROWS, WIDTH] times blockdiag(H_BLOCK), not normalized; natural Sylvester order.
 
-    The index inside a block is (r, c, j): r counts tile rows, c = 0..15, j the low bits. H_BLOCK is
-    the Kronecker product over the three, applied in any order: H16 over c as a dot, the rest as
-    butterflies. (j, r) lead the rows of the dot, hence lie in the registers of one thread in the
-    accumulator layout, so the butterflies move no data between threads.
+    An index is (block, r, c, j): r counts the tile rows of a block, c = 0..15, j the low bits.
+    H_BLOCK is the Kronecker product over r, c and j, applied in any order: H16 over c as a dot, the
+    rest as butterflies. The rows of the dot are ordered so that these stay inside a thread (one
+    stage aside where BLOCK > WIDTH leaves few blocks):
+
+        row of the dot, high bits first    j high, r | block high | j low    | block low
+        where the accumulator holds it     registers | warps      | register | 8 lanes
     """
-    J: tl.constexpr = WIDTH // 16
+    J: tl.constexpr = WIDTH // 32
     R: tl.constexpr = BLOCK // WIDTH
+    BLOCKS: tl.constexpr = ROWS // R
+    LOW: tl.constexpr = BLOCKS if BLOCKS < 8 else 8
+    HIGH: tl.constexpr = BLOCKS // LOW
     SIZE: tl.constexpr = ROWS * WIDTH
-    a = tl.reshape(v, (ROWS // R, R, 16, J))
-    a = tl.reshape(tl.permute(a, (3, 1, 0, 2)), (J * ROWS, 16))
-    y = tl.reshape(_times_hadamard16(a), (SIZE,))
+    a = tl.permute(tl.reshape(v, (HIGH, LOW, R, 16, J, 2)), (4, 2, 0, 5, 1, 3))
+    y = tl.reshape(_times_hadamard16(tl.reshape(a, (SIZE // 16, 16))), (SIZE,))
+    y = _butterfly(y, SIZE, LOW * 16)
     for stage in tl.static_range((J * R).bit_length() - 1):
-        y = tl.reshape(y, (2**stage, 2, SIZE >> (stage + 1)))
-        first, second = tl.split(tl.permute(y, (0, 2, 1)))
-        y = tl.permute(tl.join(first + second, first - second), (0, 2, 1))
-        y = tl.reshape(y, (SIZE,))
-    y = tl.reshape(y, (J, R, ROWS // R, 16))
-    return tl.reshape(tl.permute(y, (2, 1, 3, 0)), (ROWS, WIDTH))
+        y = _butterfly(y, SIZE, SIZE >> (stage + 1))
+    y = tl.permute(tl.reshape(y, (J, R, HIGH, 2, LOW, 16)), (2, 4, 1, 5, 0, 3))
+    return tl.reshape(y, (ROWS, WIDTH))
 
 
 @triton.jit
@@ -159,7 +173,7 @@ def _block_dense_kernel(
     block = (row % (K // 128)).to(tl.int32)[:, None] * 128
     column = tl.arange(0, 128)[None, :]
     total = tl.zeros((ROWS, 128), tl.float32)
-    for start in tl.static_range(0, 128, 32):
+    for start in tl.range(0, 128, 32, num_stages=1):
         term = start + tl.arange(0, 32)
         k = block + term[None, :]
         if permutation_ptr is None:
@@ -171,9 +185,7 @@ def _block_dense_kernel(
             a = a * tl.load(channel_scale_ptr + k, mask=mask, other=0.0)
         b = tl.load(matrix_ptr + term[:, None] * 128 + column)
         total += tl.dot(a, b, input_precision="tf32x3")
-    tl.store(
-        out_ptr + token * K + block + column, total.to(out_ptr.dtype.element_ty), mask=mask
-    )
+    tl.store(out_ptr + token * K + block + column, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 # ---- launchers ----------------------------------------------------------------------------------
@@ -191,15 +203,15 @@ class RowLaunch:
 def row_launch(in_features: int, block_size: int) -> RowLaunch:
     """Launch parameters for a token of in_features (block_size 1: no rotation).
 
-    Few warps and many programs an SM won on an H200 (2026-11-22, prototypes of this form): 2 warps
-    at K = 3072, 1 at 1152, 4 at 4608 and above. 64 elements a thread keep the butterflies inside
-    threads: 16 rows of an accumulator tile belong to one warp.
+    32 elements a thread: about 100 registers, so that 16 warps or more share an SM. On an H200
+    (2026-11-22) prototypes of this form were bound by latency and occupancy, and few warps a
+    program with many programs an SM won.
     """
     width = min(block_size, _WIDTH) if block_size > 1 else _WIDTH
     # A dot has at least 16 rows, width / 16 of them for each tile row.
     fewest = max(block_size // width, 256 // width)
     rows = max(fewest, triton.next_power_of_2(triton.cdiv(in_features, width)))
-    num_warps = min(16, max(1, rows * width // 2048))
+    num_warps = min(16, max(1, rows * width // 1024))
     return RowLaunch(rows, width, num_warps)
 
 
@@ -255,7 +267,7 @@ def _launch_dense(
         num_rows,
         K=in_features,
         ROWS=_DENSE_ROWS,
-        num_warps=4,
+        num_warps=_DENSE_WARPS,
     )
 
 
@@ -270,7 +282,6 @@ def _launch_dual(
     """out = ((x * channel_scale) @ R1)[permutation] @ R2, then quantized to (x_scale, step)."""
     tokens, in_features = x.shape
     chunk = max(1, _DUAL_ELEMENTS // in_features)
-    matrices = matrices.contiguous()
     shape = (min(chunk, tokens), in_features)
     first = torch.empty(shape, dtype=torch.float32, device=x.device)
     second = torch.empty_like(first) if quantized else None
@@ -298,18 +309,19 @@ def rotate_quantize(
     scale_factor: float,
 ) -> tuple[Tensor, Tensor]:
     """lrq::rotate_quantize on a GPU: (x_q int8 [..., K], x_scale fp32 [...]); see reference.py."""
-    rows = x.reshape(-1, x.shape[-1])
-    x_q = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
-    x_scale = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
+    x_q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    if x.numel() == 0:
+        return x_q, torch.zeros(x.shape[:-1], dtype=torch.float32, device=x.device)
+    x_scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    rows, out, scale = x.reshape(-1, x.shape[-1]), x_q.view(-1, x.shape[-1]), x_scale.view(-1)
     step = (2 ** (act_bits - 1) - 1, scale_mode == "rms", scale_factor)
-    if rows.shape[0]:
-        with torch.cuda.device_of(x):
-            if matrices is not None and rotation == "dual":
-                _launch_dual(rows, channel_scale, permutation, matrices, x_q, (x_scale, step))
-            else:
-                block = block_size if rotation == "hadamard" else 1
-                _launch_rows(rows, channel_scale, permutation, x_q, x_scale, block, step)
-    return x_q.view(x.shape), x_scale.view(x.shape[:-1])
+    with torch.cuda.device_of(x):
+        if matrices is not None:
+            _launch_dual(rows, channel_scale, permutation, matrices, out, (scale, step))
+        else:
+            block = block_size if rotation == "hadamard" else 1
+            _launch_rows(rows, channel_scale, permutation, out, scale, block, step)
+    return x_q, x_scale
 
 
 def rotate(
@@ -321,13 +333,14 @@ def rotate(
     block_size: int,
 ) -> Tensor:
     """lrq::rotate on a GPU: the rotated x [..., K] in x's dtype; see reference.py."""
-    rows = x.reshape(-1, x.shape[-1])
-    out = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
-    if rows.shape[0]:
-        with torch.cuda.device_of(x):
-            if matrices is not None and rotation == "dual":
-                _launch_dual(rows, channel_scale, permutation, matrices, out, None)
-            else:
-                block = block_size if rotation == "hadamard" else 1
-                _launch_rows(rows, channel_scale, permutation, out, None, block, (1, False, 1.0))
-    return out.view(x.shape)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return y
+    rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, x.shape[-1])
+    with torch.cuda.device_of(x):
+        if matrices is not None:
+            _launch_dual(rows, channel_scale, permutation, matrices, out, None)
+        else:
+            block = block_size if rotation == "hadamard" else 1
+            _launch_rows(rows, channel_scale, permutation, out, None, block, (1, False, 1.0))
+    return y
