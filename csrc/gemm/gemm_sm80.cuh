@@ -110,8 +110,8 @@ __global__ void __launch_bounds__(GemmSm80<kBits, kConfigIndex>::kThreads,
   const auto copy_stage = [&](int k_tile, Stage& stage) {
     const int k = k_tile * kTileInputs + copy_chunk * Gemm::kChunk;
     const int valid = max_of(min_of(k_size - k, Gemm::kChunk), 0);
-    const uint32_t target =
-        shared_address(&stage.x[copy_token][(copy_chunk ^ copy_token % 8) * Gemm::kChunk]);
+    const uint32_t target = shared_address(stage.x) + copy_token * kTileInputs +
+                            (copy_chunk ^ copy_token % 8) * Gemm::kChunk;
 #pragma unroll
     for (int first = 0; first < Gemm::kTileM; first += Gemm::kTokensPerPass) {
       if (Gemm::kTokensPerPass > Gemm::kTileM && copy_token >= Gemm::kTileM) {

@@ -1,0 +1,312 @@
+// CUDA kernels of lrq::{prepack, unprepack, dequantize, gemm, gemv}: check, fill a struct, launch.
+// The only file that sees tensors. Schemas, fakes and CPU kernels are in lrq_kernels/ops.py.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+
+#include "gemm/config.h"
+#include "gemm/launch.h"
+#include "gemm/problem.h"
+#include "layout/packed_weight.h"
+#include "layout/prepack.h"
+#include "torch_utils.h"
+
+namespace lrq {
+namespace {
+
+using torch::stable::accelerator::DeviceGuard;
+
+void check_weight_bits(const char* op, int64_t weight_bits) {
+  LRQ_CHECK(weight_bits >= 2 && weight_bits <= 4, (Argument{op, "weight_bits"}), "one of (2, 3, 4)",
+            std::to_string(weight_bits));
+}
+
+void check_size(const char* op, const char* name, int64_t size) {
+  LRQ_CHECK(size >= 0 && size <= kLargestSize, (Argument{op, name}),
+            "in [0, " + std::to_string(kLargestSize) + "]", std::to_string(size));
+}
+
+// The packed weight of [out_features, in_features], on the device of `first`.
+void check_weight(const char* op, const Tensor& weight, int64_t out_features, int64_t in_features,
+                  int64_t weight_bits, const Tensor& first) {
+  check_weight_bits(op, weight_bits);
+  check_size(op, "out_features", out_features);
+  check_size(op, "in_features", in_features);
+  check_tensor({op, "weight"}, weight, ScalarType::Int,
+               {ceil_div<int64_t>(out_features, kTileChannels),
+                ceil_div<int64_t>(in_features, kTileInputs), 2, 256 * weight_bits},
+               first);
+  check_aligned({op, "weight"}, weight, 16);
+}
+
+void check_codebook(const char* op, const Tensor& levels, const Tensor& weight_scale,
+                    int64_t out_features, int64_t weight_bits, const Tensor& first) {
+  const int64_t level_count = int64_t{1} << weight_bits;
+  check_tensor({op, "levels"}, levels, ScalarType::Char, {out_features, level_count}, first);
+  check_aligned({op, "levels"}, levels, level_count);
+  check_tensor({op, "weight_scale"}, weight_scale, ScalarType::Float, {out_features}, first);
+}
+
+void check_bias(const char* op, const std::optional<Tensor>& bias, int64_t out_features,
+                const Tensor& first) {
+  if (bias.has_value()) {
+    check_tensor({op, "bias"}, *bias, ScalarType::Float, {out_features}, first);
+  }
+}
+
+template <typename T>
+const T* const_pointer(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <typename T>
+const T* const_pointer(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? const_pointer<T>(*tensor) : nullptr;
+}
+
+std::optional<OutType> out_type_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::BFloat16:
+      return OutType::kBFloat16;
+    case ScalarType::Half:
+      return OutType::kFloat16;
+    case ScalarType::Float:
+      return OutType::kFloat32;
+    case ScalarType::Int:
+      return OutType::kInt32;
+    default:
+      return std::nullopt;
+  }
+}
+
+Tensor prepack(const Tensor& codes, int64_t in_features, int64_t weight_bits) {
+  constexpr const char* kOp = "prepack";
+  check_weight_bits(kOp, weight_bits);
+  check_size(kOp, "in_features", in_features);
+  LRQ_CHECK(codes.dim() == 2, (Argument{kOp, "codes"}), "[N, ceil(K/32)*weight_bits]",
+            "shape " + list_text(codes.sizes()));
+  const int64_t n = codes.size(0);
+  check_size(kOp, "N", n);
+  check_tensor({kOp, "codes"}, codes, ScalarType::Int,
+               {n, ceil_div<int64_t>(in_features, kCanonicalRun) * weight_bits}, codes);
+
+  const int32_t device = codes.get_device_index();
+  const DeviceGuard guard(device);
+  device_arch(kOp, device);
+  Tensor weight = torch::stable::new_empty(
+      codes, {ceil_div<int64_t>(n, kTileChannels), ceil_div<int64_t>(in_features, kTileInputs), 2,
+              256 * weight_bits});
+  if (weight.numel() == 0) {
+    return weight;
+  }
+  PrepackArgs args;
+  args.codes = const_pointer<uint32_t>(codes);
+  args.weight = static_cast<uint32_t*>(weight.mutable_data_ptr());
+  args.n = n;
+  args.k = in_features;
+  args.bits = static_cast<int>(weight_bits);
+  check_cuda(kOp, launch_prepack(args, current_stream(device)));
+  return weight;
+}
+
+Tensor unprepack(const Tensor& weight, int64_t out_features, int64_t in_features,
+                 int64_t weight_bits) {
+  constexpr const char* kOp = "unprepack";
+  check_weight(kOp, weight, out_features, in_features, weight_bits, weight);
+
+  const int32_t device = weight.get_device_index();
+  const DeviceGuard guard(device);
+  device_arch(kOp, device);
+  Tensor codes = torch::stable::new_empty(
+      weight, {out_features, ceil_div<int64_t>(in_features, kCanonicalRun) * weight_bits});
+  if (codes.numel() == 0) {
+    return codes;
+  }
+  UnprepackArgs args;
+  args.weight = const_pointer<uint32_t>(weight);
+  args.codes = static_cast<uint32_t*>(codes.mutable_data_ptr());
+  args.n = out_features;
+  args.k = in_features;
+  args.bits = static_cast<int>(weight_bits);
+  check_cuda(kOp, launch_unprepack(args, current_stream(device)));
+  return codes;
+}
+
+Tensor dequantize(const Tensor& weight, const Tensor& levels, const Tensor& weight_scale,
+                  int64_t out_features, int64_t in_features, int64_t weight_bits,
+                  ScalarType out_dtype) {
+  constexpr const char* kOp = "dequantize";
+  const std::optional<OutType> out_type = out_type_of(out_dtype);
+  LRQ_CHECK(out_type.has_value() && *out_type != OutType::kInt32, (Argument{kOp, "out_dtype"}),
+            "one of (torch.bfloat16, torch.float16, torch.float32)", dtype_text(out_dtype));
+  check_weight(kOp, weight, out_features, in_features, weight_bits, weight);
+  check_codebook(kOp, levels, weight_scale, out_features, weight_bits, weight);
+
+  const int32_t device = weight.get_device_index();
+  const DeviceGuard guard(device);
+  device_arch(kOp, device);
+  Tensor out = torch::stable::new_empty(weight, {out_features, in_features}, out_dtype);
+  if (out.numel() == 0) {
+    return out;
+  }
+  DequantizeArgs args;
+  args.weight = const_pointer<uint32_t>(weight);
+  args.levels = const_pointer<int8_t>(levels);
+  args.scale = const_pointer<float>(weight_scale);
+  args.out = out.mutable_data_ptr();
+  args.n = out_features;
+  args.k = in_features;
+  args.bits = static_cast<int>(weight_bits);
+  args.out_type = *out_type;
+  check_cuda(kOp, launch_dequantize(args, current_stream(device)));
+  return out;
+}
+
+// int8 [M, K] whose rows cp.async can read in 16-byte pieces.
+void check_x_q(const char* op, const Tensor& x_q) {
+  const Argument argument{op, "x_q"};
+  LRQ_CHECK(x_q.scalar_type() == ScalarType::Char && x_q.dim() == 2, argument, "torch.int8 [M, K]",
+            tensor_text(x_q));
+  check_size(op, "M", x_q.size(0));
+  if (x_q.numel() > 0) {
+    const bool unit = x_q.size(1) == 1 || x_q.stride(1) == 1;
+    const bool steps = x_q.size(0) == 1 || x_q.stride(0) % 16 == 0;
+    LRQ_CHECK(unit && steps, argument, "of strides [multiple of 16, 1]",
+              "strides " + list_text(x_q.strides()));
+    check_aligned(argument, x_q, 16);
+  }
+}
+
+// residual [M, N] and gate [B, N] of the output's dtype, rows contiguous; B divides M.
+void check_residual_and_gate(const char* op, const std::optional<Tensor>& residual,
+                             const std::optional<Tensor>& gate, ScalarType out_dtype, int64_t m,
+                             int64_t n, const Tensor& first) {
+  LRQ_CHECK(residual.has_value() || !gate.has_value(), (Argument{op, "gate"}),
+            "given together with residual", "gate without residual");
+  if (!residual.has_value()) {
+    return;
+  }
+  const Argument of_residual{op, "residual"};
+  check_type_and_shape(of_residual, *residual, out_dtype, {m, n});
+  check_same_device(of_residual, *residual, first);
+  check_rows(of_residual, *residual);
+  if (!gate.has_value()) {
+    return;
+  }
+  const Argument of_gate{op, "gate"};
+  LRQ_CHECK(gate->dim() == 2 && gate->size(0) > 0 && m % gate->size(0) == 0, of_gate,
+            "[B, N] with B a divisor of M = " + std::to_string(m),
+            "shape " + list_text(gate->sizes()));
+  check_type_and_shape(of_gate, *gate, out_dtype, {gate->size(0), n});
+  check_same_device(of_gate, *gate, first);
+  check_rows(of_gate, *gate);
+}
+
+Tensor gemm(const Tensor& x_q, const Tensor& x_scale, const Tensor& weight, const Tensor& levels,
+            const Tensor& weight_scale, const std::optional<Tensor>& bias,
+            const std::optional<Tensor>& residual, const std::optional<Tensor>& gate,
+            int64_t weight_bits, int64_t out_features, const std::string& activation,
+            ScalarType out_dtype) {
+  constexpr const char* kOp = "gemm";
+  check_x_q(kOp, x_q);
+  const int64_t m = x_q.size(0);
+  const int64_t k = x_q.size(1);
+  LRQ_CHECK(activation == "none" || activation == "gelu_tanh", (Argument{kOp, "activation"}),
+            "one of ('none', 'gelu_tanh')", "'" + activation + "'");
+  const std::optional<OutType> out_type = out_type_of(out_dtype);
+  LRQ_CHECK(out_type.has_value(), (Argument{kOp, "out_dtype"}),
+            "one of (torch.bfloat16, torch.float16, torch.float32, torch.int32)",
+            dtype_text(out_dtype));
+  check_weight(kOp, weight, out_features, k, weight_bits, x_q);
+  check_codebook(kOp, levels, weight_scale, out_features, weight_bits, x_q);
+  check_tensor({kOp, "x_scale"}, x_scale, ScalarType::Float, {m}, x_q);
+  check_bias(kOp, bias, out_features, x_q);
+  if (*out_type == OutType::kInt32) {
+    LRQ_CHECK(activation == "none" && !bias.has_value(), (Argument{kOp, "out_dtype int32"}),
+              "used without bias and activation", "one of them");
+    LRQ_CHECK(!residual.has_value(), (Argument{kOp, "out_dtype int32"}), "used without residual",
+              "a residual");
+  }
+  check_residual_and_gate(kOp, residual, gate, out_dtype, m, out_features, x_q);
+
+  const int32_t device = x_q.get_device_index();
+  const DeviceGuard guard(device);
+  const int arch = device_arch(kOp, device);
+  Tensor y = torch::stable::new_empty(x_q, {m, out_features}, out_dtype);
+  if (y.numel() == 0) {
+    return y;
+  }
+  GemmArgs args;
+  args.problem = {m, out_features, k, static_cast<int>(weight_bits)};
+  args.x_q = const_pointer<int8_t>(x_q);
+  args.x_stride = m == 1 ? 0 : x_q.stride(0);
+  args.x_scale = const_pointer<float>(x_scale);
+  args.weight = const_pointer<uint32_t>(weight);
+  args.levels = const_pointer<int8_t>(levels);
+  args.weight_scale = const_pointer<float>(weight_scale);
+  args.bias = const_pointer<float>(bias);
+  args.residual = const_pointer<void>(residual);
+  args.residual_stride = residual.has_value() ? residual->stride(0) : 0;
+  args.gate = const_pointer<void>(gate);
+  args.gate_stride = gate.has_value() ? gate->stride(0) : 0;
+  args.tokens_per_sample = gate.has_value() ? m / gate->size(0) : m;
+  args.activation = activation == "none" ? Activation::kNone : Activation::kGeluTanh;
+  args.out_type = *out_type;
+  args.y = y.mutable_data_ptr();
+  const GemmConfig& config = select_gemm_config(args.problem, arch);
+  check_cuda(kOp, launch_gemm(args, config, current_stream(device)));
+  return y;
+}
+
+Tensor gemv(const Tensor& x, const Tensor& weight, const Tensor& levels, const Tensor& weight_scale,
+            const std::optional<Tensor>& bias, int64_t weight_bits, int64_t out_features) {
+  constexpr const char* kOp = "gemv";
+  const Argument of_x{kOp, "x"};
+  const ScalarType dtype = x.scalar_type();
+  LRQ_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+            (Argument{kOp, "dtype of x on CUDA"}), "one of (torch.bfloat16, torch.float16)",
+            dtype_text(dtype));
+  LRQ_CHECK(x.dim() == 2 && x.size(0) <= kGemvMaxTokens, of_x,
+            "[M, K] with M at most " + std::to_string(kGemvMaxTokens),
+            "shape " + list_text(x.sizes()));
+  check_rows(of_x, x);
+  const int64_t m = x.size(0);
+  const int64_t k = x.size(1);
+  check_weight(kOp, weight, out_features, k, weight_bits, x);
+  check_codebook(kOp, levels, weight_scale, out_features, weight_bits, x);
+  check_bias(kOp, bias, out_features, x);
+
+  const int32_t device = x.get_device_index();
+  const DeviceGuard guard(device);
+  device_arch(kOp, device);
+  Tensor y = torch::stable::new_empty(x, {m, out_features});
+  if (y.numel() == 0) {
+    return y;
+  }
+  GemvArgs args;
+  args.problem = {m, out_features, k, static_cast<int>(weight_bits)};
+  args.x = x.const_data_ptr();
+  args.x_stride = x.stride(0);
+  args.weight = const_pointer<uint32_t>(weight);
+  args.levels = const_pointer<int8_t>(levels);
+  args.weight_scale = const_pointer<float>(weight_scale);
+  args.bias = const_pointer<float>(bias);
+  args.type = *out_type_of(dtype);
+  args.y = y.mutable_data_ptr();
+  check_cuda(kOp, launch_gemv(args, current_stream(device)));
+  return y;
+}
+
+}  // namespace
+}  // namespace lrq
+
+STABLE_TORCH_LIBRARY_IMPL(lrq, CUDA, m) {
+  m.impl("prepack", TORCH_BOX(&lrq::prepack));
+  m.impl("unprepack", TORCH_BOX(&lrq::unprepack));
+  m.impl("dequantize", TORCH_BOX(&lrq::dequantize));
+  m.impl("gemm", TORCH_BOX(&lrq::gemm));
+  m.impl("gemv", TORCH_BOX(&lrq::gemv));
+}
