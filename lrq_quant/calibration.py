@@ -8,26 +8,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .recipe import InputGroup
+from .recipe import CalibrationOptions, InputGroup
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
-
-
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """batch_size: prompts per run; sample_rows: token rows kept per input for the rotation search;
-    gram: also accumulate X^T X (fp32 [K, K]: 604 MB at K = 12288); seed of the sample."""
-
-    batch_size: int = 1
-    sample_rows: int = 512
-    gram: bool = False
-    seed: int = 0
 
 
 class ActivationStats:

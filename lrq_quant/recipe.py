@@ -25,11 +25,33 @@ K_MULTIPLE = 32
 
 
 @dataclass(frozen=True)
+class CalibrationOptions:
+    """batch_size: prompts per run; sample_rows: token rows kept per input for the rotation search;
+    gram: also accumulate X^T X (fp32 [K, K]: 604 MB at K = 12288); seed of the sample; run_key:
+    what else the statistics depend on (steps, guidance, picture size): a killed run resumes with
+    its statistics only where this is unchanged."""
+
+    batch_size: int = 1
+    sample_rows: int = 512
+    gram: bool = False
+    seed: int = 0
+    run_key: str = ""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.sample_rows < 1:
+            raise ValueError(
+                "CalibrationOptions: batch_size and sample_rows must be positive, "
+                f"got {self.batch_size} and {self.sample_rows}"
+            )
+
+
+@dataclass(frozen=True)
 class SearchOptions:
     """rotations: kinds to try, of "none", "hadamard", "permuted", "dual"; alphas: smoothing
     strengths to try besides none; tolerance: error above the best that a cheaper rotation may have;
     sample_rows, weight_rows: tokens and output rows that finalists are measured on; dual_steps of
-    the greedy search for each dense matrix; seed of signs and dense matrices."""
+    the greedy search for each dense matrix; max_dual_bits: what the two matrices of "dual" may add
+    to a weight of the group, above which it is not tried; seed of signs and dense matrices."""
 
     rotations: tuple[str, ...] = ("none", "hadamard", "permuted", "dual")
     alphas: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7)
@@ -37,6 +59,7 @@ class SearchOptions:
     sample_rows: int = 512
     weight_rows: int = 512
     dual_steps: int = 64
+    max_dual_bits: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -55,7 +78,8 @@ class QuantRecipe:
     include matches and exclude does not; overrides are (pattern, scheme or None) pairs, the first
     that matches wins.  mode "paper" is the published method (method.md decision 2).  Of a scheme
     the recipe fixes the bits; rotation and activation scale are searched per input when there is
-    calibration data and taken from the scheme when there is none."""
+    calibration data and taken from the scheme when there is none.  bias_correction adds
+    (W - W^) E[x] to the bias of linears that have one (calibrated, mode "default" only)."""
 
     block: QuantScheme = QuantScheme(weight_bits=4, act_bits=8)
     modulation: QuantScheme | None = QuantScheme(weight_bits=4, act_bits=16, rotation="none")
@@ -63,7 +87,9 @@ class QuantRecipe:
     exclude: tuple[str, ...] = ()
     overrides: tuple[tuple[str, QuantScheme | None], ...] = ()
     mode: str = "default"
+    bias_correction: bool = True
     search: SearchOptions = field(default_factory=SearchOptions)
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -101,6 +127,8 @@ class QuantRecipe:
                 plan = LinearPlan(name, role, scheme, shape[0], shape[1])
                 by_input.setdefault(scheme.act_bits, []).append(plan)
             groups += [InputGroup(tuple(plans)) for plans in by_input.values()]
+        position = {name: i for i, name in enumerate(linears)}
+        groups.sort(key=lambda group: position[group.name])
         quantized = {linear.name for group in groups for linear in group.linears}
         for name in linears:
             if name not in quantized and name not in kept:
@@ -175,7 +203,7 @@ class KeptLinear:
 
 @dataclass(frozen=True)
 class QuantPlan:
-    """groups in the family's order; kept in the model's order; parameters of the whole model."""
+    """groups and kept in the model's order; parameters of the whole model."""
 
     model_class: str
     groups: tuple[InputGroup, ...]

@@ -121,36 +121,47 @@ def largest_block(in_features: int) -> int:
     return block if block >= 32 else 0
 
 
+@dataclass(frozen=True)
+class SearchedLinear:
+    """One linear of the input: weight [N, K], what the recipe fixes of its scheme, and whether its
+    bias will take up the mean error (QuantRecipe.bias_correction)."""
+
+    weight: Tensor
+    scheme: QuantScheme
+    bias_correction: bool = False
+
+
 def choose_rotation(
     stats: ActivationStats,
-    weights: Sequence[Tensor],
-    schemes: Sequence[QuantScheme],
+    linears: Sequence[SearchedLinear],
     options: SearchOptions | None = None,
 ) -> RotationChoice:
     """Rotation, smoothing and activation scale of one input by measured output error.
 
-    weights: [N_i, K] of all linears that read the input, on one device; schemes: theirs, with one
-    act_bits.  A quick screen ranks every candidate on few tokens and rows; the best smoothing of
-    each rotation is measured again, and the cheapest rotation within options.tolerance of the best
-    wins.  K that 128 does not divide falls back to blocks of 64 or 32, without dual.
+    linears: all that read the input, on one device, with one act_bits.  A quick screen ranks every
+    candidate on few tokens and rows; the best smoothing of each rotation is measured again, and the
+    cheapest rotation within options.tolerance of the best wins.  K that 128 does not divide falls
+    back to blocks of 64 or 32, without dual.
     Deterministic: signs and matrices are drawn from options.seed and the input's name.
     """
     options = options or SearchOptions()
-    act_bits = _common_act_bits(schemes)
-    full = _Problem.sampled(stats, weights, schemes, options.sample_rows, options.weight_rows)
+    act_bits = _common_act_bits(linears)
+    full = _Problem.sampled(stats, linears, options)
     screen = full.reduced(128, 96)
-    maker = _CandidateMaker(stats, weights, full.x, options)
+    maker = _CandidateMaker(stats, [linear.weight for linear in linears], full.x, options)
     screened: dict[Candidate, float] = {}
     for candidate in maker.cheap_candidates():
-        screened[candidate] = screen.best_rule(maker, candidate, _SCREEN_RULES[act_bits])[1]
+        made = maker.make(candidate)
+        screened[candidate] = screen.best_rule(made, _SCREEN_RULES[act_bits])[1]
     # The dense pair is searched anew for every smoothing: only the promising ones are tried.
     for candidate in maker.dual_candidates(screened):
-        screened[candidate] = screen.best_rule(maker, candidate, _SCREEN_RULES[act_bits])[1]
+        made = maker.make(candidate)
+        screened[candidate] = screen.best_rule(made, _SCREEN_RULES[act_bits])[1]
 
     measured: dict[Candidate, tuple[ScaleRule, float]] = {}
     for finalist in _best_per_rotation(screened):
-        rules = _FINAL_RULES[act_bits]
-        measured[finalist] = full.best_rule(maker, finalist, rules, fit_rounds=3)
+        made = maker.make(finalist)
+        measured[finalist] = full.best_rule(made, _FINAL_RULES[act_bits], fit_rounds=2)
     best = min(measured, key=lambda c: measured[c][1])
     allowed = measured[best][1] * (1 + options.tolerance)
     chosen = min((c for c in measured if measured[c][1] <= allowed), key=lambda c: c.cost)
@@ -250,6 +261,7 @@ class _CandidateMaker:
     ) -> None:
         self.name, self.options, self.x = stats.name, options, x
         self.in_features = stats.in_features
+        self.weights = sum(weight.numel() for weight in weights)
         self.act_rms = stats.rms.to(x.device)
         self.weight_absmax = weight_absmax(list(weights))
         self.made: dict[Candidate, tuple[Rotation, Tensor | None]] = {}
@@ -270,6 +282,8 @@ class _CandidateMaker:
 
     def dual_candidates(self, screened: dict[Candidate, float]) -> list[Candidate]:
         if "dual" not in self.options.rotations or self.in_features % DUAL_BLOCK_SIZE:
+            return []
+        if 32 * 2 * DUAL_BLOCK_SIZE**2 > self.options.max_dual_bits * self.weights:
             return []
         best = min(screened, key=screened.__getitem__)
         alphas = dict.fromkeys((None, best.alpha))
@@ -378,55 +392,60 @@ def _spreading_matrix(generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class _Problem:
-    """Sampled tokens x fp32 [M, K]; sampled output rows [n_i, K] of each linear with its bits; the
-    exact outputs fp32 [M, n_i]."""
+    """What candidates are measured on.
+
+    x fp32 [M, K] sampled tokens; weight fp32 [n, K] sampled output rows of all linears; parts: how
+    many of them each linear has, with its weight bits and whether its bias takes a correction;
+    output fp32 [M, n] exact.
+    """
 
     x: Tensor
-    weights: list[Tensor]
-    bits: list[int]
+    weight: Tensor
+    parts: tuple[tuple[int, int, bool], ...]
     act_bits: int
-    outputs: list[Tensor]
+    output: Tensor
 
     @staticmethod
     def sampled(
-        stats: ActivationStats,
-        weights: Sequence[Tensor],
-        schemes: Sequence[QuantScheme],
-        sample_rows: int,
-        weight_rows: int,
+        stats: ActivationStats, linears: Sequence[SearchedLinear], options: SearchOptions
     ) -> _Problem:
         if stats.sample.shape[0] == 0:
             raise ValueError(f"choose_rotation: the statistics of {stats.name} hold no sample")
-        x = _spread_rows(stats.sample, sample_rows).to(weights[0].device, torch.float32)
-        total = sum(weight.shape[0] for weight in weights)
-        picked = []
-        for weight in weights:
-            if weight.shape[1] != stats.in_features:
+        total = sum(linear.weight.shape[0] for linear in linears)
+        picked, parts = [], []
+        for linear in linears:
+            if linear.weight.shape[1] != stats.in_features:
                 raise ValueError(
                     f"choose_rotation: weights of {stats.name} must have K = {stats.in_features}, "
-                    f"got shape {tuple(weight.shape)}"
+                    f"got shape {tuple(linear.weight.shape)}"
                 )
-            share = max(16, round(weight_rows * weight.shape[0] / total))
-            picked.append(_spread_rows(weight.detach(), share).float())
-        outputs = [x @ weight.T for weight in picked]
-        bits = [scheme.weight_bits for scheme in schemes]
-        return _Problem(x, picked, bits, schemes[0].act_bits, outputs)
+            share = max(16, round(options.weight_rows * linear.weight.shape[0] / total))
+            picked.append(_spread_rows(linear.weight.detach(), share).float())
+            bits = linear.scheme.weight_bits
+            parts.append((picked[-1].shape[0], bits, linear.bias_correction))
+        weight = torch.cat(picked)
+        x = _spread_rows(stats.sample, options.sample_rows).to(weight)
+        act_bits = linears[0].scheme.act_bits
+        return _Problem(x, weight, tuple(parts), act_bits, x @ weight.T)
 
     def reduced(self, sample_rows: int, weight_rows: int) -> _Problem:
-        rows = max(8, weight_rows // len(self.weights))
-        x = _spread_rows(self.x, sample_rows)
-        weights = [_spread_rows(weight, rows) for weight in self.weights]
-        return _Problem(x, weights, self.bits, self.act_bits, [x @ w.T for w in weights])
+        rows = max(8, weight_rows // len(self.parts))
+        weights = [_spread_rows(part, rows) for part in self.weight.split(self._counts())]
+        parts = tuple((len(w), *part[1:]) for w, part in zip(weights, self.parts, strict=True))
+        x, weight = _spread_rows(self.x, sample_rows), torch.cat(weights)
+        return _Problem(x, weight, parts, self.act_bits, x @ weight.T)
+
+    def _counts(self) -> list[int]:
+        return [count for count, _, _ in self.parts]
 
     def best_rule(
         self,
-        maker: _CandidateMaker,
-        candidate: Candidate,
+        made: tuple[Rotation, Tensor | None],
         rules: Sequence[ScaleRule],
         fit_rounds: int = 0,
     ) -> tuple[ScaleRule, float]:
         """The activation-scale rule of least error, and that error; the first rule wins ties."""
-        errors = self._errors(*maker.make(candidate), rules, fit_rounds)
+        errors = self._errors(*made, rules, fit_rounds)
         best = min(range(len(rules)), key=errors.__getitem__)
         if errors[0] <= errors[best] * (1 + _RULE_TOLERANCE):
             best = 0
@@ -441,18 +460,31 @@ class _Problem:
     ) -> list[float]:
         """Output NMSE by rule, averaged over the linears."""
         x = rotation.apply(self.x if smooth is None else self.x * smooth)
-        importance = x.square().mean(0)
-        dequantized = []
-        for weight, bits in zip(self.weights, self.bits, strict=True):
-            w = rotation.apply(weight if smooth is None else weight / smooth)
-            codebook = fit_twin_log(w, bits, importance=importance, rounds=fit_rounds)
-            dequantized.append(codebook.decode(codebook.encode(w)))
+        weight = rotation.apply(self.weight if smooth is None else self.weight / smooth)
+        decoded = self._decoded(weight, x.square().mean(0), fit_rounds)
+        offset = x.mean(0) @ (weight - decoded).T
+        corrected = torch.cat([offset.new_full((n,), float(c)) for n, _, c in self.parts])
         errors = []
         for rule in rules:
-            x_q = dequantized_activation(x, self.act_bits, *rule)
-            nmse = [_nmse(y, x_q @ w.T) for y, w in zip(self.outputs, dequantized, strict=True)]
+            y = dequantized_activation(x, self.act_bits, *rule) @ decoded.T + offset * corrected
+            nmse = [
+                _nmse(exact, approximate)
+                for exact, approximate in zip(
+                    self.output.split(self._counts(), 1), y.split(self._counts(), 1), strict=True
+                )
+            ]
             errors.append(sum(nmse) / len(nmse))
         return errors
+
+    def _decoded(self, weight: Tensor, importance: Tensor, fit_rounds: int) -> Tensor:
+        """Quantized weight [n, K]: linears of one width are fitted in one call."""
+        decoded = torch.empty_like(weight)
+        bits = torch.cat([torch.full((n,), b) for n, b, _ in self.parts]).to(weight.device)
+        for width in dict.fromkeys(b for _, b, _ in self.parts):
+            rows = bits == width
+            codebook = fit_twin_log(weight[rows], width, importance=importance, rounds=fit_rounds)
+            decoded[rows] = codebook.decode(codebook.encode(weight[rows]))
+        return decoded
 
 
 def dequantized_activation(
@@ -494,8 +526,8 @@ def _spread_rows(rows: Tensor, limit: int) -> Tensor:
     return rows[index]
 
 
-def _common_act_bits(schemes: Sequence[QuantScheme]) -> int:
-    act_bits = {scheme.act_bits for scheme in schemes}
+def _common_act_bits(linears: Sequence[SearchedLinear]) -> int:
+    act_bits = {linear.scheme.act_bits for linear in linears}
     if len(act_bits) != 1:
         raise ValueError(f"choose_rotation: schemes must have one act_bits, got {sorted(act_bits)}")
     return act_bits.pop()

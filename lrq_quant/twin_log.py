@@ -36,10 +36,11 @@ _OUTLIER_RATIOS = {2: (20.0, 200.0), 4: (2.5, 8.0), 8: (1.6, 2.5)}
 _FIRST_STEP, _STEP_DECAY = 0.2, 0.62
 _UNIFORM_RHO = 1e-3  # below this the grid is uniform to fp64 accuracy of nothing we can measure
 _TINY = 1e-30
+_LEAST_IMPORTANCE = 1e-3
 # Levels are rounded to int8 with the largest one at 127 (128) divided by one of these.
 _INT8_STRETCH = tuple(1.0 + 0.0125 * i for i in range(9))
-# Weights handled at once: bounds the fp64 working set (about 40 bytes a weight).
-_CHUNK_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 25}
+# Weights handled at once: bounds the fp64 working set (about 80 bytes a weight).
+_CHUNK_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 PAPER_ETAS = (0.001, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 PAPER_QUANTILES = (0.98, 0.99, 0.999, 0.9999, 0.99999)
@@ -65,7 +66,8 @@ def fit_twin_log(
     for rows in weight.split(_chunk_rows(weight)):
         problem = _SortedRows.of(rows, importance)
         magnitudes = _search_magnitudes(problem, bits, rounds)
-        chunk_levels, chunk_scale = _round_levels(problem, magnitudes)
+        stretches = _INT8_STRETCH if rounds else _INT8_STRETCH[:1]
+        chunk_levels, chunk_scale = _round_levels(problem, magnitudes, stretches)
         levels.append(chunk_levels)
         scales.append(chunk_scale)
     return _codebook(levels, scales)
@@ -260,7 +262,9 @@ def _least_squares(problem: _SortedRows, shape: Tensor, half_levels: int) -> Ten
     return torch.where(solvable, new_shape, shape)
 
 
-def _round_levels(problem: _SortedRows, magnitudes: Tensor) -> tuple[Tensor, Tensor]:
+def _round_levels(
+    problem: _SortedRows, magnitudes: Tensor, stretches: tuple[float, ...] = _INT8_STRETCH
+) -> tuple[Tensor, Tensor]:
     """int8 levels [R, 2^b] in canonical order and fp32 scales [R] near magnitudes [R, 2, L].
 
     Tries a few scales that put the largest level at the end of the int8 range or a little below,
@@ -268,21 +272,19 @@ def _round_levels(problem: _SortedRows, magnitudes: Tensor) -> tuple[Tensor, Ten
     """
     limits = magnitudes.new_tensor([128.0, 127.0])
     full = (magnitudes[..., -1] / limits).amax(1).clamp_min(_TINY)
-    best_levels = best_scale = best_error = None
-    for stretch in _INT8_STRETCH:
-        levels = (magnitudes / (full * stretch)[:, None, None]).round()
-        negative = -levels[:, 0].clamp(1, 128)
-        ascending = torch.cat([negative.flip(1), levels[:, 1].clamp(0, 127)], dim=1)
+    best_levels = magnitudes.new_zeros(magnitudes.shape[0], 2 * magnitudes.shape[2])
+    best_scale, best_error = full, torch.full_like(full, torch.inf)
+    for stretch in stretches:
         scale = full * stretch
+        levels = (magnitudes / scale[:, None, None]).round()
+        negative, positive = -levels[:, 0].clamp(1, 128), levels[:, 1].clamp(0, 127)
+        ascending = torch.cat([negative.flip(1), positive], dim=1)
         for _ in range(2):
             scale, error = _refit_scale(problem, ascending, scale)
-        if best_error is None:
-            best_levels, best_scale, best_error = ascending, scale, error
-        else:
-            better = error < best_error
-            best_levels = torch.where(better[:, None], ascending, best_levels)
-            best_scale = torch.where(better, scale, best_scale)
-            best_error = torch.where(better, error, best_error)
+        better = error < best_error
+        best_levels = torch.where(better[:, None], ascending, best_levels)
+        best_scale = torch.where(better, scale, best_scale)
+        best_error = torch.where(better, error, best_error)
     half = magnitudes.shape[2]
     canonical = torch.cat([best_levels[:, half:], best_levels[:, :half].flip(1)], dim=1)
     return canonical.to(torch.int8), (best_scale * problem.norm).float()
@@ -360,4 +362,7 @@ def _check_importance(where: str, importance: Tensor | None, weight: Tensor) -> 
     if not bool(torch.isfinite(importance).all()) or bool((importance < 0).any()):
         raise ValueError(f"{where}: importance must be finite and not negative")
     mean = importance.mean()
-    return importance / mean if mean > 0 else None
+    if mean == 0:
+        return None
+    # A channel that was silent in calibration still counts a little: it may speak later.
+    return (importance / mean).clamp_min(_LEAST_IMPORTANCE)

@@ -1,0 +1,397 @@
+"""Quantizing a linear and a model: statistics -> rotation -> twin-log fit -> codes -> checkpoint.
+
+Linears are handled one input group at a time on the device of their weight, so the working set is a
+few copies of one weight in fp32.  With a work folder every finished group, and the statistics, are
+kept on disk: a killed run continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lrq_kernels import checkpoint
+from lrq_kernels.checkpoint import LinearState
+from lrq_kernels.codebook import TwinLogCodebook
+from lrq_kernels.packing import pack_codes
+from lrq_kernels.rotation import Rotation
+from lrq_kernels.scheme import QuantScheme
+
+from .calibration import ActivationStats, Progress, collect_stats
+from .recipe import InputGroup, LinearPlan, QuantPlan, QuantRecipe
+from .report import LinearReport, QuantReport
+from .rotation_search import (
+    RotationChoice,
+    SearchedLinear,
+    choose_rotation,
+    choose_rotation_paper,
+    data_free_rotation,
+    dequantized_activation,
+)
+from .twin_log import fit_twin_log, fit_twin_log_paper
+from .work_folder import WorkFolder
+
+logger = logging.getLogger(__name__)
+
+# Weights encoded, packed or decoded at once: bounds the int64 temporaries of gather and packing.
+_CHUNK_WEIGHTS = 1 << 24
+# Token rows on which the output of the finished layer is compared.
+_OUTPUT_ROWS = 256
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """Result of quantize_model: states of the quantized linears, every other tensor of the model
+    (not copied), and the report."""
+
+    states: dict[str, LinearState]
+    dense: dict[str, Tensor]
+    model_class: str
+    report: QuantReport
+    work_folder: WorkFolder | None = None
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write the checkpoint (atomically) to a file, or into an existing folder."""
+        return checkpoint.save(path, self.states, self.dense, self.model_class)
+
+    def remove_work_folder(self) -> None:
+        """Delete what a killed run would have continued from; call it once the result is safe."""
+        if self.work_folder is not None:
+            self.work_folder.remove()
+
+
+def quantize_model(
+    model: nn.Module,
+    recipe: QuantRecipe | None = None,
+    *,
+    run: Callable[[list[str]], object] | None = None,
+    prompts: Sequence[str] = (),
+    stats: dict[str, ActivationStats] | None = None,
+    work_folder: str | os.PathLike | None = None,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> QuantizedModel:
+    """Quantize the transformer `model` by `recipe` (default: W4A8 blocks, W4A16 modulation).
+
+    Calibrated when `run` (draws pictures for a batch of prompts with the pipeline that holds the
+    model) and `prompts` are given, or `stats` from collect_stats; without either only the weights
+    are looked at: signs and Hadamard as the scheme says, no smoothing.  device: where to compute,
+    by default where each weight is.  progress(what, done, total) counts prompts, then weights.
+
+    work_folder keeps finished groups and statistics; calling again with the same model, recipe and
+    prompts continues.  It is not removed here: see QuantizedModel.remove_work_folder.
+
+    Raises before anything is written: ValueError for a model of an unknown family, NaN or inf
+    weights and parameters on the meta device (naming the tensor), or missing statistics; OSError
+    for a work folder that cannot be written.  The model is not changed.
+    """
+    recipe = recipe or QuantRecipe()
+    started = time.perf_counter()
+    plan = recipe.resolve(model)
+    _check_parameters(model)
+    if stats is None and run is None and recipe.mode == "paper":
+        raise ValueError(
+            "quantize_model: mode 'paper' needs calibration, got neither run nor stats"
+        )
+    work = WorkFolder(Path(work_folder)) if work_folder is not None else None
+    if stats is None and run is not None:
+        stats = _calibrate(model, plan, recipe, run, prompts, work, progress)
+    if stats is not None:
+        _check_stats(plan, stats)
+
+    states: dict[str, LinearState] = {}
+    reports: list[LinearReport] = []
+    total = sum(group.weights for group in plan.groups)
+    done = 0
+    for group in plan.groups:
+        group_stats = None if stats is None else stats[group.name]
+        job = _GroupJob(model, group, recipe, group_stats, device)
+        key = None if work is None else job.fingerprint()
+        finished = None if work is None else work.load_group(group.name, key)
+        if finished is None:
+            finished = job.run()
+            if work is not None:
+                work.save_group(group.name, key, *finished)
+        states.update(finished[0])
+        reports += finished[1]
+        done += group.weights
+        if progress is not None:
+            progress("quantization", done, total)
+    quantized = tuple(f"{name}." for name in states)
+    dense = {n: t for n, t in model.state_dict().items() if not n.startswith(quantized)}
+    report = QuantReport.of(plan, recipe, reports, calibrated=stats is not None)
+    logger.info("quantized %s in %.1f s", plan.model_class, time.perf_counter() - started)
+    return QuantizedModel(states, dense, plan.model_class, report, work)
+
+
+def quantize_linear(
+    weight: Tensor,
+    bias: Tensor | None,
+    scheme: QuantScheme,
+    *,
+    smooth_scale: Tensor | None = None,
+    rotation: Rotation | None = None,
+    importance: Tensor | None = None,
+    mode: str = "default",
+    shared_input: str | None = None,
+) -> LinearState:
+    """One linear in canonical form: rotation.apply(weight / smooth_scale), fitted and coded.
+
+    weight [N, K], bias [N]; scheme must name the rotation that is given; importance [K] of the
+    rotated columns (fit_twin_log); mode "paper" fits the published grid.  Tensors of the result are
+    on the weight's device.  Raises ValueError or TypeError on NaN, inf and shapes that do not fit.
+    """
+    rotation = rotation or Rotation.none()
+    rotation.validate(weight.shape[1])
+    if rotation.kind != scheme.rotation:
+        raise ValueError(
+            f"quantize_linear: rotation must be {scheme.rotation!r} as in the scheme, "
+            f"got {rotation.kind!r}"
+        )
+    rotated = _rotated_weight(weight, smooth_scale, rotation)
+    if mode == "paper":
+        codebook = fit_twin_log_paper(rotated, scheme.weight_bits)
+    else:
+        codebook = fit_twin_log(rotated, scheme.weight_bits, importance=importance)
+    return LinearState(
+        codes=_packed_codes(rotated, codebook),
+        levels=codebook.levels,
+        weight_scale=codebook.scale,
+        bias=None if bias is None else bias.detach().float().contiguous(),
+        scheme=scheme,
+        in_features=weight.shape[1],
+        out_features=weight.shape[0],
+        smooth_scale=smooth_scale,
+        rotation=rotation,
+        shared_input=shared_input,
+    )
+
+
+# ---- one input group ----------------------------------------------------------------------------
+
+
+class _GroupJob:
+    """Everything about the linears of one input: choose the rotation, quantize, measure."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        group: InputGroup,
+        recipe: QuantRecipe,
+        stats: ActivationStats | None,
+        device: torch.device | str | None,
+    ) -> None:
+        self.group, self.recipe, self.stats = group, recipe, stats
+        self.modules = [model.get_submodule(linear.name) for linear in group.linears]
+        self.device = torch.device(device) if device else self.modules[0].weight.device
+
+    def fingerprint(self) -> str:
+        """Changes with anything that the result depends on."""
+        tensors = [_strided_sample(module.weight) for module in self.modules]
+        if self.stats is not None:
+            tensors += [self.stats.absmax, self.stats.square_sum, self.stats.sum]
+        facts = {"recipe": self.recipe.to_dict(), "linears": repr(self.group.linears)}
+        return WorkFolder.fingerprint(facts, tensors)
+
+    @torch.no_grad()
+    def run(self) -> tuple[dict[str, LinearState], list[LinearReport]]:
+        choice = self._choose().to(self.device)
+        tokens = self._rotated_tokens(choice)
+        states, reports = {}, []
+        for linear, module in zip(self.group.linears, self.modules, strict=True):
+            states[linear.name], report = self._quantize(linear, module, choice, tokens)
+            reports.append(report)
+        logger.info("%s: %s (%s)", self.group.name, choice.label, choice.why)
+        return states, reports
+
+    def _choose(self) -> RotationChoice:
+        first = self.group.linears[0]
+        search = self.recipe.search
+        if self.stats is None:
+            return data_free_rotation(first.name, first.in_features, first.scheme, search.seed)
+        weights = [module.weight.detach().to(self.device) for module in self.modules]
+        if self.recipe.mode == "paper":
+            return choose_rotation_paper(self.stats, weights, search)
+        linears = [
+            SearchedLinear(weight, linear.scheme, self._corrects(module))
+            for weight, linear, module in zip(
+                weights, self.group.linears, self.modules, strict=True
+            )
+        ]
+        return choose_rotation(self.stats, linears, search)
+
+    def _corrects(self, module: nn.Linear) -> bool:
+        return (
+            self.recipe.bias_correction
+            and self.recipe.mode == "default"
+            and self.stats is not None
+            and module.bias is not None
+        )
+
+    def _rotated_tokens(self, choice: RotationChoice) -> Tensor | None:
+        """Sampled tokens as the linears see them before quantization, fp32 [M, K]."""
+        if self.stats is None:
+            return None
+        x = self.stats.sample.to(self.device, torch.float32)
+        return choice.rotation.apply(x if choice.smooth_scale is None else x * choice.smooth_scale)
+
+    def _quantize(
+        self,
+        linear: LinearPlan,
+        module: nn.Linear,
+        choice: RotationChoice,
+        tokens: Tensor | None,
+    ) -> tuple[LinearState, LinearReport]:
+        weight = module.weight.detach().to(self.device)
+        bias = None if module.bias is None else module.bias.detach().to(self.device)
+        shared = None if linear.name == self.group.name else self.group.name
+        state = quantize_linear(
+            weight,
+            bias,
+            choice.scheme(linear.scheme),
+            smooth_scale=choice.smooth_scale,
+            rotation=choice.rotation,
+            importance=self._importance(choice, tokens),
+            mode=self.recipe.mode,
+            shared_input=shared,
+        )
+        state, weight_db, output_db = self._measure(state, weight, tokens, self._corrects(module))
+        # The working device may be a GPU with no room for all results.
+        state = state.to("cpu")
+        return state, LinearReport.of(linear, state, choice, weight_db, output_db)
+
+    def _importance(self, choice: RotationChoice, tokens: Tensor | None) -> Tensor | None:
+        """E[x_k^2] of the rotated input; exact over all tokens where nothing is rotated."""
+        if self.stats is None or tokens is None or self.recipe.mode == "paper":
+            return None
+        if choice.rotation.kind != "none":
+            return tokens.square().mean(0)
+        rms = self.stats.rms.to(self.device)
+        return (rms if choice.smooth_scale is None else rms * choice.smooth_scale).square()
+
+    def _measure(
+        self, state: LinearState, weight: Tensor, tokens: Tensor | None, correct_bias: bool
+    ) -> tuple[LinearState, float, float | None]:
+        """The state, its bias corrected if asked; weight SQNR in the rotated domain, in which the
+        original one equals it when nothing is smoothed; output SQNR on the sampled tokens."""
+        rotated = _rotated_weight(weight, state.smooth_scale, state.rotation)
+        decoded = _decoded_weight(state, rotated)
+        error = rotated - decoded
+        weight_db = _decibel(rotated.double().square().sum(), error.double().square().sum())
+        if tokens is None or self.stats is None:
+            return state, weight_db, None
+        offset = torch.zeros(state.out_features, device=weight.device)
+        if correct_bias and state.bias is not None:
+            mean = self.stats.mean.to(weight.device)
+            if state.smooth_scale is not None:
+                mean = mean * state.smooth_scale
+            offset = error @ state.rotation.apply(mean)
+            state = _with_bias(state, state.bias + offset)
+        x = tokens[:_OUTPUT_ROWS]
+        scheme = state.scheme
+        x_q = dequantized_activation(x, scheme.act_bits, scheme.scale_mode, scheme.scale_factor)
+        exact = x @ rotated.T
+        missing = exact - x_q @ decoded.T - offset
+        signal, noise = exact.double().square().sum(), missing.double().square().sum()
+        return state, weight_db, _decibel(signal, noise)
+
+
+def _with_bias(state: LinearState, bias: Tensor) -> LinearState:
+    from dataclasses import replace
+
+    return replace(state, bias=bias)
+
+
+def _rotated_weight(weight: Tensor, smooth_scale: Tensor | None, rotation: Rotation) -> Tensor:
+    """What is fitted, fp32 [N, K]."""
+    wide = weight.detach().float()
+    return rotation.apply(wide if smooth_scale is None else wide / smooth_scale)
+
+
+def _row_chunks(tensor: Tensor) -> int:
+    return max(1, _CHUNK_WEIGHTS // max(1, tensor.shape[1]))
+
+
+def _packed_codes(rotated: Tensor, codebook: TwinLogCodebook) -> Tensor:
+    """Canonical codes int32 [N, ceil(K/32)*b] of the nearest levels."""
+    size = _row_chunks(rotated)
+    packed = []
+    for start in range(0, rotated.shape[0], size):
+        rows = slice(start, start + size)
+        part = TwinLogCodebook(codebook.levels[rows], codebook.scale[rows])
+        packed.append(pack_codes(part.encode(rotated[rows]), codebook.bits))
+    return torch.cat(packed)
+
+
+def _decoded_weight(state: LinearState, rotated: Tensor) -> Tensor:
+    """levels[code] * scale, fp32 [N, K], from the rotated weight that was encoded."""
+    decoded = torch.empty_like(rotated)
+    size = _row_chunks(rotated)
+    for start in range(0, rotated.shape[0], size):
+        rows = slice(start, start + size)
+        part = TwinLogCodebook(state.levels[rows], state.weight_scale[rows])
+        decoded[rows] = part.decode(part.encode(rotated[rows]))
+    return decoded
+
+
+def _decibel(signal: Tensor, noise: Tensor) -> float:
+    if noise == 0:
+        return math.inf
+    return float(10 * torch.log10(signal / noise)) if signal > 0 else -math.inf
+
+
+# ---- checks and statistics ----------------------------------------------------------------------
+
+
+def _calibrate(
+    model: nn.Module,
+    plan: QuantPlan,
+    recipe: QuantRecipe,
+    run: Callable[[list[str]], object],
+    prompts: Sequence[str],
+    work: WorkFolder | None,
+    progress: Progress | None,
+) -> dict[str, ActivationStats]:
+    options = recipe.calibration
+    facts = {"options": repr(options), "prompts": list(prompts), "groups": repr(plan.groups)}
+    samples = [_strided_sample(p) for p in model.parameters()]
+    key = None if work is None else WorkFolder.fingerprint(facts, samples)
+    stats = None if work is None else work.load_stats(key)
+    if stats is None:
+        stats = collect_stats(run, model, plan.groups, prompts, options, progress)
+        if work is not None:
+            work.save_stats(key, stats)
+    return stats
+
+
+def _check_parameters(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"quantize_model: {name} is on the meta device and has no values")
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise ValueError(f"quantize_model: {name} must be finite, got NaN or inf")
+
+
+def _check_stats(plan: QuantPlan, stats: dict[str, ActivationStats]) -> None:
+    for group in plan.groups:
+        if group.name not in stats:
+            raise ValueError(f"quantize_model: stats must hold {group.name}, got none of it")
+        if stats[group.name].in_features != group.in_features:
+            raise ValueError(
+                f"quantize_model: stats of {group.name} must have K = {group.in_features}, "
+                f"got {stats[group.name].in_features}"
+            )
+
+
+def _strided_sample(tensor: Tensor, limit: int = 1024) -> Tensor:
+    """Values spread over a tensor: enough to tell it from another."""
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // limit)][:limit].cpu()

@@ -1,0 +1,194 @@
+"""What was done to a model, layer by layer: what `inspect` prints and a checkpoint folder keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from lrq_kernels.checkpoint import LinearState, stored_bits
+from lrq_kernels.scheme import QuantScheme
+
+from .recipe import KeptLinear, LinearPlan, QuantPlan, QuantRecipe
+from .rotation_search import RotationChoice
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """One linear.  stored_bits: codes, levels and scales, and at the owner of a shared input its
+    smoothing and rotation; without the bias, which the model had before.  weight_sqnr_db is of the
+    rotated, smoothed weight; output_sqnr_db of sampled tokens, None without calibration."""
+
+    name: str
+    role: str
+    scheme: QuantScheme
+    shared_input: str
+    out_features: int
+    in_features: int
+    rotation: str
+    why: str
+    alpha: float | None
+    j: float | None
+    peak_ratio: float | None
+    weight_sqnr_db: float
+    output_sqnr_db: float | None
+    stored_bits: int
+    candidates: dict[str, float]
+
+    @staticmethod
+    def of(
+        linear: LinearPlan,
+        state: LinearState,
+        choice: RotationChoice,
+        weight_sqnr_db: float,
+        output_sqnr_db: float | None,
+    ) -> LinearReport:
+        bits = sum(n for field, n in stored_bits(state).items() if field != "bias")
+        return LinearReport(
+            name=linear.name,
+            role=linear.role,
+            scheme=state.scheme,
+            shared_input=state.shared_input or linear.name,
+            out_features=linear.out_features,
+            in_features=linear.in_features,
+            rotation=choice.label,
+            why=choice.why,
+            alpha=choice.alpha,
+            j=choice.j,
+            peak_ratio=choice.peak_ratio,
+            weight_sqnr_db=weight_sqnr_db,
+            output_sqnr_db=output_sqnr_db,
+            stored_bits=bits,
+            candidates=choice.errors,
+        )
+
+    @property
+    def weights(self) -> int:
+        return self.out_features * self.in_features
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.stored_bits / self.weights
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values: numbers that are not finite become None."""
+        values = dataclasses.asdict(self)
+        values["bits_per_weight"] = self.bits_per_weight
+        return _json(values)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> LinearReport:
+        values = {key: value for key, value in values.items() if key != "bits_per_weight"}
+        values["scheme"] = QuantScheme.from_dict(values["scheme"])
+        if values["weight_sqnr_db"] is None:
+            values["weight_sqnr_db"] = math.inf
+        return LinearReport(**values)
+
+
+@dataclass(frozen=True)
+class QuantReport:
+    """The whole model.  coverage: share of the weights of all linears that is quantized;
+    bits_per_weight: stored bits of the quantized linears over their weights."""
+
+    model_class: str
+    recipe: dict[str, Any]
+    calibrated: bool
+    coverage: float
+    parameters: int
+    linears: tuple[LinearReport, ...]
+    kept: tuple[KeptLinear, ...]
+
+    @staticmethod
+    def of(
+        plan: QuantPlan, recipe: QuantRecipe, linears: list[LinearReport], *, calibrated: bool
+    ) -> QuantReport:
+        return QuantReport(
+            plan.model_class,
+            recipe.to_dict(),
+            calibrated,
+            plan.coverage,
+            plan.parameters,
+            tuple(linears),
+            plan.kept,
+        )
+
+    @property
+    def weights(self) -> int:
+        return sum(linear.weights for linear in self.linears)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return sum(linear.stored_bits for linear in self.linears) / max(1, self.weights)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; from_dict is the inverse."""
+        return {
+            "model_class": self.model_class,
+            "recipe": _json(self.recipe),
+            "calibrated": self.calibrated,
+            "coverage": self.coverage,
+            "parameters": self.parameters,
+            "bits_per_weight": self.bits_per_weight,
+            "linears": [linear.to_dict() for linear in self.linears],
+            "kept": [dataclasses.asdict(kept) for kept in self.kept],
+        }
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> QuantReport:
+        return QuantReport(
+            values["model_class"],
+            values["recipe"],
+            values["calibrated"],
+            values["coverage"],
+            values["parameters"],
+            tuple(LinearReport.from_dict(linear) for linear in values["linears"]),
+            tuple(KeptLinear(**kept) for kept in values["kept"]),
+        )
+
+    def table(self) -> str:
+        """One line per linear, and the totals."""
+        rows = [("linear", "scheme", "rotation", "J", "weight dB", "output dB", "bits", "why")]
+        for linear in self.linears:
+            rows.append(
+                (
+                    linear.name,
+                    linear.scheme.name,
+                    linear.rotation,
+                    _number(linear.j),
+                    _number(linear.weight_sqnr_db),
+                    _number(linear.output_sqnr_db),
+                    f"{linear.bits_per_weight:.3f}",
+                    linear.why,
+                )
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+        lines = []
+        for row in rows:
+            cells = [cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)]
+            lines.append("  ".join(cells).rstrip())
+        lines.append(self.summary())
+        return "\n".join(lines)
+
+    def summary(self) -> str:
+        kept = sum(linear.weights for linear in self.kept)
+        return (
+            f"{self.model_class}: {len(self.linears)} linears quantized, "
+            f"{self.weights / 1e6:.2f} M weights at {self.bits_per_weight:.3f} bits with codebooks, "
+            f"scales and rotations; coverage {self.coverage:.2%} of linear weights; "
+            f"{len(self.kept)} linears ({kept / 1e6:.2f} M) stay"
+        )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
