@@ -55,6 +55,11 @@ class InputQuantizer(nn.Module):
     channel_scale: Tensor | None
     permutation: Tensor | None
     matrices: Tensor | None
+    # What sharers of one input have in common until all have read it.
+    _source: Callable[[], Tensor | None]
+    _version: int
+    _result: Tensor | tuple[Tensor, Tensor] | None
+    _reads_left: int
 
     def __init__(
         self,
@@ -116,7 +121,9 @@ class InputQuantizer(nn.Module):
 
     # -- forward
 
-    def _rotation_arguments(self) -> tuple:
+    def _rotation_arguments(
+        self,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, str, int]:
         return (
             self._floats(self.channel_scale),
             self.permutation,
@@ -155,7 +162,8 @@ class InputQuantizer(nn.Module):
         # An inference tensor has no version, so a change between two reads would go unseen.
         if self.consumers <= 1 or torch.compiler.is_compiling() or x.is_inference():
             return prepare(x)
-        if self._reads_left == 0 or self._source() is not x or self._version != x._version:
+        source = self._source()
+        if source is None or source is not x or self._version != x._version:
             self._result = prepare(x)
             self._source, self._version = weakref.ref(x), x._version
             self._reads_left = self.consumers
@@ -166,9 +174,9 @@ class InputQuantizer(nn.Module):
         return result
 
     def _forget(self) -> None:
-        self._source: Callable[[], Tensor | None] = _no_source
-        self._version: int | None = None
-        self._result: Tensor | tuple[Tensor, Tensor] | None = None
+        self._source = _no_source
+        self._version = 0
+        self._result = None
         self._reads_left = 0
 
     def __getstate__(self) -> dict:
@@ -306,9 +314,9 @@ class LRQLinear(nn.Module):
         for name, tensor in state_tensors(self.to_state(), with_input=True).items():
             destination[prefix + name] = tensor
 
-    def _load_from_state_dict(
+    def _load_from_state_dict(  # type: ignore[no-untyped-def]
         self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
-    ) -> None:  # type: ignore[no-untyped-def]
+    ) -> None:
         """Take the canonical tensors that _save_to_state_dict wrote for the same module."""
         from .checkpoint import state_from_tensors, state_tensors
 

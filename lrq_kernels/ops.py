@@ -311,9 +311,9 @@ def _rotate_cuda(*arguments):  # type: ignore[no-untyped-def]
 # ---- fakes --------------------------------------------------------------------------------------
 
 
-def _rotate_quantize_fake(
+def _rotate_quantize_fake(  # type: ignore[no-untyped-def]
     x, channel_scale, permutation, matrices, rotation, block_size, act_bits, mode, factor
-):  # type: ignore[no-untyped-def]
+):
     _check_rotate("rotate_quantize", x, channel_scale, permutation, matrices, rotation, block_size)
     _check_quantize(act_bits, mode, factor)
     scale_dtype = torch.promote_types(x.dtype, torch.float32)

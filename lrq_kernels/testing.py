@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import ops
+from .checkpoint import LinearState
 from .codebook import TwinLogCodebook
 from .packing import pack_codes
+from .rotation import Rotation
+from .scheme import DUAL_BLOCK_SIZE, QuantScheme
 
 
 @dataclass(frozen=True)
@@ -76,12 +81,97 @@ def make_problem(
     )
 
 
+def make_rotation(
+    in_features: int,
+    scheme: QuantScheme,
+    *,
+    permuted: bool = False,
+    generator: torch.Generator | None = None,
+) -> Rotation:
+    """A random rotation of the scheme's kind."""
+    if scheme.rotation == "none":
+        return Rotation.none()
+    permutation = None
+    if permuted:
+        permutation = torch.randperm(in_features, generator=generator).to(torch.int32)
+    if scheme.rotation == "hadamard":
+        return Rotation.hadamard(
+            in_features, scheme.block_size, generator=generator, permutation=permutation
+        )
+    draw = torch.randn(2, DUAL_BLOCK_SIZE, DUAL_BLOCK_SIZE, generator=generator)
+    return Rotation.dual(torch.linalg.qr(draw.double()).Q.float().contiguous(), permutation)
+
+
+def make_state(
+    out_features: int,
+    in_features: int,
+    scheme: QuantScheme,
+    *,
+    bias: bool = True,
+    smooth: bool = True,
+    permuted: bool = False,
+    shared_with: tuple[str, LinearState] | None = None,
+    generator: torch.Generator | None = None,
+) -> LinearState:
+    """A random quantized linear; shared_with (name, state): one that has the same input."""
+    codes = torch.randint(
+        0, 1 << scheme.weight_bits, (out_features, in_features), generator=generator
+    )
+    if shared_with is None:
+        owner = None
+        rotation = make_rotation(in_features, scheme, permuted=permuted, generator=generator)
+        smooth_scale = torch.rand(in_features, generator=generator) + 0.5 if smooth else None
+    else:
+        owner = shared_with[0]
+        rotation, smooth_scale = shared_with[1].rotation, shared_with[1].smooth_scale
+    return LinearState(
+        codes=pack_codes(codes.to(torch.uint8), scheme.weight_bits),
+        levels=random_levels(out_features, scheme.weight_bits, generator=generator),
+        weight_scale=torch.rand(out_features, generator=generator) * 0.002 + 1e-5,
+        bias=torch.randn(out_features, generator=generator) if bias else None,
+        scheme=scheme,
+        in_features=in_features,
+        out_features=out_features,
+        smooth_scale=smooth_scale,
+        rotation=rotation,
+        shared_input=owner,
+    )
+
+
 def relative_error(output: Tensor, reference: Tensor) -> float:
     """||output - reference|| / ||reference|| in float64; NaN anywhere gives NaN."""
     wide = reference.double()
     norm = float(wide.norm())
     error = float((output.double() - wide).norm())
     return error if norm == 0.0 else error / norm
+
+
+def assert_at_most_twice(output: Tensor, baseline: Tensor, oracle: Tensor) -> None:
+    """The error rule where arithmetic is not exact: against a float64 oracle, `output` may be at
+    most twice as wrong as `baseline`, which is torch in the same precision."""
+    if oracle.dtype != torch.float64 or output.dtype != baseline.dtype:
+        raise TypeError(
+            "assert_at_most_twice: oracle must be float64 and baseline like output, got "
+            f"{oracle.dtype}, {baseline.dtype} and {output.dtype}"
+        )
+    error, limit = relative_error(output, oracle), 2.0 * relative_error(baseline, oracle)
+    if not error <= limit:
+        raise AssertionError(f"relative error {error:.3e}, twice that of torch is {limit:.3e}")
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Inside, memory that torch.empty and its kin return holds NaN (the largest integer)."""
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    was_filling = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was_deterministic, warn_only=warned)
+        torch.utils.deterministic.fill_uninitialized_memory = was_filling
 
 
 def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
