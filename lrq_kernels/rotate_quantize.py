@@ -210,7 +210,8 @@ def row_launch(in_features: int, block_size: int) -> RowLaunch:
     width = min(block_size, _WIDTH) if block_size > 1 else _WIDTH
     # A dot has at least 16 rows, width / 16 of them for each tile row.
     fewest = max(block_size // width, 256 // width)
-    rows = max(fewest, triton.next_power_of_2(triton.cdiv(in_features, width)))
+    needed = -(-in_features // width)
+    rows = max(fewest, 1 << (needed - 1).bit_length())
     num_warps = min(16, max(1, rows * width // 1024))
     return RowLaunch(rows, width, num_warps)
 
