@@ -63,6 +63,12 @@ def _check_tensor(
         _fail(op, argument, "contiguous", f"strides {tensor.stride()}")
 
 
+def _check_rows(op: str, argument: str, tensor: Tensor) -> None:
+    """[M, N] whose rows are of one piece."""
+    if tensor.numel() and tensor.shape[1] > 1 and tensor.stride(1) != 1:
+        _fail(op, argument, "of last stride 1", f"strides {tensor.stride()}")
+
+
 def _check_optional(op: str, argument: str, tensor: Tensor | None, *rest: object) -> None:
     if tensor is not None:
         _check_tensor(op, argument, tensor, *rest)  # type: ignore[arg-type]
@@ -181,12 +187,17 @@ def _check_gemm(
         _fail(op, "residual", f"{out_dtype} {[m, out_features]}", got)
     if residual.device != device:
         _fail(op, "residual", f"on {device}", f"a tensor on {residual.device}")
-    if residual.numel() and out_features > 1 and residual.stride(1) != 1:
-        _fail(op, "residual", "of last stride 1", f"strides {residual.stride()}")
-    if gate is not None:
-        if gate.dim() != 2 or gate.shape[0] == 0 or m % gate.shape[0]:
-            _fail(op, "gate", f"[B, N] with B a divisor of M = {m}", f"shape {list(gate.shape)}")
-        _check_tensor(op, "gate", gate, out_dtype, (gate.shape[0], out_features), device)
+    _check_rows(op, "residual", residual)
+    if gate is None:
+        return
+    if gate.dim() != 2 or gate.shape[0] == 0 or m % gate.shape[0]:
+        _fail(op, "gate", f"[B, N] with B a divisor of M = {m}", f"shape {list(gate.shape)}")
+    if gate.dtype != out_dtype or gate.shape[1] != out_features:
+        got = f"{gate.dtype} {list(gate.shape)}"
+        _fail(op, "gate", f"{out_dtype} {[gate.shape[0], out_features]}", got)
+    if gate.device != device:
+        _fail(op, "gate", f"on {device}", f"a tensor on {gate.device}")
+    _check_rows(op, "gate", gate)
 
 
 def _check_gemv(
@@ -202,8 +213,7 @@ def _check_gemv(
     _check_choice(op, "dtype of x", x.dtype, _ORACLE_DTYPES)
     if x.dim() != 2 or x.shape[0] > GEMV_MAX_ROWS:
         _fail(op, "x", f"[M, K] with M at most {GEMV_MAX_ROWS}", f"shape {list(x.shape)}")
-    if not x.is_contiguous():
-        _fail(op, "x", "contiguous", f"strides {x.stride()}")
+    _check_rows(op, "x", x)
     _check_weight(op, weight, out_features, x.shape[1], weight_bits)
     if weight.device != x.device:
         _fail(op, "weight", f"on {x.device}", f"a tensor on {weight.device}")
