@@ -58,6 +58,12 @@ std::string list_text(const Range& values) {
   return text + "]";
 }
 
+// Strides the way Python prints them.
+inline std::string strides_text(const Tensor& tensor) {
+  const std::string list = list_text(tensor.strides());
+  return "strides (" + list.substr(1, list.size() - 2) + (tensor.dim() == 1 ? ",)" : ")");
+}
+
 inline std::string tensor_text(const Tensor& tensor) {
   return dtype_text(tensor.scalar_type()) + " " + list_text(tensor.sizes());
 }
@@ -113,15 +119,13 @@ inline void check_same_device(Argument argument, const Tensor& tensor, const Ten
 }
 
 inline void check_contiguous(Argument argument, const Tensor& tensor) {
-  LRQ_CHECK(tensor.is_contiguous(), argument, "contiguous",
-            "strides " + list_text(tensor.strides()));
+  LRQ_CHECK(tensor.is_contiguous(), argument, "contiguous", strides_text(tensor));
 }
 
 // Rows of one piece: last stride 1. A stride that no element is reached by is not looked at.
 inline void check_rows(Argument argument, const Tensor& tensor) {
   const bool single = tensor.numel() == 0 || tensor.size(1) == 1;
-  LRQ_CHECK(single || tensor.stride(1) == 1, argument, "of last stride 1",
-            "strides " + list_text(tensor.strides()));
+  LRQ_CHECK(single || tensor.stride(1) == 1, argument, "of last stride 1", strides_text(tensor));
 }
 
 inline void check_aligned(Argument argument, const Tensor& tensor, int64_t bytes) {

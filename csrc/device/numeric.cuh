@@ -5,6 +5,9 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
+
+#include "sm80.cuh"
 
 namespace lrq {
 
@@ -35,5 +38,23 @@ template <typename T, int kCount>
 struct alignas(sizeof(T) * kCount > 16 ? 16 : sizeof(T) * kCount) Pack {
   T value[kCount];
 };
+
+// Stores neighbours in 8- or 16-byte pieces. Assigning a Pack does not: the compiler splits it.
+template <typename T, int kCount>
+__device__ __forceinline__ void store_pack(T* target, const Pack<T, kCount>& pack) {
+  constexpr int kWords = sizeof(pack) / 4;
+  static_assert(kWords == 2 || kWords % 4 == 0, "whole pieces");
+  uint32_t word[kWords];
+  memcpy(word, pack.value, sizeof(word));
+  if constexpr (kWords == 2) {
+    store_global_8(target, make_uint2(word[0], word[1]));
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWords; i += 4) {
+      store_global_16(reinterpret_cast<uint32_t*>(target) + i,
+                      make_uint4(word[i], word[i + 1], word[i + 2], word[i + 3]));
+    }
+  }
+}
 
 }  // namespace lrq

@@ -57,4 +57,17 @@ __device__ __forceinline__ uint32_t prmt(uint32_t low, uint32_t high, uint32_t s
   return result;
 }
 
+// Stores 8 bytes to global memory in one piece (PTX ISA 9.7.9.12, st).
+__device__ __forceinline__ void store_global_8(void* global, uint2 value) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(global), "r"(value.x), "r"(value.y)
+               : "memory");
+}
+
+// Stores 16 bytes to global memory in one piece (PTX ISA 9.7.9.12, st).
+__device__ __forceinline__ void store_global_16(void* global, uint4 value) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(value.x), "r"(value.y),
+               "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
 }  // namespace lrq

@@ -84,26 +84,40 @@ __device__ __forceinline__ uint32_t lookup_levels(const LevelTable<kBits>& table
   }
 }
 
-// The words of lane `lane` (0..127) of a half tile in shared or global memory.
+// The words of lane `lane` (0..127) of a half tile, in shared or global memory, that slice `slice`
+// is the first to need: all of them at once would cost b = 4 registers that its later slices can
+// wait for.
 template <int kBits>
-__device__ __forceinline__ void load_lane_words(uint32_t (&words)[words_per_lane(kBits)],
-                                                const uint32_t* half_tile, int lane) {
-  const auto load4 = [&](int word) {
+__device__ __forceinline__ void load_slice_words(uint32_t (&words)[words_per_lane(kBits)],
+                                                 const uint32_t* half_tile, int lane, int slice) {
+  const bool first_half = slice == 0;
+  const bool second_half = kBits == 4 && slice == 2;
+  if (first_half || second_half) {
+    const int word = second_half ? 4 : 0;
     const uint4 four =
         *reinterpret_cast<const uint4*>(half_tile + lane_word_to_offset(kBits, lane, word));
     words[word] = four.x;
     words[word + 1] = four.y;
     words[word + 2] = four.z;
     words[word + 3] = four.w;
-  };
-  load4(0);
-  if constexpr (kBits == 4) {
-    load4(4);
-  } else if constexpr (kBits == 3) {
-    const uint2 two =
-        *reinterpret_cast<const uint2*>(half_tile + lane_word_to_offset(kBits, lane, 4));
-    words[4] = two.x;
-    words[5] = two.y;
+  }
+  if constexpr (kBits == 3) {
+    if (first_half) {
+      const uint2 two =
+          *reinterpret_cast<const uint2*>(half_tile + lane_word_to_offset(kBits, lane, 4));
+      words[4] = two.x;
+      words[5] = two.y;
+    }
+  }
+}
+
+// All words of a lane.
+template <int kBits>
+__device__ __forceinline__ void load_lane_words(uint32_t (&words)[words_per_lane(kBits)],
+                                                const uint32_t* half_tile, int lane) {
+#pragma unroll
+  for (int slice = 0; slice < kSlices; ++slice) {
+    load_slice_words<kBits>(words, half_tile, lane, slice);
   }
 }
 

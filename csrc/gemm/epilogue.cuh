@@ -75,7 +75,7 @@ template <typename T>
 __device__ __forceinline__ void store_octet(T* target, const Pack<T, kOctet>& octet, int count,
                                             bool aligned) {
   if (aligned) {
-    *reinterpret_cast<Pack<T, kOctet>*>(target) = octet;
+    store_pack(target, octet);
     return;
   }
 #pragma unroll

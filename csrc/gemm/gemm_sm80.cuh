@@ -153,19 +153,16 @@ __global__ void __launch_bounds__(GemmSm80<kBits, kConfigIndex>::kThreads,
   int acc[kChannelTiles][kTokenTiles][4] = {};
   const auto multiply_stage = [&](const Stage& stage) {
     uint32_t words[kChannelTiles][words_per_lane(kBits)];
-#pragma unroll
-    for (int i = 0; i < kChannelTiles; ++i) {
-      const int channel = warp_channel + 16 * i;
-      load_lane_words<kBits>(words[i],
-                             stage.w + channel / kHalfTileChannels * half_tile_words(kBits),
-                             channel % kHalfTileChannels / 16 * 32 + lane);
-    }
     const uint32_t x_row = shared_address(&stage.x[matrix_token][0]);
 #pragma unroll
     for (int slice = 0; slice < kSlices; ++slice) {
       uint32_t a[kChannelTiles][4];
 #pragma unroll
       for (int i = 0; i < kChannelTiles; ++i) {
+        const int channel = warp_channel + 16 * i;
+        const uint32_t* half_tile = stage.w + channel / kHalfTileChannels * half_tile_words(kBits);
+        load_slice_words<kBits>(words[i], half_tile, channel % kHalfTileChannels / 16 * 32 + lane,
+                                slice);
         decode_slice<kBits>(a[i], words[i], tables[i], slice);
       }
       const uint32_t x_chunk = x_row + (matrix_chunk ^ slice * 2 * Gemm::kChunk);

@@ -29,6 +29,9 @@ struct GemvShared {
   float sum[kWarps][kTokens][kChannels];
 };
 
+// Blocks of an SM by the registers that the sums and inputs of so many tokens need.
+constexpr int min_blocks(int tokens) { return tokens <= 2 ? 4 : 2; }
+
 using Raw4 = Pack<uint16_t, kInputsPerLane>;
 
 __device__ __forceinline__ float raw_to_float(uint16_t raw, OutType type) {
@@ -52,7 +55,7 @@ __device__ __forceinline__ Raw4 load_inputs(const uint16_t* row, int k, int k_si
 }
 
 template <int kBits, int kTokens>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, min_blocks(kTokens))
     gemv_kernel(const __grid_constant__ GemvArgs args, const bool aligned) {
   extern __shared__ __align__(128) unsigned char shared[];
   auto& scratch = *reinterpret_cast<GemvShared<kTokens>*>(shared);
@@ -75,19 +78,23 @@ __global__ void __launch_bounds__(kThreads, 2)
     tables[row] = load_level_table<kBits>(args.levels + (n << kBits));
   }
 
+  // Weights are fetched one k tile ahead; so are inputs, while they leave registers for it.
+  constexpr bool kInputsAhead = kTokens <= 4;
   uint32_t next_words[words_per_lane(kBits)];
-  Raw4 next_x[kTokens];
-  const auto fetch = [&](int k_tile) {
-    const int k = k_tile * kTileInputs;
-    load_lane_words<kBits>(next_words,
-                           args.weight + nk_to_half_tile(n0, k, k_tiles) * half_tile_words(kBits),
+  Raw4 inputs[kTokens];
+  const auto fetch_words = [&](int k_tile) {
+    const int64_t half_tile = nk_to_half_tile(n0, k_tile * kTileInputs, k_tiles);
+    load_lane_words<kBits>(next_words, args.weight + half_tile * half_tile_words(kBits),
                            half_tile_lane);
+  };
+  const auto fetch_inputs = [&](int k_tile) {
+    const int k = k_tile * kTileInputs + kInputsPerLane * lane;
 #pragma unroll
     for (int m = 0; m < kTokens; ++m) {
-      next_x[m] = {};
+      inputs[m] = {};
       if (m < m_size) {
-        next_x[m] = load_inputs(static_cast<const uint16_t*>(args.x) + m * args.x_stride,
-                                k + kInputsPerLane * lane, k_size, aligned);
+        inputs[m] = load_inputs(static_cast<const uint16_t*>(args.x) + m * args.x_stride, k, k_size,
+                                aligned);
       }
     }
   };
@@ -123,7 +130,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   };
 
   if (warp < k_tiles) {
-    fetch(warp);
+    fetch_words(warp);
+    if constexpr (kInputsAhead) {
+      fetch_inputs(warp);
+    }
   }
 #pragma unroll 1
   for (int k_tile = warp; k_tile < k_tiles; k_tile += kWarps) {
@@ -132,16 +142,22 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int i = 0; i < words_per_lane(kBits); ++i) {
       words[i] = next_words[i];
     }
+    if constexpr (!kInputsAhead) {
+      fetch_inputs(k_tile);
+    }
 #pragma unroll
     for (int m = 0; m < kTokens; ++m) {
-      const Raw4 raw = next_x[m];
+      const uint16_t (&raw)[kInputsPerLane] = inputs[m].value;
       *reinterpret_cast<float4*>(&scratch.x[warp][m][kInputsPerLane * lane]) =
-          make_float4(raw_to_float(raw.value[0], args.type), raw_to_float(raw.value[1], args.type),
-                      raw_to_float(raw.value[2], args.type), raw_to_float(raw.value[3], args.type));
+          make_float4(raw_to_float(raw[0], args.type), raw_to_float(raw[1], args.type),
+                      raw_to_float(raw[2], args.type), raw_to_float(raw[3], args.type));
     }
     __syncwarp();
     if (k_tile + kWarps < k_tiles) {
-      fetch(k_tile + kWarps);
+      fetch_words(k_tile + kWarps);
+      if constexpr (kInputsAhead) {
+        fetch_inputs(k_tile + kWarps);
+      }
     }
     accumulate(words);
     __syncwarp();

@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kHalfTileLanes) dequantize_kernel(const Dequan
       }
       Out* out = static_cast<Out*>(args.out) + n * args.k + k;
       if (args.k % 4 == 0) {
-        *reinterpret_cast<Pack<Out, 4>*>(out) = four;
+        store_pack(out, four);
       } else {
         for (int i = 0; i < 4 && k + i < args.k; ++i) {
           out[i] = four.value[i];
