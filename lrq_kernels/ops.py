@@ -161,7 +161,7 @@ def _check_gemm(
 ) -> None:
     op = "gemm"
     if x_q.dtype != torch.int8 or x_q.dim() != 2:
-        _fail(op, "x_q", "int8 [M, K]", f"{x_q.dtype} {list(x_q.shape)}")
+        _fail(op, "x_q", "torch.int8 [M, K]", f"{x_q.dtype} {list(x_q.shape)}")
     m, in_features = x_q.shape
     if x_q.numel() and (x_q.stride(1) != 1 or (m > 1 and x_q.stride(0) % 16)):
         _fail(op, "x_q", "of strides [multiple of 16, 1]", f"strides {x_q.stride()}")

@@ -1,0 +1,518 @@
+"""The ops as torch sees them: schemas, fakes, compilation, fresh outputs, and every error message.
+
+What the ops compute is held by test_reference.py (CPU), test_gemm.py, test_gemv.py, test_prepack.py
+and test_rotate_quantize.py (GPU).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from lrq_kernels import ops
+from lrq_kernels.testing import make_problem
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+M, N, K = 6, 40, 128
+Arguments = dict[str, Any]
+
+
+def call(op: str, arguments: Arguments) -> Any:
+    return getattr(torch.ops.lrq, op).default(*arguments.values())
+
+
+# ---- arguments that are right -------------------------------------------------------------------
+
+
+def rotate_arguments(device: str, rotation: str = "hadamard", x: Any = None) -> Arguments:
+    matrices = None
+    if rotation == "dual":
+        matrices = torch.linalg.qr(torch.randn(2, 128, 128)).Q.contiguous().to(device)
+    return {
+        "x": torch.randn(M, K).to(device, torch.bfloat16) if x is None else x,
+        "channel_scale": torch.randn(K).to(device),
+        "permutation": torch.randperm(K).to(device, torch.int32),
+        "matrices": matrices,
+        "rotation": rotation,
+        "block_size": 128,
+    }
+
+
+def quantize_arguments(device: str, rotation: str = "hadamard", x: Any = None) -> Arguments:
+    return {
+        **rotate_arguments(device, rotation, x),
+        "act_bits": 8,
+        "scale_mode": "absmax",
+        "scale_factor": 1.0,
+    }
+
+
+def gemm_arguments(
+    device: str, out_dtype: torch.dtype = torch.bfloat16, rows: int = M, samples: int = 0
+) -> Arguments:
+    """samples > 0: with a residual and a gate; out_dtype int32: without a bias."""
+    problem = make_problem(rows, N, K, 4, device=device)
+    residual = gate = None
+    if samples:
+        residual = torch.randn(rows, N).to(device, out_dtype)
+        gate = torch.randn(samples, N).to(device, out_dtype)
+    return {
+        "x_q": problem.x_q,
+        "x_scale": problem.x_scale,
+        "weight": problem.weight,
+        "levels": problem.levels,
+        "weight_scale": problem.weight_scale,
+        "bias": None if out_dtype == torch.int32 else problem.bias,
+        "residual": residual,
+        "gate": gate,
+        "weight_bits": 4,
+        "out_features": N,
+        "activation": "none",
+        "out_dtype": out_dtype,
+    }
+
+
+def gemv_arguments(device: str, rows: int = 2) -> Arguments:
+    gemm = gemm_arguments(device)
+    return {
+        "x": torch.randn(rows, K).to(device, torch.bfloat16),
+        "weight": gemm["weight"],
+        "levels": gemm["levels"],
+        "weight_scale": gemm["weight_scale"],
+        "bias": gemm["bias"],
+        "weight_bits": 4,
+        "out_features": N,
+    }
+
+
+def prepack_arguments(device: str) -> Arguments:
+    codes = torch.randint(-(2**31), 2**31, (N, K // 32 * 3), dtype=torch.int64)
+    return {"codes": codes.to(device, torch.int32), "in_features": K, "weight_bits": 3}
+
+
+def unprepack_arguments(device: str) -> Arguments:
+    weight = gemm_arguments(device)["weight"]
+    return {"weight": weight, "out_features": N, "in_features": K, "weight_bits": 4}
+
+
+def dequantize_arguments(device: str) -> Arguments:
+    gemm = gemm_arguments(device)
+    return {
+        "weight": gemm["weight"],
+        "levels": gemm["levels"],
+        "weight_scale": gemm["weight_scale"],
+        "out_features": N,
+        "in_features": K,
+        "weight_bits": 4,
+        "out_dtype": torch.bfloat16,
+    }
+
+
+VALID: dict[str, Callable[[str], Arguments]] = {
+    "rotate": rotate_arguments,
+    "rotate_quantize": quantize_arguments,
+    "prepack": prepack_arguments,
+    "unprepack": unprepack_arguments,
+    "dequantize": dequantize_arguments,
+    "gemm": gemm_arguments,
+    "gemv": gemv_arguments,
+}
+
+
+def leading_dimensions(device: str) -> Arguments:
+    return rotate_arguments(device, x=torch.randn(2, 3, K).to(device))
+
+
+def strided_rows(device: str) -> Arguments:
+    return quantize_arguments(device, x=torch.randn(M, K + 64).to(device)[:, :K])
+
+
+def no_tokens(device: str) -> Arguments:
+    return quantize_arguments(device, x=torch.empty(0, K, device=device))
+
+
+def identity(device: str) -> Arguments:
+    arguments = rotate_arguments(device, "none", torch.randn(M, K).to(device))
+    return {**arguments, "channel_scale": None, "permutation": None}
+
+
+def smoothed_only(device: str) -> Arguments:
+    return {**quantize_arguments(device, "none"), "permutation": None, "scale_mode": "rms"}
+
+
+def gelu(device: str) -> Arguments:
+    return {**gemm_arguments(device), "activation": "gelu_tanh"}
+
+
+SAMPLES: list[tuple[str, str, Callable[[str], Arguments]]] = [
+    *[(op, "plain", make) for op, make in VALID.items()],
+    ("rotate", "leading dimensions", leading_dimensions),
+    ("rotate", "identity", identity),
+    ("rotate", "dual", lambda device: rotate_arguments(device, "dual")),
+    ("rotate_quantize", "dual", lambda device: quantize_arguments(device, "dual")),
+    ("rotate_quantize", "strided rows", strided_rows),
+    ("rotate_quantize", "no tokens", no_tokens),
+    ("rotate_quantize", "smoothed only", smoothed_only),
+    ("gemm", "int32", lambda device: gemm_arguments(device, torch.int32)),
+    ("gemm", "gate", lambda device: gemm_arguments(device, torch.float16, samples=3)),
+    ("gemm", "no tokens", lambda device: gemm_arguments(device, torch.float32, rows=0)),
+    ("gemm", "gelu", gelu),
+    ("gemv", "no tokens", lambda device: gemv_arguments(device, rows=0)),
+]
+sampled = pytest.mark.parametrize(
+    ("op", "make"),
+    [pytest.param(op, make, id=f"{op}-{name}") for op, name, make in SAMPLES],
+)
+
+
+def test_every_op_has_a_sample():
+    assert set(VALID) == set(ops._SCHEMAS)
+
+
+def flat(result: Any) -> list[torch.Tensor]:
+    return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+# ---- what torch asks of an op -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@sampled
+def test_opcheck(op: str, make: Callable[[str], Arguments], device: str):
+    torch.library.opcheck(getattr(torch.ops.lrq, op).default, tuple(make(device).values()))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@sampled
+def test_outputs_are_fresh_contiguous_and_repeatable(
+    op: str, make: Callable[[str], Arguments], device: str
+):
+    arguments = make(device)
+    inputs = [value for value in arguments.values() if isinstance(value, torch.Tensor)]
+    before = [tensor.clone() for tensor in inputs]
+    first, second = flat(call(op, arguments)), flat(call(op, arguments))
+    for one, other in zip(first, second, strict=True):
+        assert one.is_contiguous()
+        assert torch.equal(one, other)
+        if one.numel():
+            storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+            assert one.untyped_storage().data_ptr() not in storages
+            assert one.data_ptr() != other.data_ptr()
+    assert all(map(torch.equal, inputs, before))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@sampled
+def test_compiles_without_a_graph_break(op: str, make: Callable[[str], Arguments], device: str):
+    arguments = make(device)
+    torch._dynamo.reset()
+
+    def run(*values: Any) -> Any:
+        return call(op, dict(enumerate(values)))
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(
+        flat(compiled(*arguments.values())), flat(call(op, arguments)), strict=True
+    ):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_compiled_graph_serves_every_number_of_tokens(device: str):
+    problem = gemm_arguments(device)
+
+    def linear(x: torch.Tensor) -> torch.Tensor:
+        x_q, x_scale = ops.rotate_quantize(x, None, None, None, "hadamard", 128, 8)
+        return ops.gemm(x_q, x_scale, *list(problem.values())[2:])
+
+    torch._dynamo.reset()
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, K).to(device, torch.bfloat16)
+    torch._dynamo.mark_dynamic(x, 0)  # an error if a check of an op ties the graph to one M
+    assert torch.equal(compiled(x), linear(x))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for rows in (64, 3, 17):
+            x = torch.randn(rows, K).to(device, torch.bfloat16)
+            assert torch.equal(compiled(x), linear(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+def test_inductor_runs_the_two_launches_of_a_linear(device: str):
+    problem = gemm_arguments(device)
+
+    def linear(x: torch.Tensor) -> torch.Tensor:
+        x_q, x_scale = ops.rotate_quantize(x * 2, None, None, None, "hadamard", 128, 8)
+        return ops.gemm(x_q, x_scale, *list(problem.values())[2:]) + 1
+
+    torch._dynamo.reset()
+    x = torch.randn(M, K).to(device, torch.bfloat16)
+    assert torch.equal(torch.compile(linear, fullgraph=True)(x), linear(x))
+
+
+def test_autocast_changes_nothing():
+    for op, make in VALID.items():
+        arguments = make("cpu")
+        expected = flat(call(op, arguments))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            for got, want in zip(flat(call(op, arguments)), expected, strict=True):
+                assert got.dtype == want.dtype and torch.equal(got, want)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gate_and_residual_may_have_row_strides(device: str):
+    arguments = gemm_arguments(device, torch.float32, samples=2)
+    expected = call("gemm", arguments)
+    for name in ("residual", "gate"):
+        tensor = arguments[name]
+        wide = torch.full((tensor.shape[0], N + 3), float("nan"), device=device)
+        wide[:, 2:-1] = tensor
+        arguments[name] = wide[:, 2:-1]
+    assert torch.equal(call("gemm", arguments), expected)
+
+
+# ---- arguments that are wrong -------------------------------------------------------------------
+
+Change = Callable[[Arguments, str], Arguments]
+
+
+def other_device(device: str) -> str:
+    """A device that is certainly another one; on it the op runs no kernel."""
+    return "meta" if device == "cpu" else "cpu"
+
+
+def put(**values: Any) -> Change:
+    """Replaces arguments by values, or by what a function of the old value gives."""
+
+    def change(arguments: Arguments, device: str) -> Arguments:
+        changed = dict(arguments)
+        for name, value in values.items():
+            changed[name] = value(arguments[name]) if callable(value) else value
+        return changed
+
+    return change
+
+
+def fill(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Change:
+    def change(arguments: Arguments, device: str) -> Arguments:
+        return {**arguments, name: torch.ones(shape, dtype=dtype, device=device)}
+
+    return change
+
+
+def elsewhere(name: str) -> Change:
+    def change(arguments: Arguments, device: str) -> Arguments:
+        return {**arguments, name: arguments[name].to(other_device(device))}
+
+    return change
+
+
+def every_other(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values and shape, not contiguous."""
+    return torch.stack([tensor, tensor], dim=-1)[..., 0]
+
+
+def columns_first(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.T.contiguous().T
+
+
+def both(*changes: Change) -> Change:
+    def change(arguments: Arguments, device: str) -> Arguments:
+        for each in changes:
+            arguments = each(arguments, device)
+        return arguments
+
+    return change
+
+
+GATED = both(fill("residual", M, N, dtype=torch.bfloat16), fill("gate", 2, N, dtype=torch.bfloat16))
+NO_BIAS_INT32 = put(bias=None, out_dtype=torch.int32)
+
+# op (or ops), change of valid arguments, argument named, expected, got
+ERRORS: list[tuple[str, Change, str, str, str]] = [
+    ("rotate rotate_quantize", put(rotation="fourier"), "rotation",
+     "one of ('none', 'hadamard', 'dual')", "'fourier'"),
+    ("rotate rotate_quantize", put(x=lambda x: x.to(torch.int32)), "dtype of x", "one of",
+     "torch.int32"),
+    ("rotate rotate_quantize", put(x=lambda x: x[0, 0]), "x", "of at least one dimension",
+     "a scalar"),
+    ("rotate rotate_quantize", put(x=columns_first), "x", "of last stride 1", "strides"),
+    ("rotate rotate_quantize", put(block_size=96), "block_size",
+     "one of (32, 64, 128, 256, 512, 1024)", "96"),
+    ("rotate rotate_quantize", put(block_size=256), "K", "a multiple of block_size 256", "128"),
+    ("rotate rotate_quantize", put(rotation="dual"), "matrices", "given exactly when", "without"),
+    ("rotate rotate_quantize", fill("matrices", 2, 128, 128), "matrices", "given exactly when",
+     "'hadamard' with"),
+    ("rotate rotate_quantize",
+     both(put(rotation="dual", block_size=64), fill("matrices", 2, 128, 128)), "block_size",
+     "one of (128,)", "64"),
+    ("rotate rotate_quantize", both(put(rotation="dual"), fill("matrices", 2, 64, 64)), "matrices",
+     "torch.float32 [2, 128, 128]", "torch.float32 [2, 64, 64]"),
+    ("rotate rotate_quantize", put(channel_scale=lambda s: s.double()), "channel_scale",
+     "torch.float32 [128]", "torch.float64 [128]"),
+    ("rotate rotate_quantize", fill("channel_scale", 127), "channel_scale", "torch.float32 [128]",
+     "torch.float32 [127]"),
+    ("rotate rotate_quantize", put(channel_scale=every_other), "channel_scale", "contiguous",
+     "strides"),
+    ("rotate rotate_quantize", elsewhere("channel_scale"), "channel_scale", "on ", "a tensor on"),
+    ("rotate rotate_quantize", put(permutation=lambda p: p.long()), "permutation",
+     "torch.int32 [128]", "torch.int64 [128]"),
+    ("rotate rotate_quantize", fill("permutation", 1, 128, dtype=torch.int32), "permutation",
+     "torch.int32 [128]", "torch.int32 [1, 128]"),
+    ("rotate rotate_quantize", elsewhere("permutation"), "permutation", "on ", "a tensor on"),
+    ("rotate_quantize", put(act_bits=16), "act_bits", "one of (4, 8)", "16"),
+    ("rotate_quantize", put(scale_mode="max"), "scale_mode", "one of ('absmax', 'rms')", "'max'"),
+    ("rotate_quantize", put(scale_factor=0.0), "scale_factor", "positive and finite", "0.0"),
+    ("rotate_quantize", put(scale_factor=float("nan")), "scale_factor", "positive and finite",
+     "nan"),
+    ("rotate_quantize", put(scale_factor=float("inf")), "scale_factor", "positive and finite",
+     "inf"),
+    ("prepack", put(codes=lambda c: c.flatten()), "codes", "[N, ceil(K/32)*weight_bits]", "shape"),
+    ("prepack", put(codes=lambda c: c.to(torch.uint8)), "codes", f"torch.int32 [{N}, 12]",
+     f"torch.uint8 [{N}, 12]"),
+    ("prepack", put(in_features=K + 1), "codes", f"torch.int32 [{N}, 15]",
+     f"torch.int32 [{N}, 12]"),
+    ("prepack", put(codes=columns_first), "codes", "contiguous", "strides"),
+    ("prepack unprepack dequantize gemm gemv", put(weight_bits=5), "weight_bits",
+     "one of (2, 3, 4)", "5"),
+    ("unprepack dequantize gemm gemv", put(weight_bits=3), "weight", "torch.int32 [1, 1, 2, 768]",
+     "torch.int32 [1, 1, 2, 1024]"),
+    ("unprepack dequantize gemm gemv", put(out_features=129), "weight",
+     "torch.int32 [2, 1, 2, 1024]", "torch.int32 [1, 1, 2, 1024]"),
+    ("unprepack dequantize", put(in_features=K + 1), "weight", "torch.int32 [1, 2, 2, 1024]",
+     "torch.int32 [1, 1, 2, 1024]"),
+    ("unprepack dequantize gemm gemv", put(weight=lambda w: w.long()), "weight", "torch.int32",
+     "torch.int64"),
+    ("unprepack dequantize gemm gemv", put(weight=every_other), "weight", "contiguous", "strides"),
+    ("gemm gemv", elsewhere("weight"), "weight", "on ", "a tensor on"),
+    ("dequantize", put(out_dtype=torch.int32), "out_dtype", "one of", "torch.int32"),
+    ("dequantize gemm gemv", put(levels=lambda t: t.to(torch.int32)), "levels",
+     f"torch.int8 [{N}, 16]", f"torch.int32 [{N}, 16]"),
+    ("dequantize gemm gemv", put(levels=lambda t: t[:, :8].contiguous()), "levels",
+     f"torch.int8 [{N}, 16]", f"torch.int8 [{N}, 8]"),
+    ("dequantize gemm gemv", put(levels=columns_first), "levels", "contiguous", "strides"),
+    ("dequantize gemm gemv", elsewhere("levels"), "levels", "on ", "a tensor on"),
+    ("dequantize gemm gemv", put(weight_scale=lambda t: t.half()), "weight_scale",
+     f"torch.float32 [{N}]", f"torch.float16 [{N}]"),
+    ("dequantize gemm gemv", put(weight_scale=every_other), "weight_scale", "contiguous",
+     "strides"),
+    ("dequantize gemm gemv", elsewhere("weight_scale"), "weight_scale", "on ", "a tensor on"),
+    ("gemm gemv", put(bias=lambda t: t.bfloat16()), "bias", f"torch.float32 [{N}]",
+     f"torch.bfloat16 [{N}]"),
+    ("gemm gemv", put(bias=lambda t: t[:-1]), "bias", f"torch.float32 [{N}]",
+     f"torch.float32 [{N - 1}]"),
+    ("gemm gemv", elsewhere("bias"), "bias", "on ", "a tensor on"),
+    ("gemm", put(x_q=lambda x: x.to(torch.int32)), "x_q", "torch.int8 [M, K]",
+     f"torch.int32 [{M}, {K}]"),
+    ("gemm", put(x_q=lambda x: x[None]), "x_q", "torch.int8 [M, K]", f"torch.int8 [1, {M}, {K}]"),
+    ("gemm", put(x_q=columns_first), "x_q", "of strides [multiple of 16, 1]", "strides"),
+    ("gemm", put(x_q=lambda x: torch.cat([x, x[:, :8]], dim=1)[:, :K]), "x_q",
+     "of strides [multiple of 16, 1]", "strides"),
+    ("gemm", put(x_scale=lambda t: t.double()), "x_scale", f"torch.float32 [{M}]",
+     f"torch.float64 [{M}]"),
+    ("gemm", put(x_scale=lambda t: t[:, None]), "x_scale", f"torch.float32 [{M}]",
+     f"torch.float32 [{M}, 1]"),
+    ("gemm", put(x_scale=every_other), "x_scale", "contiguous", "strides"),
+    ("gemm", elsewhere("x_scale"), "x_scale", "on ", "a tensor on"),
+    ("gemm", put(activation="relu"), "activation", "one of ('none', 'gelu_tanh')", "'relu'"),
+    ("gemm", put(out_dtype=torch.float64), "out_dtype", "one of", "torch.float64"),
+    ("gemm", put(out_dtype=torch.int32), "out_dtype int32", "used without bias and activation",
+     "one of them"),
+    ("gemm", put(bias=None, out_dtype=torch.int32, activation="gelu_tanh"), "out_dtype int32",
+     "used without bias and activation", "one of them"),
+    ("gemm", both(NO_BIAS_INT32, fill("residual", M, N, dtype=torch.int32)), "out_dtype int32",
+     "used without residual", "a residual"),
+    ("gemm", fill("gate", 2, N, dtype=torch.bfloat16), "gate", "given together with residual",
+     "gate without residual"),
+    ("gemm", fill("residual", M, N), "residual", f"torch.bfloat16 [{M}, {N}]",
+     f"torch.float32 [{M}, {N}]"),
+    ("gemm", fill("residual", M, N - 1, dtype=torch.bfloat16), "residual",
+     f"torch.bfloat16 [{M}, {N}]", f"torch.bfloat16 [{M}, {N - 1}]"),
+    ("gemm", both(GATED, put(residual=columns_first)), "residual", "of last stride 1", "strides"),
+    ("gemm", both(GATED, elsewhere("residual")), "residual", "on ", "a tensor on"),
+    ("gemm", both(GATED, fill("gate", 4, N, dtype=torch.bfloat16)), "gate",
+     f"[B, N] with B a divisor of M = {M}", f"shape [4, {N}]"),
+    ("gemm", both(GATED, fill("gate", 0, N, dtype=torch.bfloat16)), "gate",
+     f"[B, N] with B a divisor of M = {M}", f"shape [0, {N}]"),
+    ("gemm", both(GATED, put(gate=lambda g: g[0])), "gate", f"[B, N] with B a divisor of M = {M}",
+     f"shape [{N}]"),
+    ("gemm", both(GATED, fill("gate", 2, N - 1, dtype=torch.bfloat16)), "gate",
+     f"torch.bfloat16 [2, {N}]", f"torch.bfloat16 [2, {N - 1}]"),
+    ("gemm", both(GATED, fill("gate", 2, N)), "gate", f"torch.bfloat16 [2, {N}]",
+     f"torch.float32 [2, {N}]"),
+    ("gemm", both(GATED, put(gate=columns_first)), "gate", "of last stride 1", "strides"),
+    ("gemm", both(GATED, elsewhere("gate")), "gate", "on ", "a tensor on"),
+    ("gemv", put(x=lambda x: x.to(torch.int8)), "dtype of x", "one of", "torch.int8"),
+    ("gemv", put(x=lambda x: x.repeat(5, 1)), "x", "[M, K] with M at most 8", f"shape [10, {K}]"),
+    ("gemv", put(x=lambda x: x[0]), "x", "[M, K] with M at most 8", f"shape [{K}]"),
+    ("gemv", put(x=columns_first), "x", "of last stride 1", "strides"),
+]  # fmt: skip
+CASES = [
+    pytest.param(op, *case, id=f"{op}-{case[1]}-{index}")
+    for index, (names, *case) in enumerate(ERRORS)
+    for op in names.split()
+]
+
+
+def argument_pattern(op: str, argument: str, expected: str, got: str) -> str:
+    expected, got = re.escape(expected), re.escape(got)
+    return f"lrq::{op}: {argument}( on CUDA)? must be .*{expected}.*, got .*{got}"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("op", "change", "argument", "expected", "got"), CASES)
+def test_error_names_argument_expected_and_got(
+    op: str, change: Change, argument: str, expected: str, got: str, device: str
+):
+    arguments = VALID[op](device)
+    call(op, arguments)  # right before the change
+    with pytest.raises(ValueError, match=argument_pattern(op, argument, expected, got)):
+        call(op, change(arguments, device))
+
+
+@pytest.mark.parametrize(("op", "change", "argument", "expected", "got"), CASES)
+def test_fakes_raise_the_same_errors(
+    op: str, change: Change, argument: str, expected: str, got: str
+):
+    """Under torch.compile the error must come while tracing, not from a kernel later."""
+    wrong = change(VALID[op]("cpu"), "cpu")
+    with FakeTensorMode() as mode:
+        fake = {
+            name: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+            for name, value in wrong.items()
+        }
+        with pytest.raises(ValueError, match=argument_pattern(op, argument, expected, got)):
+            call(op, fake)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", ["rotate", "rotate_quantize", "gemv"])
+def test_float64_is_for_the_cpu_alone(op: str):
+    arguments = VALID[op]("cuda")
+    arguments["x"] = arguments["x"].double()
+    with pytest.raises(ValueError, match=f"lrq::{op}: dtype of x on CUDA must be .*torch.float64"):
+        call(op, arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", ["gemm", "gemv"])
+def test_addresses_that_the_kernels_cannot_read_are_refused(op: str):
+    arguments = VALID[op]("cuda")
+    shifted = torch.empty(arguments["levels"].numel() + 16, dtype=torch.int8, device="cuda")
+    arguments["levels"] = shifted[1 : 1 + N * 16].view(N, 16)
+    with pytest.raises(ValueError, match=f"lrq::{op}: levels must be aligned to 16 bytes, got .*1"):
+        call(op, arguments)
+
+
+@pytest.mark.gpu
+def test_x_q_must_start_on_16_bytes():
+    arguments = gemm_arguments("cuda")
+    wide = torch.zeros(M, K + 16, dtype=torch.int8, device="cuda")
+    arguments["x_q"] = wide[:, 8 : 8 + K]
+    with pytest.raises(ValueError, match="lrq::gemm: x_q must be aligned to 16 bytes, got .*8"):
+        call("gemm", arguments)
