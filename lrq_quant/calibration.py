@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from .recipe import CalibrationOptions, InputGroup
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
+_DOUBLE_ELEMENTS = 1 << 24  # of the input, converted to fp64 at once
 
 
 class ActivationStats:
@@ -31,15 +32,14 @@ class ActivationStats:
         name: str,
         in_features: int,
         options: CalibrationOptions | None = None,
-        device: torch.device | str = "cpu",
     ) -> None:
         options = options or CalibrationOptions()
         self.name = name
         self.count = 0
-        self.absmax = torch.zeros(in_features, device=device)
-        self.square_sum = torch.zeros(in_features, dtype=torch.float64, device=device)
-        self.sum = torch.zeros(in_features, dtype=torch.float64, device=device)
-        self.gram = torch.zeros(in_features, in_features, device=device) if options.gram else None
+        self.absmax = torch.zeros(in_features)
+        self.square_sum = torch.zeros(in_features, dtype=torch.float64)
+        self.sum = torch.zeros(in_features, dtype=torch.float64)
+        self.gram = torch.zeros(in_features, in_features) if options.gram else None
         self.sample = torch.empty(0, in_features)
         self._keys = torch.empty(0, dtype=torch.float64)
         self._limit = options.sample_rows
@@ -58,14 +58,24 @@ class ActivationStats:
         absmax = rows.abs().amax(0).float()
         if not bool(torch.isfinite(absmax).all()):
             raise ValueError(f"calibration: the input of {self.name} holds NaN or inf")
+        self._follow(rows.device)
         self.absmax = torch.maximum(self.absmax, absmax)
-        self.square_sum += _sum_in_double(rows, squared=True)
-        self.sum += _sum_in_double(rows, squared=False)
+        for chunk in rows.split(max(1, _DOUBLE_ELEMENTS // rows.shape[1])):
+            wide = chunk.double()
+            self.sum += wide.sum(0)
+            self.square_sum += wide.square_().sum(0)
         if self.gram is not None:
-            wide = rows.float()
-            self.gram.addmm_(wide.T, wide)
+            tokens = rows.float()
+            self.gram.addmm_(tokens.T, tokens)
         self.count += rows.shape[0]
         self._draw(rows)
+
+    def _follow(self, device: torch.device) -> None:
+        """Sums live where the input is: with offloading the model may have been elsewhere."""
+        if self.absmax.device != device:
+            self.absmax, self.sum = self.absmax.to(device), self.sum.to(device)
+            self.square_sum = self.square_sum.to(device)
+            self.gram = None if self.gram is None else self.gram.to(device)
 
     def _draw(self, rows: Tensor) -> None:
         """Reservoir: every token gets a random key, the rows of the smallest keys stay."""
@@ -152,10 +162,7 @@ def collect_stats(
     handles: list[RemovableHandle] = []
     try:
         for group in groups:
-            first = model.get_submodule(group.name)
-            entry = ActivationStats(
-                group.name, group.in_features, options, next(first.parameters()).device
-            )
+            entry = ActivationStats(group.name, group.in_features, options)
             stats[group.name] = entry
             handles += _hook_group(model, group, entry)
         with torch.no_grad():
@@ -222,15 +229,3 @@ def _same(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape:
         return False
     return a.data_ptr() == b.data_ptr() or torch.equal(a, b)
-
-
-# Rows converted to fp64 at once.
-_DOUBLE_ELEMENTS = 1 << 24
-
-
-def _sum_in_double(rows: Tensor, *, squared: bool) -> Tensor:
-    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
-    for chunk in rows.split(max(1, _DOUBLE_ELEMENTS // rows.shape[1])):
-        wide = chunk.double()
-        total += wide.square().sum(0) if squared else wide.sum(0)
-    return total

@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -205,9 +205,15 @@ class _GroupJob:
     def run(self) -> tuple[dict[str, LinearState], list[LinearReport]]:
         choice = self._choose().to(self.device)
         tokens = self._rotated_tokens(choice)
+        # One copy for all members, as they are stored.
+        kept = choice.to("cpu")
         states, reports = {}, []
         for linear, module in zip(self.group.linears, self.modules, strict=True):
-            states[linear.name], report = self._quantize(linear, module, choice, tokens)
+            state, report = self._quantize(linear, module, choice, tokens)
+            # The working device may be a GPU with no room for all results.
+            states[linear.name] = replace(
+                state.to("cpu"), smooth_scale=kept.smooth_scale, rotation=kept.rotation
+            )
             reports.append(report)
         logger.info("%s: %s (%s)", self.group.name, choice.label, choice.why)
         return states, reports
@@ -264,8 +270,6 @@ class _GroupJob:
             shared_input=shared,
         )
         state, weight_db, output_db = self._measure(state, weight, tokens, self._corrects(module))
-        # The working device may be a GPU with no room for all results.
-        state = state.to("cpu")
         return state, LinearReport.of(linear, state, choice, weight_db, output_db)
 
     def _importance(self, choice: RotationChoice, tokens: Tensor | None) -> Tensor | None:
@@ -294,7 +298,7 @@ class _GroupJob:
             if state.smooth_scale is not None:
                 mean = mean * state.smooth_scale
             offset = error @ state.rotation.apply(mean)
-            state = _with_bias(state, state.bias + offset)
+            state = replace(state, bias=state.bias + offset)
         x = tokens[:_OUTPUT_ROWS]
         scheme = state.scheme
         x_q = dequantized_activation(x, scheme.act_bits, scheme.scale_mode, scheme.scale_factor)
@@ -302,12 +306,6 @@ class _GroupJob:
         missing = exact - x_q @ decoded.T - offset
         signal, noise = exact.double().square().sum(), missing.double().square().sum()
         return state, weight_db, _decibel(signal, noise)
-
-
-def _with_bias(state: LinearState, bias: Tensor) -> LinearState:
-    from dataclasses import replace
-
-    return replace(state, bias=bias)
 
 
 def _rotated_weight(weight: Tensor, smooth_scale: Tensor | None, rotation: Rotation) -> Tensor:

@@ -174,8 +174,8 @@ class QuantReport:
         kept = sum(linear.weights for linear in self.kept)
         return (
             f"{self.model_class}: {len(self.linears)} linears quantized, "
-            f"{self.weights / 1e6:.2f} M weights at {self.bits_per_weight:.3f} bits with codebooks, "
-            f"scales and rotations; coverage {self.coverage:.2%} of linear weights; "
+            f"{self.weights / 1e6:.2f} M weights at {self.bits_per_weight:.3f} bits, codebooks, "
+            f"scales and rotations included; coverage {self.coverage:.2%} of linear weights; "
             f"{len(self.kept)} linears ({kept / 1e6:.2f} M) stay"
         )
 

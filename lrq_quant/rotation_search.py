@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -109,8 +109,6 @@ class RotationChoice:
         )
 
     def to(self, device: torch.device | str) -> RotationChoice:
-        from dataclasses import replace
-
         smooth = None if self.smooth_scale is None else self.smooth_scale.to(device)
         return replace(self, rotation=self.rotation.to(device), smooth_scale=smooth)
 
@@ -272,22 +270,29 @@ class _CandidateMaker:
 
     def cheap_candidates(self) -> list[Candidate]:
         """Everything but dual."""
-        blocks = _blocks(self.in_features)
-        shapes = [("none", 128)] if "none" in self.options.rotations or not blocks else []
-        if "hadamard" in self.options.rotations or not shapes:
-            shapes += [("hadamard", block) for block in blocks]
-        if "permuted" in self.options.rotations and blocks:
+        blocks, kinds = _blocks(self.in_features), self.options.rotations
+        hadamard = [("hadamard", block) for block in blocks]
+        shapes = [("none", 128)] if "none" in kinds or not blocks else []
+        if "hadamard" in kinds:
+            shapes += hadamard
+        if "permuted" in kinds and blocks:
             shapes += [("permuted", block) for block in dict.fromkeys((blocks[0], blocks[-1]))]
+        if not shapes and not self._dual_is_possible():
+            shapes = hadamard
         return [Candidate(*shape, alpha) for shape in shapes for alpha in self.smooth]
 
     def dual_candidates(self, screened: dict[Candidate, float]) -> list[Candidate]:
-        if "dual" not in self.options.rotations or self.in_features % DUAL_BLOCK_SIZE:
+        """The unsmoothed pair and the one with the smoothing that did best elsewhere."""
+        if not self._dual_is_possible():
             return []
-        if 32 * 2 * DUAL_BLOCK_SIZE**2 > self.options.max_dual_bits * self.weights:
-            return []
-        best = min(screened, key=screened.__getitem__)
-        alphas = dict.fromkeys((None, best.alpha))
+        best = min(screened, key=screened.__getitem__).alpha if screened else None
+        alphas = dict.fromkeys((None, best)) if screened else self.smooth
         return [Candidate("dual", DUAL_BLOCK_SIZE, alpha) for alpha in alphas]
+
+    def _dual_is_possible(self) -> bool:
+        bits = 32 * 2 * DUAL_BLOCK_SIZE**2 / self.weights
+        divides = self.in_features % DUAL_BLOCK_SIZE == 0
+        return "dual" in self.options.rotations and divides and bits <= self.options.max_dual_bits
 
     def make(self, candidate: Candidate) -> tuple[Rotation, Tensor | None]:
         if candidate not in self.made:
