@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "../out_type.h"
+
 namespace lrq {
 
 // Sizes alone, enough to choose a configuration.
@@ -14,12 +16,6 @@ struct GemmProblem {
   int64_t k;  // in_features
   int weight_bits;
 };
-
-enum class OutType : int { kBFloat16, kFloat16, kFloat32, kInt32 };
-
-constexpr int out_type_bytes(OutType type) {
-  return type == OutType::kBFloat16 || type == OutType::kFloat16 ? 2 : 4;
-}
 
 enum class Activation : int { kNone, kGeluTanh };
 

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "../gemm/problem.h"
+#include "../out_type.h"
 
 namespace lrq {
 
