@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import re
@@ -138,6 +139,28 @@ def test_library_registers_its_kernels_under_this_torch():
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lrq::{op}", "CUDA"), op
 
 
+# ---- the planner's types ------------------------------------------------------------------------
+
+
+def test_planner_stub_names_what_the_module_has():
+    """mypy believes the stub: a name of one side only would be an error found by nobody."""
+    planner = pytest.importorskip("lrq_kernels._planner")
+    stub = ast.parse((ROOT / "lrq_kernels" / "_planner.pyi").read_text())
+
+    def stub_names(body: list[ast.stmt]) -> set[str]:
+        assigned = {node.target.id for node in body if isinstance(node, ast.AnnAssign)}
+        return assigned | {n.name for n in body if isinstance(n, (ast.ClassDef, ast.FunctionDef))}
+
+    def public_names(module: object) -> set[str]:
+        return {name for name in dir(module) if not name.startswith("_")}
+
+    classes = [node for node in stub.body if isinstance(node, ast.ClassDef)]
+    assert stub_names(stub.body) == public_names(planner)
+    assert classes != []
+    for node in classes:
+        assert stub_names(node.body) == public_names(getattr(planner, node.name))
+
+
 # ---- the choices of setup.py --------------------------------------------------------------------
 
 
@@ -157,6 +180,15 @@ def test_switched_off_it_compiles_nothing_for_cuda(small_project: Path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "liblrq_cuda.so not built: LRQ_BUILD_CUDA=0" in done.stdout
     assert built_files(small_project) == ["_planner"]
+
+
+def test_the_library_is_there_where_it_can_be_built(setup_py):
+    """Else a failing search for nvcc would pass as a machine that has none."""
+    if os.environ.get("LRQ_BUILD_CUDA") == "0":
+        pytest.skip("LRQ_BUILD_CUDA=0")
+    if isinstance(toolchain := setup_py.cuda_toolchain(), str):
+        pytest.skip(toolchain)
+    assert LIBRARY.exists(), f"{toolchain[0]} is here and {LIBRARY.name} is not: run make build"
 
 
 def test_asked_for_and_impossible_is_an_error(small_project: Path):
