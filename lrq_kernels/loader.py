@@ -17,18 +17,20 @@ def load_quantized(
     path: str | os.PathLike,
     *,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
     verify: bool = True,
 ) -> nn.Module:
     """Replace the linears of `model` that `path` holds quantized and fill in everything else.
 
-    The model is the unquantized one, of the class that the checkpoint names; its parameters may be
-    on the meta device. Quantized and dense tensors land on `device`, dense ones in the dtype in
-    which they are stored. Everything is checked before the model is changed: raises
+    The model is the unquantized one, of the class that the checkpoint names; its parameters may
+    be on the meta device. Quantized and dense tensors land on `device`; floating dense tensors are
+    cast to `dtype` when it is given. Everything is checked before the model is changed: raises
     CheckpointError naming what is missing, extra or of another shape. Returns the model.
     """
     loaded = checkpoint.load(path, device=device, verify=verify)
     _check_model(model, loaded)
     inputs: dict[str, InputQuantizer] = {}
+    linears: dict[str, LRQLinear] = {}
     for name, state in loaded.states.items():
         owner = state.shared_input or name
         if owner not in inputs:
@@ -36,9 +38,15 @@ def load_quantized(
             inputs[owner] = InputQuantizer(
                 first.in_features, first.scheme, first.smooth_scale, first.rotation
             )
-        linear = LRQLinear.from_state(state, inputs[owner], name)
+        linears[name] = LRQLinear.from_state(state, inputs[owner], name)
+    dense = {
+        name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        for name, tensor in loaded.dense.items()
+    }
+    # All that can fail, for want of memory too, is done: the model is never half replaced.
+    for name, linear in linears.items():
         model.set_submodule(name, linear)
-    for name, tensor in loaded.dense.items():
+    for name, tensor in dense.items():
         _assign(model, name, tensor)
     return model.eval()
 
