@@ -68,18 +68,18 @@ class LinearReport:
         return self.out_features * self.in_features
 
     @property
-    def bits_per_weight(self) -> float:
+    def weight_bits(self) -> float:
         return self.stored_bits / self.weights
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values: numbers that are not finite become None."""
         values = dataclasses.asdict(self)
-        values["bits_per_weight"] = self.bits_per_weight
+        values["weight_bits"] = self.weight_bits
         return _json(values)
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> LinearReport:
-        values = {key: value for key, value in values.items() if key != "bits_per_weight"}
+        values = {key: value for key, value in values.items() if key != "weight_bits"}
         values["scheme"] = QuantScheme.from_dict(values["scheme"])
         if values["weight_sqnr_db"] is None:
             values["weight_sqnr_db"] = math.inf
@@ -89,7 +89,7 @@ class LinearReport:
 @dataclass(frozen=True)
 class QuantReport:
     """The whole model.  coverage: share of the weights of all linears that is quantized;
-    bits_per_weight: stored bits of the quantized linears over their weights."""
+    weight_bits: stored bits of the quantized linears over their weights."""
 
     model_class: str
     recipe: dict[str, Any]
@@ -118,7 +118,7 @@ class QuantReport:
         return sum(linear.weights for linear in self.linears)
 
     @property
-    def bits_per_weight(self) -> float:
+    def weight_bits(self) -> float:
         return sum(linear.stored_bits for linear in self.linears) / max(1, self.weights)
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,7 +129,7 @@ class QuantReport:
             "calibrated": self.calibrated,
             "coverage": self.coverage,
             "parameters": self.parameters,
-            "bits_per_weight": self.bits_per_weight,
+            "weight_bits": self.weight_bits,
             "linears": [linear.to_dict() for linear in self.linears],
             "kept": [dataclasses.asdict(kept) for kept in self.kept],
         }
@@ -158,7 +158,7 @@ class QuantReport:
                     _number(linear.j),
                     _number(linear.weight_sqnr_db),
                     _number(linear.output_sqnr_db),
-                    f"{linear.bits_per_weight:.3f}",
+                    f"{linear.weight_bits:.3f}",
                     linear.why,
                 )
             )
@@ -174,7 +174,7 @@ class QuantReport:
         kept = sum(linear.weights for linear in self.kept)
         return (
             f"{self.model_class}: {len(self.linears)} linears quantized, "
-            f"{self.weights / 1e6:.2f} M weights at {self.bits_per_weight:.3f} bits, codebooks, "
+            f"{self.weights / 1e6:.2f} M weights at {self.weight_bits:.3f} bits, codebooks, "
             f"scales and rotations included; coverage {self.coverage:.2%} of linear weights; "
             f"{len(self.kept)} linears ({kept / 1e6:.2f} M) stay"
         )

@@ -157,8 +157,8 @@ def test_report_counts_every_stored_bit(model: nn.Module, stats: Stats, tmp_path
     }
     assert {linear.name: linear.stored_bits for linear in report.linears} == by_state
     total = sum(linear.weights for linear in report.linears)
-    assert report.bits_per_weight == pytest.approx(sum(by_state.values()) / total)
-    assert 4 < report.bits_per_weight < 6  # a codebook is one bit a weight at K = 128
+    assert report.weight_bits == pytest.approx(sum(by_state.values()) / total)
+    assert 4 < report.weight_bits < 6  # a codebook is one bit a weight at K = 128
     file = quantized.save(tmp_path / "model.safetensors")
     dense = sum(t.numel() * t.element_size() for t in quantized.dense.values())
     biases = sum(s.bias.numel() * 4 for s in quantized.states.values() if s.bias is not None)
