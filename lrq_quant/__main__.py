@@ -1,0 +1,251 @@
+"""The command line: python -m lrq_quant, or lrq.
+
+lrq quantize MODEL OUT --scheme w4a8 --prompts prompts.txt
+lrq generate OUT --prompt "..." --out picture.png
+lrq inspect OUT
+lrq demo --out demo
+lrq info
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status. Expected errors are one line on stderr."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.command(arguments)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"lrq {arguments.name}: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lrq", description="Low-bit diffusion transformers.")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
+
+    add = commands.add_parser("quantize", help="quantize a diffusers pipeline")
+    add.add_argument("model", help="hub id or local folder of a supported diffusers pipeline")
+    add.add_argument("out", type=Path, help="folder to write; must not exist or be empty")
+    add.add_argument("--scheme", default="w4a8", help="w{2,3,4}a{4,8,16} of the blocks")
+    add.add_argument("--prompts", type=Path, help="text file, one calibration prompt a line")
+    add.add_argument(
+        "--weights-only", action="store_true", help="no calibration: weights and signs alone"
+    )
+    add.add_argument("--modulation", default="w4a16", help="scheme of adaLN linears, or 'keep'")
+    add.add_argument("--exclude", nargs="*", default=[], help="patterns of linears that stay")
+    add.add_argument("--mode", choices=("default", "paper"), default="default")
+    add.add_argument("--limit", type=int, help="use at most this many prompts")
+    _add_sampling(add)
+    _add_device(add)
+    add.set_defaults(command=_quantize)
+
+    add = commands.add_parser("generate", help="draw pictures with a pipeline, quantized or not")
+    add.add_argument("model", help="hub id or local folder")
+    add.add_argument("--prompt", action="append", required=True, help="repeat for several pictures")
+    add.add_argument("--out", type=Path, required=True, help="a .png file, or a folder")
+    add.add_argument("--seed", type=int, default=0)
+    _add_sampling(add)
+    _add_device(add)
+    add.set_defaults(command=_generate)
+
+    add = commands.add_parser("inspect", help="what a quantized folder holds, layer by layer")
+    add.add_argument("model", type=Path, help="quantized pipeline or transformer folder")
+    add.add_argument("--json", action="store_true", help="print the report as JSON")
+    add.set_defaults(command=_inspect)
+
+    add = commands.add_parser("demo", help="quantize the bundled model and compare pictures")
+    add.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results")
+    add.add_argument("--prompts", type=int, help="held-out captions; 32 on a CPU, 256 on a GPU")
+    add.add_argument("--schemes", nargs="+", default=["w4a8", "w4a4", "w3a4"])
+    add.add_argument("--device", help="cuda or cpu; the GPU when there is one")
+    add.set_defaults(command=_demo)
+
+    add = commands.add_parser("info", help="GPU, compiled architectures, kernels that will run")
+    add.set_defaults(command=_info)
+    return parser
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=int, help="denoising steps; the pipeline's own by default")
+    parser.add_argument("--guidance", type=float, help="guidance scale; the pipeline's own")
+    parser.add_argument("--height", type=int)
+    parser.add_argument("--width", type=int)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cuda or cpu; the GPU when there is one")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of what stays dense")
+
+
+def _device(arguments: argparse.Namespace) -> str:
+    import torch
+
+    if arguments.device:
+        return arguments.device
+    if torch.cuda.is_available():
+        return "cuda"
+    print("no CUDA GPU: running the reference kernels on the CPU", file=sys.stderr)
+    return "cpu"
+
+
+def _call_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of the pipeline call; what was not given is left to the pipeline."""
+    options = {
+        "num_inference_steps": arguments.steps,
+        "guidance_scale": arguments.guidance,
+        "height": arguments.height,
+        "width": arguments.width,
+    }
+    return {name: value for name, value in options.items() if value is not None}
+
+
+# ---- quantize -----------------------------------------------------------------------------------
+
+
+def _quantize(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from lrq_kernels import QuantScheme
+
+    from . import QuantRecipe
+    from .diffusers_backend import check_writable, load_pipeline, quantize_pipeline
+
+    prompts = _read_prompts(arguments)
+    modulation = None
+    if arguments.modulation != "keep":
+        modulation = QuantScheme.from_name(arguments.modulation, rotation="none")
+    recipe = QuantRecipe.from_name(
+        arguments.scheme,
+        modulation=modulation,
+        exclude=tuple(arguments.exclude),
+        mode=arguments.mode,
+    )
+    check_writable(arguments.out)
+    device, dtype = _device(arguments), getattr(torch, arguments.dtype)
+    pipeline = load_pipeline(arguments.model, device=device, torch_dtype=dtype)
+    print(recipe.resolve(pipeline.transformer).summary())
+    with ProgressBar() as bar:
+        report = quantize_pipeline(
+            pipeline,
+            recipe,
+            prompts,
+            arguments.out,
+            call_options=_call_options(arguments),
+            progress=bar.update,
+        )
+    print(report.summary())
+    print(f"written to {arguments.out}")
+    return 0
+
+
+def _read_prompts(arguments: argparse.Namespace) -> list[str] | None:
+    """Calibration prompts, or None for weights alone."""
+    if arguments.weights_only:
+        return None
+    if arguments.prompts is None:
+        raise ValueError("--prompts FILE is needed for calibration, or --weights-only without it")
+    lines = [line.strip() for line in arguments.prompts.read_text().splitlines()]
+    prompts = [line for line in lines if line][: arguments.limit]
+    if not prompts:
+        raise ValueError(f"{arguments.prompts} holds no prompts")
+    return prompts
+
+
+class ProgressBar:
+    """One tqdm bar a stage, with the time left."""
+
+    def __enter__(self) -> ProgressBar:
+        self._stage, self._bar = "", None
+        return self
+
+    def update(self, stage: str, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if stage != self._stage:
+            self.__exit__()
+            self._stage, self._bar = stage, tqdm(total=total, desc=stage, file=sys.stderr)
+        self._bar.update(done - self._bar.n)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+# ---- generate -----------------------------------------------------------------------------------
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from .diffusers_backend import load_pipeline
+
+    files = _output_files(arguments.out, len(arguments.prompt))
+    device, dtype = _device(arguments), getattr(torch, arguments.dtype)
+    pipeline = load_pipeline(arguments.model, device=device, torch_dtype=dtype)
+    generators = [
+        torch.Generator().manual_seed(arguments.seed + i) for i in range(len(arguments.prompt))
+    ]
+    start = time.perf_counter()
+    images = pipeline(arguments.prompt, generator=generators, **_call_options(arguments)).images
+    seconds = time.perf_counter() - start
+    for image, file in zip(images, files, strict=True):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f".{file.name}.tmp")
+        image.save(temporary, format="PNG")
+        temporary.replace(file)
+        print(file)
+    print(f"{seconds / len(files):.2f} s a picture on {device}", file=sys.stderr)
+    return 0
+
+
+def _output_files(out: Path, count: int) -> list[Path]:
+    if out.suffix == ".png":
+        if count > 1:
+            raise ValueError(f"--out must be a folder for {count} prompts, got the file {out}")
+        return [out]
+    return [out / f"{index:04d}.png" for index in range(count)]
+
+
+# ---- inspect, demo, info ------------------------------------------------------------------------
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from .diffusers_backend import load_report
+
+    report = load_report(arguments.model)
+    print(json.dumps(report.to_dict(), indent=1) if arguments.json else report.table())
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from .demo.compare import run_demo, table
+
+    device = _device(arguments)
+    prompts = arguments.prompts or (256 if device.startswith("cuda") else 32)
+    start = time.perf_counter()
+    report = run_demo(arguments.out, device, prompts=prompts, schemes=arguments.schemes)
+    print(table(report))
+    print(f"{arguments.out / 'grid.png'} and report.json, {time.perf_counter() - start:.0f} s")
+    return 0
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from .info import info_lines
+
+    print("\n".join(info_lines()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
