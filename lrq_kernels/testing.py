@@ -34,13 +34,22 @@ class Problem:
     def sizes(self) -> tuple[int, int, int]:
         return self.x_q.shape[0], self.levels.shape[0], self.x_q.shape[1]
 
+    def weight_levels(self) -> Tensor:
+        """int8 [N, K] from the codes, past every packing and every kernel."""
+        return torch.gather(self.levels, 1, self.codes.long())
+
 
 def random_levels(
-    n: int, bits: int, *, generator: torch.Generator | None = None, extreme: bool = False
+    n: int,
+    bits: int,
+    *,
+    device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,
+    extreme: bool = False,
 ) -> Tensor:
     """int8 [n, 2^bits] that TwinLogCodebook accepts; extreme: reaching -128 and 127."""
     half = 1 << (bits - 1)
-    magnitude = torch.rand(2, n, half, generator=generator).sort(dim=-1).values
+    magnitude = torch.rand(2, n, half, device=device, generator=generator).sort(dim=-1).values
     if extreme:
         magnitude[..., -1] = 1.0
     positive = (magnitude[0] * 127).round()
@@ -59,18 +68,24 @@ def make_problem(
     generator: torch.Generator | None = None,
     extreme: bool = False,
 ) -> Problem:
-    """A random GEMM problem. extreme: every code and level at its largest magnitude is possible."""
+    """A random GEMM problem, drawn on the generator's device, or on `device` without one.
+
+    x_q has rows 16 bytes apart, as lrq::gemm wants; what lies between K and the next row is random.
+    extreme: levels reach -128 and 127.
+    """
     qmax = 2 ** (act_bits - 1) - 1
-    codes = torch.randint(0, 1 << weight_bits, (n, k), generator=generator, dtype=torch.uint8)
-    levels = random_levels(n, weight_bits, generator=generator, extreme=extreme)
-    x_q = torch.randint(-qmax, qmax + 1, (m, k), generator=generator, dtype=torch.int8)
-    x_scale = torch.rand(m, generator=generator) * 0.02 + 1e-4
-    weight_scale = torch.rand(n, generator=generator) * 0.002 + 1e-5
-    bias = torch.randn(n, generator=generator)
+    where = torch.device(device) if generator is None else generator.device
+    options = {"device": where, "generator": generator}
+    codes = torch.randint(0, 1 << weight_bits, (n, k), dtype=torch.uint8, **options)
+    levels = random_levels(n, weight_bits, extreme=extreme, **options)
+    x_q = torch.randint(-qmax, qmax + 1, (m, -(-k // 16) * 16), dtype=torch.int8, **options)
+    x_scale = torch.rand(m, **options) * 0.02 + 1e-4
+    weight_scale = torch.rand(n, **options) * 0.002 + 1e-5
+    bias = torch.randn(n, **options)
     TwinLogCodebook(levels, weight_scale)
     packed = pack_codes(codes, weight_bits).to(device)
     return Problem(
-        x_q.to(device),
+        x_q.to(device)[:, :k],
         x_scale.to(device),
         codes.to(device),
         ops.prepack(packed, k, weight_bits),

@@ -225,12 +225,12 @@ def test_codes_in_the_padding_are_never_read(bits: int):
 
 @pytest.mark.parametrize("out_dtype", FLOATS)
 def test_dequantize_rounds_level_times_scale_once(out_dtype: torch.dtype):
-    problem = make_problem(1, 70, 130 - 130 % 16, 3)
+    problem = make_problem(1, 70, 130, 3)
     _, n, k = problem.sizes
     weight = reference.dequantize(
         problem.weight, problem.levels, problem.weight_scale, n, k, 3, out_dtype
     )
-    levels = torch.gather(problem.levels, 1, problem.codes.long())
+    levels = problem.weight_levels()
     assert torch.equal(weight, (levels.float() * problem.weight_scale[:, None]).to(out_dtype))
 
 
@@ -370,9 +370,7 @@ def test_dequantized_codes_reconstruct_the_rotated_input(dtype: torch.dtype):
 
 def exact_gemm(problem, bias=None, residual=None, gate_rows=None) -> torch.Tensor:
     """fp32 output by fractions, each rounding of the contract spelled out."""
-    accumulator = (
-        problem.x_q.long() @ torch.gather(problem.levels, 1, problem.codes.long()).long().T
-    )
+    accumulator = problem.x_q.long() @ problem.weight_levels().long().T
     m, n = accumulator.shape
     scaled = accumulator.float() * problem.x_scale[:, None]
     zero = torch.zeros(m, n)
@@ -425,14 +423,13 @@ def test_gemm_rounds_where_the_contract_says(bits: int, out_dtype: torch.dtype):
 @pytest.mark.parametrize("bits", BITS)
 def test_gemm_in_int32_returns_the_accumulators(bits: int):
     problem = make_problem(3, 40, 384, bits, extreme=True)
-    levels = torch.gather(problem.levels, 1, problem.codes.long())
-    assert torch.equal(run_gemm(problem, torch.int32).long(), problem.x_q.long() @ levels.long().T)
+    expected = problem.x_q.long() @ problem.weight_levels().long().T
+    assert torch.equal(run_gemm(problem, torch.int32).long(), expected)
 
 
 def test_gemm_is_near_the_product_of_what_the_codes_mean():
     problem = make_problem(9, 70, 256, 4)
-    weight = torch.gather(problem.levels, 1, problem.codes.long())
-    weight = weight.double() * problem.weight_scale.double()[:, None]
+    weight = problem.weight_levels().double() * problem.weight_scale.double()[:, None]
     x = problem.x_q.double() * problem.x_scale.double()[:, None]
     oracle = F.linear(x, weight, problem.bias.double())
     output = run_gemm(problem, torch.float32, problem.bias)
@@ -473,8 +470,7 @@ def test_gemv_is_as_good_as_torch(bits: int, dtype: torch.dtype, with_bias: bool
     bias = problem.bias if with_bias else None
     constants = (problem.weight, problem.levels, problem.weight_scale, bias, bits, 70)
     oracle = reference.gemv(x.double(), *constants)
-    weight = torch.gather(problem.levels, 1, problem.codes.long()).double()
-    weight = weight * problem.weight_scale.double()[:, None]
+    weight = problem.weight_levels().double() * problem.weight_scale.double()[:, None]
     expected = F.linear(x.double(), weight, None if bias is None else bias.double())
     assert relative_error(oracle, expected) < 1e-12
     baseline = F.linear(x.float(), weight.float(), bias).to(dtype)
