@@ -168,13 +168,15 @@ Tensor dequantize(const Tensor& weight, const Tensor& levels, const Tensor& weig
 // int8 [M, K] whose rows cp.async can read in 16-byte pieces.
 void check_x_q(const char* op, const Tensor& x_q) {
   const Argument argument{op, "x_q"};
-  LRQ_CHECK(x_q.scalar_type() == ScalarType::Char && x_q.dim() == 2, argument, "int8 [M, K]",
+  LRQ_CHECK(x_q.scalar_type() == ScalarType::Char && x_q.dim() == 2, argument, "torch.int8 [M, K]",
             tensor_text(x_q));
   check_size(op, "M", x_q.size(0));
   if (x_q.numel() > 0) {
     const bool unit = x_q.size(1) == 1 || x_q.stride(1) == 1;
     const bool steps = x_q.size(0) == 1 || x_q.stride(0) % 16 == 0;
     LRQ_CHECK(unit && steps, argument, "of strides [multiple of 16, 1]", strides_text(x_q));
+    LRQ_CHECK(x_q.size(0) == 1 || x_q.stride(0) <= kLargestRowStride, argument,
+              "of a row stride of at most " + std::to_string(kLargestRowStride), strides_text(x_q));
     check_aligned(argument, x_q, 16);
   }
 }

@@ -48,8 +48,8 @@ def test_old_gpu_is_refused_with_both_numbers() -> None:
 
 @pytest.mark.parametrize(
     "problem",
-    [(0, 128, 128, 4), (128, 128, 128, 5), (2**31, 128, 128, 4)],
-    ids=["no tokens", "5 bits", "more than int32"],
+    [(0, 128, 128, 4), (128, 128, 128, 5), (2**31, 128, 128, 4), (128, 128, 131072, 4)],
+    ids=["no tokens", "5 bits", "more tokens than int32", "sums past int32"],
 )
 def test_impossible_problem_is_named(problem: tuple[int, int, int, int]) -> None:
     m, n, k, bits = problem

@@ -54,6 +54,12 @@ inline constexpr int kOldestArch = 80;
 // Kernels count tokens, channels and inputs in int32, up to the end of the last tile.
 inline constexpr int64_t kLargestSize = INT32_MAX - 127;
 
+// |x| and |level| are at most 128, so sums over more inputs could leave int32.
+inline constexpr int64_t kLargestGemmInputs = INT32_MAX / (128 * 128);
+
+// Offsets inside a token tile are 32-bit: 128 rows of this many bytes.
+inline constexpr int64_t kLargestRowStride = INT32_MAX / 128 / 16 * 16;
+
 // int32 accumulators of one output tile are staged in shared memory, four words of padding a token
 // (gemm/epilogue.cuh says why four).
 inline constexpr int kStagingPad = 4;
@@ -98,7 +104,7 @@ constexpr int64_t block_count(const GemmConfig& config, const GemmProblem& probl
 constexpr bool is_legal(const GemmConfig& config, const GemmProblem& problem, int arch) {
   return arch >= config.arch && is_weight_bits(problem.weight_bits) && problem.m >= 1 &&
          problem.n >= 1 && problem.k >= 1 && problem.m <= kLargestSize &&
-         problem.n <= kLargestSize && problem.k <= kLargestSize &&
+         problem.n <= kLargestSize && problem.k <= kLargestGemmInputs &&
          block_count(config, problem) <= INT32_MAX &&
          shared_bytes(config, problem.weight_bits) <= max_shared_bytes(arch);
 }
@@ -131,7 +137,8 @@ inline const GemmConfig& select_gemm_config(const GemmProblem& problem, int arch
         "lrq::gemm: no configuration for M=" + std::to_string(problem.m) +
         ", N=" + std::to_string(problem.n) + ", K=" + std::to_string(problem.k) +
         ", weight_bits=" + std::to_string(problem.weight_bits) + " on compute capability " +
-        arch_name(arch) + "; expected sizes of 1 to 2^31-128 and 2, 3 or 4 bits");
+        arch_name(arch) + "; expected sizes of 1 to 2^31-128, K up to " +
+        std::to_string(kLargestGemmInputs) + ", and 2, 3 or 4 bits");
   }
   return *smallest;
 }

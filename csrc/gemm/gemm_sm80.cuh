@@ -117,10 +117,11 @@ __global__ void __launch_bounds__(GemmSm80<kBits, kConfigIndex>::kThreads,
       if (Gemm::kTokensPerPass > Gemm::kTileM && copy_token >= Gemm::kTileM) {
         break;
       }
-      const bool inside = valid > 0 && m0 + first + copy_token < m_size;
-      const int8_t* source =
-          inside ? copy_x + first * args.x_stride + k_tile * kTileInputs : args.x_q;
-      cp_async_16(target + first * kTileInputs, source, inside ? valid : 0);
+      // Past M nothing is read, so the address need not exist. 32-bit offsets save the registers
+      // that would spill: kLargestRowStride bounds them.
+      const bool inside = m0 + first + copy_token < m_size;
+      const uint32_t offset = first * static_cast<int>(args.x_stride) + k_tile * kTileInputs;
+      cp_async_16(target + first * kTileInputs, copy_x + offset, inside ? valid : 0);
     }
     const uint32_t* source = copy_w + static_cast<int64_t>(k_tile) * Gemm::kTileWords;
 #pragma unroll
@@ -131,6 +132,16 @@ __global__ void __launch_bounds__(GemmSm80<kBits, kConfigIndex>::kThreads,
       }
     }
   };
+
+  // Every step commits a group, empty ones too, so that "all but kStages - 2" means "this tile".
+  // The first copies leave before anything else is waited for.
+#pragma unroll
+  for (int k_tile = 0; k_tile < Gemm::kStages - 1; ++k_tile) {
+    if (k_tile < k_tiles) {
+      copy_stage(k_tile, stages[k_tile]);
+    }
+    cp_async_commit();
+  }
 
   // The lookup tables of this lane's rows. Rows past N decode to anything: they are not stored.
   LevelTable<kBits> tables[kChannelTiles][kRowsPerLane];
@@ -179,14 +190,6 @@ __global__ void __launch_bounds__(GemmSm80<kBits, kConfigIndex>::kThreads,
     }
   };
 
-  // Every step commits a group, empty ones too, so that "all but kStages - 2" means "this tile".
-#pragma unroll
-  for (int k_tile = 0; k_tile < Gemm::kStages - 1; ++k_tile) {
-    if (k_tile < k_tiles) {
-      copy_stage(k_tile, stages[k_tile]);
-    }
-    cp_async_commit();
-  }
   int slot = 0;
   int free_slot = Gemm::kStages - 1;
 #pragma unroll 1
