@@ -133,7 +133,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
     )
     check_writable(arguments.out)
     device, dtype = _device(arguments), getattr(torch, arguments.dtype)
-    pipeline = load_pipeline(arguments.model, device=device, torch_dtype=dtype)
+    pipeline = load_pipeline(arguments.model, device=device, dtype=dtype)
     print(recipe.resolve(pipeline.transformer).summary())
     with ProgressBar() as bar:
         report = quantize_pipeline(
@@ -165,8 +165,11 @@ def _read_prompts(arguments: argparse.Namespace) -> list[str] | None:
 class ProgressBar:
     """One tqdm bar a stage, with the time left."""
 
+    def __init__(self) -> None:
+        self._stage = ""
+        self._bar: Any = None
+
     def __enter__(self) -> ProgressBar:
-        self._stage, self._bar = "", None
         return self
 
     def update(self, stage: str, done: int, total: int) -> None:
@@ -192,7 +195,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
     files = _output_files(arguments.out, len(arguments.prompt))
     device, dtype = _device(arguments), getattr(torch, arguments.dtype)
-    pipeline = load_pipeline(arguments.model, device=device, torch_dtype=dtype)
+    pipeline = load_pipeline(arguments.model, device=device, dtype=dtype)
     generators = [
         torch.Generator().manual_seed(arguments.seed + i) for i in range(len(arguments.prompt))
     ]

@@ -40,7 +40,7 @@ def load_pipeline(
     path: str | os.PathLike,
     *,
     device: torch.device | str = "cpu",
-    torch_dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = torch.bfloat16,
     fuse: bool = True,
 ) -> Any:
     """A diffusers pipeline from a folder or hub id, on `device`.
@@ -53,9 +53,9 @@ def load_pipeline(
     components = {}
     if is_quantized(folder / TRANSFORMER):
         components[TRANSFORMER] = load_transformer(
-            folder / TRANSFORMER, device=device, torch_dtype=torch_dtype, fuse=fuse
+            folder / TRANSFORMER, device=device, dtype=dtype, fuse=fuse
         )
-    pipeline = pipeline_class(path).from_pretrained(path, torch_dtype=torch_dtype, **components)
+    pipeline = pipeline_class(path).from_pretrained(path, dtype=dtype, **components)
     return pipeline.to(device)
 
 
@@ -63,7 +63,7 @@ def load_transformer(
     folder: str | os.PathLike,
     *,
     device: torch.device | str = "cpu",
-    torch_dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = torch.bfloat16,
     fuse: bool = True,
 ) -> nn.Module:
     """The transformer of a quantized component folder (config.json beside the checkpoint)."""
@@ -81,7 +81,7 @@ def load_transformer(
     for name, buffer in model.named_buffers():
         parent, _, leaf = name.rpartition(".")
         model.get_submodule(parent)._buffers[leaf] = buffer.to(device)
-    lrq_kernels.load_quantized(model, folder, device=device, dtype=torch_dtype)
+    lrq_kernels.load_quantized(model, folder, device=device, dtype=dtype)
     return fuse_projections(model) if fuse else model
 
 
@@ -237,11 +237,11 @@ def check_writable(out: str | os.PathLike) -> Path:
 # ---- fused projections --------------------------------------------------------------------------
 
 # Fused name -> linears of an attention module, in the order in which diffusers splits the result.
-_SELF_ATTENTION = {
+_SELF_ATTENTION: dict[str, tuple[str, ...]] = {
     "to_qkv": ("to_q", "to_k", "to_v"),
     "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
 }
-_CROSS_ATTENTION = {"to_kv": ("to_k", "to_v")}
+_CROSS_ATTENTION: dict[str, tuple[str, ...]] = {"to_kv": ("to_k", "to_v")}
 
 
 def fuse_projections(model: nn.Module) -> nn.Module:
@@ -292,8 +292,9 @@ def _fusable(module: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def _one_input(module: nn.Module, members: tuple[str, ...]) -> bool:
-    linears = [getattr(module, name, None) for name in members]
-    if not all(isinstance(linear, LRQLinear) for linear in linears):
+    found = [getattr(module, name, None) for name in members]
+    linears = [linear for linear in found if isinstance(linear, LRQLinear)]
+    if len(linears) < len(found):
         return False
     first = linears[0]
     return all(
