@@ -1,0 +1,97 @@
+"""The command line, end to end on the bundled demo model, and its errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lrq_quant.__main__ import main
+from lrq_quant.demo import WEIGHTS_FOLDER
+
+PROMPT = "a red circle left of a blue square"
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("models") / "shapes-w4a8"
+    arguments = ["quantize", str(WEIGHTS_FOLDER), str(out), "--weights-only", "--device", "cpu"]
+    assert main(arguments) == 0
+    return out
+
+
+def test_generate_is_repeatable_and_depends_on_the_seed(quantized: Path, tmp_path: Path) -> None:
+    def draw(name: str, seed: int) -> bytes:
+        file = tmp_path / name
+        options = ["--steps", "2", "--seed", str(seed), "--device", "cpu"]
+        assert (
+            main(["generate", str(quantized), "--prompt", PROMPT, "--out", str(file), *options])
+            == 0
+        )
+        with Image.open(file) as image:
+            assert image.size == (32, 32)
+            return image.tobytes()
+
+    assert draw("a.png", 1) == draw("b.png", 1) != draw("c.png", 2)
+
+
+def test_generate_writes_one_file_a_prompt(quantized: Path, tmp_path: Path) -> None:
+    prompts = ["--prompt", PROMPT, "--prompt", "a green triangle above a red square"]
+    folder = tmp_path / "pictures"
+    options = ["--steps", "1", "--device", "cpu"]
+    assert main(["generate", str(quantized), *prompts, "--out", str(folder), *options]) == 0
+    assert sorted(p.name for p in folder.iterdir()) == ["0000.png", "0001.png"]
+
+
+def test_inspect_prints_every_layer(quantized: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["inspect", str(quantized)]) == 0
+    text = capsys.readouterr().out
+    assert "transformer_blocks.2.ff.net.2" in text and "w4a8" in text and "hadamard" in text
+    assert main(["inspect", str(quantized), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert 4 < report["weight_bits"] < 5 and 0.9 < report["coverage"] < 1
+    assert {linear["scheme"]["weight_bits"] for linear in report["linears"]} == {4}
+
+
+def test_info_says_what_runs_here(capsys: pytest.CaptureFixture) -> None:
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "torch" in text and "CUDA kernels:" in text and "GPU" in text
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["quantize", str(WEIGHTS_FOLDER), "{tmp}/out"], "--prompts FILE is needed"),
+        (["quantize", str(WEIGHTS_FOLDER), "{tmp}/taken", "--weights-only"], "exists already"),
+        (["quantize", "{tmp}/taken", "{tmp}/out", "--weights-only"], "no model_index.json"),
+        (
+            ["quantize", str(WEIGHTS_FOLDER), "{tmp}/out", "--weights-only", "--scheme", "w5a8"],
+            "weight_bits must be one of (2, 3, 4), got 5",
+        ),
+        (
+            ["quantize", str(WEIGHTS_FOLDER), "{tmp}/out", "--weights-only", "--exclude", "typo.*"],
+            "'typo.*' matches no linear",
+        ),
+        (["inspect", "{tmp}/taken"], "no lrq checkpoint"),
+        (["inspect", str(WEIGHTS_FOLDER)], "format must be 'lrq'"),
+        (
+            ["generate", "{tmp}/taken", "--prompt", "a", "--prompt", "b", "--out", "x.png"],
+            "--out must be a folder",
+        ),
+    ],
+)
+def test_errors_are_one_line_and_write_nothing(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "notes.txt").write_text("mine")
+    arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
+    assert main(arguments) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"lrq {arguments[0]}: error: ") and message in error
+    assert [p.name for p in tmp_path.iterdir()] == ["taken"]
+    assert (taken / "notes.txt").read_text() == "mine"
