@@ -1,0 +1,159 @@
+"""Valid arguments of every op, shared by the tests of what torch and CUDA ask of ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lrq_kernels.testing import make_problem
+
+M, N, K = 6, 40, 128
+Arguments = dict[str, Any]
+
+
+def call(op: str, arguments: Arguments) -> Any:
+    return getattr(torch.ops.lrq, op).default(*arguments.values())
+
+
+def rotate_arguments(device: str, rotation: str = "hadamard", x: Any = None) -> Arguments:
+    matrices = None
+    if rotation == "dual":
+        matrices = torch.linalg.qr(torch.randn(2, 128, 128)).Q.contiguous().to(device)
+    return {
+        "x": torch.randn(M, K).to(device, torch.bfloat16) if x is None else x,
+        "channel_scale": torch.randn(K).to(device),
+        "permutation": torch.randperm(K).to(device, torch.int32),
+        "matrices": matrices,
+        "rotation": rotation,
+        "block_size": 128,
+    }
+
+
+def quantize_arguments(device: str, rotation: str = "hadamard", x: Any = None) -> Arguments:
+    return {
+        **rotate_arguments(device, rotation, x),
+        "act_bits": 8,
+        "scale_mode": "absmax",
+        "scale_factor": 1.0,
+    }
+
+
+def gemm_arguments(
+    device: str, out_dtype: torch.dtype = torch.bfloat16, rows: int = M, samples: int = 0
+) -> Arguments:
+    """samples > 0: with a residual and a gate; out_dtype int32: without a bias."""
+    problem = make_problem(rows, N, K, 4, device=device)
+    residual = gate = None
+    if samples:
+        residual = torch.randn(rows, N).to(device, out_dtype)
+        gate = torch.randn(samples, N).to(device, out_dtype)
+    return {
+        "x_q": problem.x_q,
+        "x_scale": problem.x_scale,
+        "weight": problem.weight,
+        "levels": problem.levels,
+        "weight_scale": problem.weight_scale,
+        "bias": None if out_dtype == torch.int32 else problem.bias,
+        "residual": residual,
+        "gate": gate,
+        "weight_bits": 4,
+        "out_features": N,
+        "activation": "none",
+        "out_dtype": out_dtype,
+    }
+
+
+def gemv_arguments(device: str, rows: int = 2) -> Arguments:
+    gemm = gemm_arguments(device)
+    return {
+        "x": torch.randn(rows, K).to(device, torch.bfloat16),
+        "weight": gemm["weight"],
+        "levels": gemm["levels"],
+        "weight_scale": gemm["weight_scale"],
+        "bias": gemm["bias"],
+        "weight_bits": 4,
+        "out_features": N,
+    }
+
+
+def prepack_arguments(device: str) -> Arguments:
+    codes = torch.randint(-(2**31), 2**31, (N, K // 32 * 3), dtype=torch.int64)
+    return {"codes": codes.to(device, torch.int32), "in_features": K, "weight_bits": 3}
+
+
+def unprepack_arguments(device: str) -> Arguments:
+    weight = gemm_arguments(device)["weight"]
+    return {"weight": weight, "out_features": N, "in_features": K, "weight_bits": 4}
+
+
+def dequantize_arguments(device: str) -> Arguments:
+    gemm = gemm_arguments(device)
+    return {
+        "weight": gemm["weight"],
+        "levels": gemm["levels"],
+        "weight_scale": gemm["weight_scale"],
+        "out_features": N,
+        "in_features": K,
+        "weight_bits": 4,
+        "out_dtype": torch.bfloat16,
+    }
+
+
+VALID: dict[str, Callable[[str], Arguments]] = {
+    "rotate": rotate_arguments,
+    "rotate_quantize": quantize_arguments,
+    "prepack": prepack_arguments,
+    "unprepack": unprepack_arguments,
+    "dequantize": dequantize_arguments,
+    "gemm": gemm_arguments,
+    "gemv": gemv_arguments,
+}
+
+
+def leading_dimensions(device: str) -> Arguments:
+    return rotate_arguments(device, x=torch.randn(2, 3, K).to(device))
+
+
+def strided_rows(device: str) -> Arguments:
+    return quantize_arguments(device, x=torch.randn(M, K + 64).to(device)[:, :K])
+
+
+def no_tokens(device: str) -> Arguments:
+    return quantize_arguments(device, x=torch.empty(0, K, device=device))
+
+
+def identity(device: str) -> Arguments:
+    arguments = rotate_arguments(device, "none", torch.randn(M, K).to(device))
+    return {**arguments, "channel_scale": None, "permutation": None}
+
+
+def smoothed_only(device: str) -> Arguments:
+    return {**quantize_arguments(device, "none"), "permutation": None, "scale_mode": "rms"}
+
+
+def gelu(device: str) -> Arguments:
+    return {**gemm_arguments(device), "activation": "gelu_tanh"}
+
+
+SAMPLES: list[tuple[str, str, Callable[[str], Arguments]]] = [
+    *[(op, "plain", make) for op, make in VALID.items()],
+    ("rotate", "leading dimensions", leading_dimensions),
+    ("rotate", "identity", identity),
+    ("rotate", "dual", lambda device: rotate_arguments(device, "dual")),
+    ("rotate_quantize", "dual", lambda device: quantize_arguments(device, "dual")),
+    ("rotate_quantize", "strided rows", strided_rows),
+    ("rotate_quantize", "no tokens", no_tokens),
+    ("rotate_quantize", "smoothed only", smoothed_only),
+    ("gemm", "int32", lambda device: gemm_arguments(device, torch.int32)),
+    ("gemm", "gate", lambda device: gemm_arguments(device, torch.float16, samples=3)),
+    ("gemm", "no tokens", lambda device: gemm_arguments(device, torch.float32, rows=0)),
+    ("gemm", "gelu", gelu),
+    ("gemv", "no tokens", lambda device: gemv_arguments(device, rows=0)),
+]
+
+
+def flat(result: Any) -> list[torch.Tensor]:
+    """The outputs of an op, one or several."""
+    return list(result) if isinstance(result, (tuple, list)) else [result]

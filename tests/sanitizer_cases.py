@@ -1,0 +1,152 @@
+"""Every CUDA and Triton kernel once, on the smallest ragged shapes, for compute-sanitizer:
+
+    compute-sanitizer --tool memcheck python tests/sanitizer_cases.py
+
+Allocations are not cached, and operands end where their last element ends, so that an access past
+a tensor is one past an allocation. Prints "cases done" at the end.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from pathlib import Path
+
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from lrq_kernels import _planner, ops, reference  # noqa: E402
+from lrq_kernels.testing import Problem, make_problem  # noqa: E402
+
+BITS = (4, 3, 2)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def exact_rows(rows: Tensor, stride: int) -> Tensor:
+    """A copy of rows [M, K] on the GPU, `stride` apart, whose memory ends with the last one."""
+    m, k = rows.shape
+    memory = torch.zeros((m - 1) * stride + k, dtype=rows.dtype, device="cuda")
+    return memory.as_strided((m, k), (stride, 1)).copy_(rows)
+
+
+def expect_equal(got: Tensor, expected: Tensor, what: str) -> None:
+    if not torch.equal(got.cpu(), expected.cpu()):
+        raise SystemExit(f"wrong result: {what}")
+
+
+def on_gpu(m: int, n: int, k: int, bits: int) -> Problem:
+    problem = make_problem(m, n, k, bits, device="cuda")
+    x_q = exact_rows(problem.x_q, -(-k // 16) * 16)
+    return Problem(**{**vars(problem), "x_q": x_q})
+
+
+def layouts(bits: int) -> None:
+    for n, k in ((1, 1), (70, 130)):
+        problem = on_gpu(1, n, k, bits)
+        sizes = (n, k, bits)
+        expect_equal(
+            reference.weight_levels(problem.weight, problem.levels, *sizes),
+            problem.weight_levels(),
+            f"prepack {sizes}",
+        )
+        codes = ops.unprepack(problem.weight, *sizes)
+        expect_equal(ops.prepack(codes, k, bits), problem.weight, f"unprepack {sizes}")
+        arguments = (problem.weight, problem.levels, problem.weight_scale, *sizes)
+        for dtype in FLOATS:
+            got = ops.dequantize(*arguments, dtype)
+            expect_equal(got, reference.dequantize(*arguments, dtype), f"dequantize {sizes}")
+
+
+def gemm(problem: Problem, out_dtype: torch.dtype, samples: int, activation: str) -> None:
+    m, n, k = problem.sizes
+    residual = gate = None
+    if samples:
+        residual = exact_rows(torch.randn(m, n).to(out_dtype), n + 3)
+        gate = exact_rows(torch.randn(samples, n).to(out_dtype), n + 1)
+    arguments = (
+        problem.x_q,
+        problem.x_scale,
+        problem.weight,
+        problem.levels,
+        problem.weight_scale,
+        None if out_dtype == torch.int32 else problem.bias,
+        residual,
+        gate,
+        problem.weight_bits,
+        n,
+        activation,
+        out_dtype,
+    )
+    got = ops.gemm(*arguments)
+    if activation == "none":
+        expect_equal(got, reference.gemm(*arguments), f"gemm {m, n, k, out_dtype}")
+
+
+def gemms(bits: int) -> None:
+    for m, n, k in ((1, 1, 1), (3, 33, 16), (18, 72, 96), (34, 130, 136)):
+        problem = on_gpu(m, n, k, bits)
+        for out_dtype in (*FLOATS, torch.int32):
+            gemm(problem, out_dtype, 0, "none")
+        gemm(problem, torch.bfloat16, 1, "gelu_tanh")
+        gemm(problem, torch.float32, 1 if m % 2 else 2, "none")
+    arch = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
+    for config in _planner.gemm_configs():
+        m = config.tile_m // 2 + 1
+        sizes = (128 * tiles - 60 for tiles in range(1, 257))
+        for n in sizes:
+            if _planner.select(m, n, 160, bits, arch).name == config.name:
+                gemm(on_gpu(m, n, 160, bits), torch.bfloat16, 1, "none")
+                break
+
+
+def gemvs(bits: int) -> None:
+    for (n, k), m in itertools.product(((1, 1), (33, 130), (16, 1152)), (1, 2, 3, 5, 8)):
+        problem = on_gpu(m, n, k, bits)
+        constants = (problem.weight, problem.levels, problem.weight_scale, problem.bias, bits, n)
+        for dtype in (torch.bfloat16, torch.float16):
+            y = ops.gemv(exact_rows(torch.randn(m, k).to(dtype), k + 1), *constants)
+            if not bool(y.isfinite().all()):
+                raise SystemExit(f"wrong result: gemv {m, n, k, dtype}")
+
+
+def rotations() -> None:
+    dual = torch.linalg.qr(torch.randn(2, 128, 128)).Q.contiguous().cuda()
+    for rotation, block_size, k in (
+        ("none", 128, 77),
+        ("hadamard", 32, 96),
+        ("hadamard", 64, 192),
+        ("hadamard", 128, 384),
+        ("hadamard", 256, 256),
+        ("hadamard", 512, 512),
+        ("hadamard", 1024, 1024),
+        ("dual", 128, 384),
+    ):
+        channel_scale = torch.rand(k, device="cuda")
+        permutation = torch.randperm(k, device="cuda").int()
+        matrices = dual if rotation == "dual" else None
+        for dtype, permuted in itertools.product((torch.bfloat16, torch.float16), (False, True)):
+            x = exact_rows(torch.randn(3, k).to(dtype), k + 8)
+            options = (channel_scale, permutation if permuted else None, matrices)
+            ops.rotate(x, *options, rotation, block_size)
+            for act_bits, mode in ((8, "absmax"), (4, "rms")):
+                ops.rotate_quantize(x, *options, rotation, block_size, act_bits, mode, 0.5)
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        raise SystemExit("sanitizer_cases: needs a CUDA device")
+    for bits in BITS:
+        layouts(bits)
+        gemms(bits)
+        gemvs(bits)
+    rotations()
+    torch.cuda.synchronize()
+    print("cases done")
+
+
+if __name__ == "__main__":
+    main()
