@@ -32,7 +32,7 @@ from torch import Tensor
 from .codebook import TwinLogCodebook
 from .packing import packed_words
 from .rotation import Rotation
-from .scheme import DUAL_BLOCK_SIZE, INPUT_FIELDS, QuantScheme
+from .scheme import DUAL_BLOCK_SIZE, INPUT_FIELDS, ROTATIONS, QuantScheme
 
 FORMAT = "lrq"
 VERSION = 1
@@ -85,12 +85,14 @@ FIELDS: dict[str, Field] = {
         False,
         "float32 scale of each output row",
     ),
-    "bias": Field(torch.int32, lambda n, k, b: (n,), "[N]", "never", True, False, "float32 bias"),
+    "bias": Field(
+        torch.int32, lambda n, k, b: (n,), "[N]", "optional", True, False, "float32 bias"
+    ),
     "smooth_scale": Field(
         torch.int32,
         lambda n, k, b: (k,),
         "[K]",
-        "never",
+        "optional",
         True,
         True,
         "float32 factor on each input channel; the weight was divided by it",
@@ -108,7 +110,7 @@ FIELDS: dict[str, Field] = {
         torch.int32,
         lambda n, k, b: (k,),
         "[K]",
-        "never",
+        "optional",
         False,
         True,
         "input channel at each position",
@@ -169,6 +171,22 @@ class Checkpoint:
     states: dict[str, LinearState]
     dense: dict[str, Tensor]
     model_class: str
+
+
+def fields_table() -> str:
+    """FIELDS as a Markdown table; the README carries it."""
+    lines = ["| field | stored as | shape | present | meaning |", "|---|---|---|---|---|"]
+    for name, spec in FIELDS.items():
+        stored = str(spec.dtype).removeprefix("torch.")
+        if spec.float_bits:
+            stored += " view of float32"
+        present = spec.required
+        if present in ROTATIONS:
+            present = f"rotation {present}"
+        if spec.per_input:
+            present += ", once per input"
+        lines.append(f"| `{name}` | {stored} | {spec.shape_text} | {present} | {spec.meaning} |")
+    return "\n".join(lines)
 
 
 # ---- one linear ---------------------------------------------------------------------------------

@@ -423,3 +423,8 @@ def test_a_folder_that_cannot_be_written_is_an_os_error(tmp_path: Path):
     with pytest.raises(OSError, match="file"):
         save(tmp_path / "file" / "model.safetensors", attention(), {}, "Toy")
     assert (tmp_path / "file").read_text() == "" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_readme_shows_the_table_of_fields() -> None:
+    readme = Path(__file__).parents[1] / "README.md"
+    assert checkpoint.fields_table() in readme.read_text()
