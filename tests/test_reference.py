@@ -127,6 +127,13 @@ def test_integer_matmul_at_the_largest_magnitudes():
     ]
 
 
+def test_integer_matmul_where_one_float32_product_is_not_exact():
+    x = torch.zeros(1, 4096, dtype=torch.int8)
+    x[0, :2048], x[0, 2048] = 127, 1  # the sum is odd and above 2^24
+    assert reference.integer_matmul(x, x).item() == 127 * 127 * 2048 + 1
+    assert (x.float() @ x.float().T).item() != 127 * 127 * 2048 + 1
+
+
 def test_autocast_does_not_reach_the_accumulation():
     problem = make_problem(4, 40, 256, 4)
     arguments = (problem.x_q, problem.codes.to(torch.int8))
