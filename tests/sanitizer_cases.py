@@ -114,26 +114,35 @@ def gemvs(bits: int) -> None:
 
 
 def rotations() -> None:
+    """One dtype, permutation and scale mode a case: each combination is compiled anew."""
     dual = torch.linalg.qr(torch.randn(2, 128, 128)).Q.contiguous().cuda()
-    for rotation, block_size, k in (
-        ("none", 128, 77),
-        ("hadamard", 32, 96),
-        ("hadamard", 64, 192),
-        ("hadamard", 128, 384),
-        ("hadamard", 256, 256),
-        ("hadamard", 512, 512),
-        ("hadamard", 1024, 1024),
-        ("dual", 128, 384),
+    bf16, fp16 = torch.bfloat16, torch.float16
+    for rotation, block_size, k, dtype, permuted, act_bits, mode in (
+        ("none", 128, 77, bf16, True, 8, "absmax"),
+        ("hadamard", 32, 96, fp16, False, 4, "rms"),
+        ("hadamard", 64, 192, bf16, False, 8, "rms"),
+        ("hadamard", 128, 384, bf16, True, 8, "absmax"),
+        ("hadamard", 256, 768, bf16, False, 4, "absmax"),
+        ("hadamard", 1024, 1024, fp16, True, 8, "absmax"),
+        ("dual", 128, 384, bf16, True, 8, "absmax"),
+        ("dual", 128, 256, fp16, False, 4, "rms"),
     ):
         channel_scale = torch.rand(k, device="cuda")
-        permutation = torch.randperm(k, device="cuda").int()
+        permutation = torch.randperm(k, device="cuda").int() if permuted else None
         matrices = dual if rotation == "dual" else None
-        for dtype, permuted in itertools.product((torch.bfloat16, torch.float16), (False, True)):
-            x = exact_rows(torch.randn(3, k).to(dtype), k + 8)
-            options = (channel_scale, permutation if permuted else None, matrices)
-            ops.rotate(x, *options, rotation, block_size)
-            for act_bits, mode in ((8, "absmax"), (4, "rms")):
-                ops.rotate_quantize(x, *options, rotation, block_size, act_bits, mode, 0.5)
+        x = exact_rows(torch.randn(3, k).to(dtype), k + 8)
+        options = (channel_scale, permutation, matrices, rotation, block_size)
+        wide = (x.double().cpu(), *[o.cpu() if isinstance(o, Tensor) else o for o in options])
+        rotated = ops.rotate(x, *options).double().cpu()
+        oracle = reference.rotate(*wide)
+        if not bool(((rotated - oracle).abs() < 0.02 * oracle.abs().max()).all()):
+            raise SystemExit(f"wrong result: rotate {rotation} {block_size}")
+        x_q, x_scale = ops.rotate_quantize(x, *options, act_bits, mode, 0.5)
+        quantized = (x_q * x_scale[:, None]).double().cpu()
+        expected_q, expected_scale = reference.rotate_quantize(*wide, act_bits, mode, 0.5)
+        error = (quantized - expected_q * expected_scale[:, None]).abs()
+        if not bool((error < 1.5 * expected_scale[:, None]).all()):  # a step apart at ties
+            raise SystemExit(f"wrong result: rotate_quantize {rotation} {block_size}")
 
 
 def main() -> None:
