@@ -15,7 +15,7 @@ import torch
 from op_samples import SAMPLES, VALID, Arguments, K, M, N, call, flat, gemm_arguments
 from torch._subclasses import FakeTensorMode
 
-from lrq_kernels import ops
+from lrq_kernels import cuda_library_status, ops
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 sampled = pytest.mark.parametrize(
@@ -338,6 +338,21 @@ def test_fakes_raise_the_same_errors(
         }
         with pytest.raises(ValueError, match=argument_pattern(op, argument, expected, got)):
             call(op, fake)
+
+
+@pytest.mark.parametrize(("op", "change", "argument", "expected", "got"), CASES)
+def test_checks_of_the_cuda_library_without_a_gpu(
+    op: str, change: Change, argument: str, expected: str, got: str
+):
+    """CPU tensors given to the CUDA kernels: the checks before that of the device must speak."""
+    if op.startswith("rotate") or not cuda_library_status().startswith("loaded"):
+        pytest.skip("needs a compiled kernel of csrc")
+    to_cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    arguments = change(VALID[op]("cpu"), "cpu")
+    with pytest.raises(ValueError) as error:
+        getattr(torch.ops.lrq, op).default.redispatch(to_cuda, *arguments.values())
+    if "got a tensor on another device" not in str(error.value):
+        assert re.search(argument_pattern(op, argument, expected, got), str(error.value))
 
 
 @pytest.mark.gpu
