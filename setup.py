@@ -15,8 +15,8 @@ build compiles only what changed; beside each object of nvcc lies its .log: regi
                     Hopper. The lowest plain one comes as PTX too, for GPUs that no other covers
     CUDA_HOME, CXX  which toolkit and host compiler; else what is on PATH
     MAX_JOBS        how many compilers at once
-nvcc reads NVCC_APPEND_FLAGS by itself: -lineinfo there, on a clean build, gives a profiler the source
-lines, in a library three times as large.
+nvcc reads NVCC_APPEND_FLAGS by itself: -lineinfo there, on a clean build, gives a profiler the
+source lines, in a library three times as large.
 """
 
 from __future__ import annotations
