@@ -109,7 +109,7 @@ class WorkFolder:
             with safe_open(str(file), framework="pt") as handle:
                 if (handle.metadata() or {}).get("key") != str(key):
                     return None
-                for full in handle.keys():  # noqa: SIM118  not a dict
+                for full in handle.keys():  # a file handle, not a dict
                     name, _, part = full.rpartition("/")
                     parts.setdefault(name, {})[part] = handle.get_tensor(full)
         except SafetensorError:

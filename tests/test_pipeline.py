@@ -281,6 +281,32 @@ def test_bias_correction_removes_the_mean_error() -> None:
     assert decibel[True] > decibel[False] + 0.1
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["w4a8", "w4a4", "w3a4"])
+def test_a_gpu_calibrates_and_quantizes_like_the_cpu(model: nn.Module, name: str) -> None:
+    """Everything random is drawn on the CPU, so the same rotations are compared on both."""
+    plan = fast(name).resolve(model)
+    reports = {}
+    for device in ("cpu", "cuda"):
+        placed = copy.deepcopy(model).to(device)
+
+        def run(prompts: list[str], placed: nn.Module = placed, device: str = device) -> None:
+            generator = torch.Generator().manual_seed(3)
+            placed(
+                torch.randn(8, 3, 16, 16, generator=generator).to(device),
+                encoder_hidden_states=torch.randn(8, 7, 32, generator=generator).to(device),
+                timestep=torch.rand(8, generator=generator).to(device) * 1000,
+            )
+
+        quantized = quantize_model(placed, fast(name), run=run, prompts=["a"])
+        assert all(not state.codes.is_cuda for state in quantized.states.values())
+        reports[device] = quantized.report
+    assert len(reports["cuda"].linears) == len(plan.linears)
+    for on_cpu, on_gpu in zip(reports["cpu"].linears, reports["cuda"].linears, strict=True):
+        assert on_gpu.j == pytest.approx(on_cpu.j, rel=1e-2)
+        assert on_gpu.output_sqnr_db == pytest.approx(on_cpu.output_sqnr_db, abs=0.5)
+
+
 class Killed(Exception):
     pass
 

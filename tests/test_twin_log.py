@@ -169,6 +169,19 @@ def test_bad_importance_is_named() -> None:
         fit_twin_log(weight, 4, importance=-torch.ones(32))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_gpu_fits_as_well_as_the_cpu(bits: int) -> None:
+    weight = torch.randn(64, 3072)
+    weight[0], weight[1] = 0, 0.5
+    on_gpu = quantized(weight.cuda(), bits)
+    assert sqnr_db(weight, on_gpu.cpu()) == pytest.approx(
+        sqnr_db(weight, quantized(weight, bits)), abs=0.02
+    )
+    paper = fit_twin_log_paper(weight.cuda(), bits)
+    assert paper.levels.is_cuda and torch.isfinite(paper.scale).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes(dtype: torch.dtype) -> None:
     weight = torch.randn(8, 512).to(dtype)
