@@ -34,7 +34,7 @@ _STARTS = {
 # Last level at the largest entry: starts for rows with a few huge outliers.
 _OUTLIER_RATIOS = {2: (20.0, 200.0), 4: (2.5, 8.0), 8: (1.6, 2.5)}
 _FIRST_STEP, _STEP_DECAY = 0.2, 0.62
-_UNIFORM_RHO = 1e-3  # below this the grid is uniform to fp64 accuracy of nothing we can measure
+_UNIFORM_RHO = 1e-3  # rho of a grid that is uniform to 0.4 %; zero would divide by zero
 _TINY = 1e-30
 _LEAST_IMPORTANCE = 1e-3
 # Levels are rounded to int8 with the largest one at 127 (128) divided by one of these.
