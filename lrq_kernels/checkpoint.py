@@ -1,11 +1,12 @@
-"""THE checkpoint format: one safetensors file, canonical codes, nothing derived, no architecture.
+"""THE checkpoint format: safetensors, canonical codes, nothing derived, no architecture.
 
 Tensors of a quantized linear `name` are `name.<field>` for the fields below; everything else in
 the file is a dense parameter of the model under its own name. Floating data of a quantized linear
 is stored as int32 views, so that a loader that casts floats cannot touch it. Linears that share an
 input store its smoothing and rotation once, under the first of them; the others name it.
 
-Metadata (strings, as safetensors asks):
+A checkpoint is one file, or several (shards) listed in an index as diffusers writes it. Every file
+carries the metadata of the whole. Metadata (strings, as safetensors asks):
     format             "lrq"
     version            "1"
     model_class        class name of the model
@@ -19,149 +20,54 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .codebook import TwinLogCodebook
-from .packing import packed_words
-from .rotation import Rotation
-from .scheme import DUAL_BLOCK_SIZE, INPUT_FIELDS, ROTATIONS, QuantScheme
+from .linear_state import (
+    FIELDS,
+    CheckpointError,
+    LinearState,
+    fields_table,
+    state_from_tensors,
+    state_tensors,
+    stored_bits,
+)
+from .scheme import INPUT_FIELDS, QuantScheme
+
+__all__ = [
+    "FIELDS",
+    "FILE_NAME",
+    "FORMAT",
+    "INDEX_NAME",
+    "VERSION",
+    "Checkpoint",
+    "CheckpointError",
+    "Header",
+    "LinearState",
+    "checkpoint_files",
+    "encode",
+    "fields_table",
+    "layer_state",
+    "load",
+    "read_header",
+    "save",
+    "state_from_tensors",
+    "state_tensors",
+    "stored_bits",
+]
 
 FORMAT = "lrq"
 VERSION = 1
-# diffusers looks for this name in a model folder.
+# diffusers looks for these names in a model folder.
 FILE_NAME = "diffusion_pytorch_model.safetensors"
-
-
-class CheckpointError(ValueError):
-    """The file is not an intact lrq checkpoint, or not one of this model."""
-
-
-class Field(NamedTuple):
-    """dtype: as stored. shape: of (N, K, bits). required: by the scheme. float_bits: an int32 view
-    of float32. per_input: belongs to the shared input, stored under its first linear."""
-
-    dtype: torch.dtype
-    shape: Callable[[int, int, int], tuple[int, ...]]
-    shape_text: str
-    required: str
-    float_bits: bool
-    per_input: bool
-    meaning: str
-
-
-FIELDS: dict[str, Field] = {
-    "codes": Field(
-        torch.int32,
-        lambda n, k, b: (n, packed_words(k, b)),
-        "[N, ceil(K/32)*b]",
-        "always",
-        False,
-        False,
-        "b-bit codes, a little-endian bit stream along K",
-    ),
-    "levels": Field(
-        torch.int8,
-        lambda n, k, b: (n, 1 << b),
-        "[N, 2^b]",
-        "always",
-        False,
-        False,
-        "int8 level of each code, per output row",
-    ),
-    "weight_scale": Field(
-        torch.int32,
-        lambda n, k, b: (n,),
-        "[N]",
-        "always",
-        True,
-        False,
-        "float32 scale of each output row",
-    ),
-    "bias": Field(
-        torch.int32, lambda n, k, b: (n,), "[N]", "optional", True, False, "float32 bias"
-    ),
-    "smooth_scale": Field(
-        torch.int32,
-        lambda n, k, b: (k,),
-        "[K]",
-        "optional",
-        True,
-        True,
-        "float32 factor on each input channel; the weight was divided by it",
-    ),
-    "signs": Field(
-        torch.int8,
-        lambda n, k, b: (k,),
-        "[K]",
-        "hadamard",
-        False,
-        True,
-        "+1 or -1 on each channel before the Hadamard transform",
-    ),
-    "permutation": Field(
-        torch.int32,
-        lambda n, k, b: (k,),
-        "[K]",
-        "optional",
-        False,
-        True,
-        "input channel at each position",
-    ),
-    "rotation_matrices": Field(
-        torch.int32,
-        lambda n, k, b: (2, DUAL_BLOCK_SIZE, DUAL_BLOCK_SIZE),
-        "[2, 128, 128]",
-        "dual",
-        True,
-        True,
-        "float32 orthogonal pair around the permutation",
-    ),
-}
-
-
-@dataclass(frozen=True)
-class LinearState:
-    """One quantized linear in canonical form.
-
-    codes int32 [N, ceil(K/32)*b], levels int8 [N, 2^b], weight_scale fp32 [N], bias fp32 [N],
-    smooth_scale fp32 [K], rotation of K channels. shared_input names the linear under which the
-    smoothing and rotation of this one are stored; None: under itself.
-    """
-
-    codes: Tensor
-    levels: Tensor
-    weight_scale: Tensor
-    bias: Tensor | None
-    scheme: QuantScheme
-    in_features: int
-    out_features: int
-    smooth_scale: Tensor | None = None
-    rotation: Rotation = field(default_factory=Rotation.none)
-    shared_input: str | None = None
-
-    def to(self, device: torch.device | str) -> LinearState:
-        import dataclasses
-
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device)
-
-        return dataclasses.replace(
-            self,
-            codes=self.codes.to(device),
-            levels=self.levels.to(device),
-            weight_scale=self.weight_scale.to(device),
-            bias=move(self.bias),
-            smooth_scale=move(self.smooth_scale),
-            rotation=self.rotation.to(device),
-        )
+INDEX_NAME = f"{FILE_NAME}.index.json"
 
 
 @dataclass(frozen=True)
@@ -173,127 +79,66 @@ class Checkpoint:
     model_class: str
 
 
-def fields_table() -> str:
-    """FIELDS as a Markdown table; the README carries it."""
-    lines = ["| field | stored as | shape | present | meaning |", "|---|---|---|---|---|"]
-    for name, spec in FIELDS.items():
-        stored = str(spec.dtype).removeprefix("torch.")
-        if spec.float_bits:
-            stored += " view of float32"
-        present = spec.required
-        if present in ROTATIONS:
-            present = f"rotation {present}"
-        if spec.per_input:
-            present += ", once per input"
-        lines.append(f"| `{name}` | {stored} | {spec.shape_text} | {present} | {spec.meaning} |")
-    return "\n".join(lines)
+# ---- files --------------------------------------------------------------------------------------
 
 
-# ---- one linear ---------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Header:
+    """Metadata of a checkpoint and where its tensors are: layers is name -> description, checksums
+    tensor name -> CRC-32, files tensor name -> file. Reading it reads no tensor."""
 
+    model_class: str
+    layers: dict[str, dict[str, Any]]
+    checksums: dict[str, int]
+    files: dict[str, Path]
 
-def state_tensors(state: LinearState, *, with_input: bool) -> dict[str, Tensor]:
-    """Field name -> stored tensor. with_input False leaves out what a shared input stores once."""
-    rotation = state.rotation
-    values: dict[str, Tensor | None] = {
-        "codes": state.codes,
-        "levels": state.levels,
-        "weight_scale": state.weight_scale,
-        "bias": state.bias,
-        "smooth_scale": state.smooth_scale,
-        "signs": rotation.signs,
-        "permutation": rotation.permutation,
-        "rotation_matrices": rotation.matrices,
-    }
-    tensors = {}
-    for name, value in values.items():
-        spec = FIELDS[name]
-        if value is None or (spec.per_input and not with_input):
-            continue
-        if spec.float_bits:
-            value = value.detach().to(torch.float32).contiguous().view(torch.int32)
-        tensors[name] = value.contiguous()
-    return tensors
+    def fields(self, layer: str) -> dict[str, str]:
+        """Field -> tensor name, of the fields that are stored under this linear."""
+        names = {key: f"{layer}.{key}" for key in FIELDS}
+        return {key: name for key, name in names.items() if name in self.checksums}
 
+    def dense(self) -> set[str]:
+        """Names of the tensors that belong to no quantized linear."""
+        quantized = {name for layer in self.layers for name in self.fields(layer).values()}
+        return set(self.checksums) - quantized
 
-def state_from_tensors(
-    tensors: Mapping[str, Tensor],
-    scheme: QuantScheme,
-    out_features: int,
-    in_features: int,
-    where: str,
-    shared_input: str | None = None,
-) -> LinearState:
-    """Inverse of state_tensors. Raises CheckpointError, naming `where`.field, unless every tensor
-    has the dtype, shape and values that FIELDS and the scheme ask for."""
-    for name in tensors:
-        if name not in FIELDS:
-            raise CheckpointError(f"{where}.{name} is not a field of the format: {list(FIELDS)}")
-    values: dict[str, Tensor | None] = {}
-    for name, spec in FIELDS.items():
-        tensor = tensors.get(name)
-        if tensor is None:
-            if spec.required in ("always", scheme.rotation):
-                raise CheckpointError(f"{where}.{name} is missing")
-            values[name] = None
-            continue
-        shape = spec.shape(out_features, in_features, scheme.weight_bits)
-        if tensor.dtype != spec.dtype or tuple(tensor.shape) != shape:
+    def groups(self) -> dict[str, list[str]]:
+        """The linear that stores an input -> all linears that read it, itself included."""
+        groups: dict[str, list[str]] = {}
+        for name, layer in self.layers.items():
+            groups.setdefault(layer.get("shared_input", name), []).append(name)
+        return groups
+
+    def verify(self, name: str, tensor: Tensor) -> None:
+        """Raise CheckpointError unless `tensor` is what was saved under `name`."""
+        if _crc32(tensor.cpu()) != self.checksums[name]:
             raise CheckpointError(
-                f"{where}.{name} must be {spec.dtype} {list(shape)}, "
-                f"got {tensor.dtype} {list(tensor.shape)}"
+                f"{self.files[name]}: {name} was altered: its checksum does not match"
             )
-        values[name] = tensor.view(torch.float32) if spec.float_bits else tensor
-    rotation = Rotation(
-        scheme.rotation,
-        scheme.block_size,
-        values["signs"],
-        values["permutation"],
-        values["rotation_matrices"],
-    )
-    smooth, bias = values["smooth_scale"], values["bias"]
-    try:
-        rotation.validate(in_features)
-        TwinLogCodebook(values["levels"], values["weight_scale"])
-        if smooth is not None and not bool(((smooth > 0) & torch.isfinite(smooth)).all()):
-            raise ValueError("smooth_scale must be positive and finite")
-        if bias is not None and not bool(torch.isfinite(bias).all()):
-            raise ValueError("bias must be finite")
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{where}: {error}") from error
-    return LinearState(
-        codes=values["codes"],
-        levels=values["levels"],
-        weight_scale=values["weight_scale"],
-        bias=bias,
-        scheme=scheme,
-        in_features=in_features,
-        out_features=out_features,
-        smooth_scale=smooth,
-        rotation=rotation,
-        shared_input=shared_input,
-    )
 
 
-# ---- file ---------------------------------------------------------------------------------------
-
-
-def checkpoint_file(path: str | os.PathLike) -> Path:
-    """The file behind a path: itself, or FILE_NAME in a folder."""
+def checkpoint_files(path: str | os.PathLike) -> list[Path]:
+    """The files behind a path: itself; in a folder the shards of its index, else FILE_NAME."""
     path = Path(path)
-    return path / FILE_NAME if path.is_dir() else path
+    if not path.is_dir():
+        return [path]
+    index = path / INDEX_NAME
+    if not index.is_file():
+        return [path / FILE_NAME]
+    try:
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{index} is damaged: {error!r}") from error
+    return [path / shard for shard in shards]
 
 
-def save(
-    path: str | os.PathLike,
-    states: Mapping[str, LinearState],
-    dense: Mapping[str, Tensor],
-    model_class: str,
-) -> Path:
-    """Write a checkpoint to `path` (a file, or a folder that gets FILE_NAME) and return the file.
+def encode(
+    states: Mapping[str, LinearState], dense: Mapping[str, Tensor], model_class: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors (on the CPU, sharing no memory) and the metadata of a checkpoint.
 
-    Everything is validated first; the file is written under a temporary name and renamed. Raises
-    CheckpointError for inconsistent states and OSError when the folder cannot be written.
+    Whoever writes them, in one file or several with the metadata in each, writes a checkpoint.
+    Raises CheckpointError for inconsistent states.
     """
     tensors: dict[str, Tensor] = {}
     layers: dict[str, dict[str, Any]] = {}
@@ -330,7 +175,27 @@ def save(
         "checksums": json.dumps(checksums),
     }
     metadata["metadata_checksum"] = _metadata_crc32(metadata)
-    file = checkpoint_file(path)
+    return tensors, metadata
+
+
+def save(
+    path: str | os.PathLike,
+    states: Mapping[str, LinearState],
+    dense: Mapping[str, Tensor],
+    model_class: str,
+) -> Path:
+    """Write a checkpoint to `path` (a file, or a folder that gets FILE_NAME) and return the file.
+
+    Everything is validated first; the file is written under a temporary name and renamed. Raises
+    CheckpointError for inconsistent states, FileExistsError for a folder that holds shards, and
+    OSError when it cannot be written.
+    """
+    tensors, metadata = encode(states, dense, model_class)
+    file = Path(path)
+    if file.is_dir():
+        if (file / INDEX_NAME).exists():
+            raise FileExistsError(f"{file} holds a sharded checkpoint: save to another folder")
+        file = file / FILE_NAME
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
@@ -356,7 +221,10 @@ def _separate_on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_same_input(name: str, state: LinearState, owner: str, owner_state: LinearState) -> None:
-    _check_same_input_scheme(name, state, owner, owner_state)
+    sizes = (owner_state.out_features, owner_state.in_features)
+    _check_same_input_scheme(
+        name, state.in_features, state.scheme, owner, sizes, owner_state.scheme
+    )
     own = state_tensors(state, with_input=True)
     stored = state_tensors(owner_state, with_input=True)
     for key, spec in FIELDS.items():
@@ -371,15 +239,20 @@ def _check_same_input(name: str, state: LinearState, owner: str, owner_state: Li
 
 
 def _check_same_input_scheme(
-    name: str, state: LinearState, owner: str, owner_state: LinearState
+    name: str,
+    in_features: int,
+    scheme: QuantScheme,
+    owner: str,
+    owner_sizes: tuple[int, int],
+    owner_scheme: QuantScheme,
 ) -> None:
-    if state.in_features != owner_state.in_features:
+    if in_features != owner_sizes[1]:
         raise CheckpointError(
-            f"{name}: in_features must be {owner_state.in_features} as in {owner}, whose input it "
-            f"shares, got {state.in_features}"
+            f"{name}: in_features must be {owner_sizes[1]} as in {owner}, whose input it "
+            f"shares, got {in_features}"
         )
     for key in INPUT_FIELDS:
-        mine, theirs = getattr(state.scheme, key), getattr(owner_state.scheme, key)
+        mine, theirs = getattr(scheme, key), getattr(owner_scheme, key)
         if mine != theirs:
             raise CheckpointError(
                 f"{name}: {key} must be {theirs!r} as in {owner}, whose input it shares, "
@@ -398,19 +271,42 @@ def _metadata_crc32(metadata: Mapping[str, str]) -> str:
     return str(zlib.crc32("\0".join(covered).encode()))
 
 
-def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
-    """Header of a checkpoint: format, version (int), model_class, layers and checksums (dicts).
+def read_header(files: Sequence[str | os.PathLike]) -> Header:
+    """Header of the checkpoint that consists of `files`, without reading a tensor.
 
-    Raises CheckpointError when the file is not an intact lrq checkpoint of a known version.
+    Raises FileNotFoundError, or CheckpointError naming the file that is not an intact part of an
+    lrq checkpoint of a known version, or the tensor that none of them holds.
     """
-    file = checkpoint_file(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"no lrq checkpoint at {file}")
+    first: dict[str, str] = {}
+    where: dict[str, Path] = {}
+    for file in map(Path, files):
+        if not file.is_file():
+            raise FileNotFoundError(f"no lrq checkpoint at {file}")
+        try:
+            with safe_open(str(file), framework="pt") as handle:
+                raw, names = handle.metadata() or {}, list(handle.keys())
+        except SafetensorError as error:
+            what = _first_cut_tensor(file) or "is truncated or not a safetensors file"
+            raise CheckpointError(f"{file} {what}: {error}") from error
+        _check_metadata(file, raw)
+        first = first or raw
+        if raw["metadata_checksum"] != first["metadata_checksum"]:
+            raise CheckpointError(f"{file} belongs to another checkpoint than {files[0]}")
+        where.update(dict.fromkeys(names, file))
     try:
-        with safe_open(str(file), framework="pt") as handle:
-            raw = handle.metadata() or {}
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is truncated or not a safetensors file: {error}") from error
+        header = Header(
+            first["model_class"], json.loads(first["layers"]), json.loads(first["checksums"]), where
+        )
+    except (KeyError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{files[0]}: damaged metadata: {error!r}") from error
+    if where.keys() != header.checksums.keys():
+        odd = sorted(where.keys() ^ header.checksums.keys())
+        place = files[0] if len(files) == 1 else f"{files[0]} and its {len(files) - 1} shards"
+        raise CheckpointError(f"{place}: tensors missing or extra: {odd[:5]}")
+    return header
+
+
+def _check_metadata(file: Path, raw: Mapping[str, str]) -> None:
     if raw.get("format") != FORMAT:
         raise CheckpointError(f"{file}: format must be {FORMAT!r}, got {raw.get('format')!r}")
     if raw.get("version") != str(VERSION):
@@ -420,15 +316,22 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
     try:
         if raw["metadata_checksum"] != _metadata_crc32(raw):
             raise CheckpointError(f"{file}: metadata was altered: its checksum does not match")
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "model_class": raw["model_class"],
-            "layers": json.loads(raw["layers"]),
-            "checksums": json.loads(raw["checksums"]),
-        }
-    except (KeyError, json.JSONDecodeError) as error:
+    except KeyError as error:
         raise CheckpointError(f"{file}: damaged metadata: {error!r}") from error
+
+
+def _first_cut_tensor(file: Path) -> str | None:
+    """Where a file whose own header is whole ends too early."""
+    with file.open("rb") as handle:
+        size = int.from_bytes(handle.read(8), "little")
+        try:
+            header = json.loads(handle.read(size))
+            spans = {n: e["data_offsets"] for n, e in header.items() if n != "__metadata__"}
+            start = 8 + size
+            cut = [n for n, (_, end) in spans.items() if start + end > file.stat().st_size]
+            return f"is truncated at {min(cut, key=lambda n: spans[n][0])}" if cut else None
+        except (ValueError, TypeError, KeyError, AttributeError, MemoryError, OverflowError):
+            return None
 
 
 def load(
@@ -436,53 +339,53 @@ def load(
 ) -> Checkpoint:
     """Read and validate a checkpoint; tensors end up on `device`.
 
-    verify also compares every tensor with its checksum. Raises FileNotFoundError, or
-    CheckpointError naming the tensor that is missing, extra, of a wrong shape or altered.
+    path: a file, or a folder with FILE_NAME or shards. verify also compares every tensor with its
+    checksum. Raises FileNotFoundError, or CheckpointError naming the tensor that is missing, extra,
+    of a wrong shape or altered.
     """
-    metadata = read_metadata(path)
-    file = checkpoint_file(path)
-    layers: dict[str, dict[str, Any]] = metadata["layers"]
+    files = checkpoint_files(path)
+    header = read_header(files)
     tensors: dict[str, Tensor] = {}
-    with safe_open(str(file), framework="pt") as handle:
-        names = set(handle.keys())
-        if names != set(metadata["checksums"]):
-            odd = sorted(names ^ set(metadata["checksums"]))
-            raise CheckpointError(f"{file}: tensors missing or extra: {odd[:5]}")
-        for name in sorted(names):
-            tensor = handle.get_tensor(name)
-            if verify and _crc32(tensor) != metadata["checksums"][name]:
-                raise CheckpointError(f"{file}: {name} was altered: its checksum does not match")
-            tensors[name] = tensor.to(device)
-    states = {}
-    for name in layers:
-        own = {key: tensors.pop(f"{name}.{key}") for key in FIELDS if f"{name}.{key}" in tensors}
-        layers[name]["tensors"] = own
-    for name, layer in layers.items():
-        states[name] = _layer_state(name, layer, layers)
-    for name, state in states.items():
-        if state.shared_input is not None:
-            owner = states[state.shared_input]
-            _check_same_input_scheme(name, state, state.shared_input, owner)
-    return Checkpoint(states, tensors, metadata["model_class"])
+    for file in files:
+        with safe_open(str(file), framework="pt") as handle:
+            for name in sorted(handle.keys()):
+                tensor = handle.get_tensor(name)
+                if verify:
+                    header.verify(name, tensor)
+                tensors[name] = tensor.to(device)
+    states = {name: layer_state(name, header, tensors) for name in header.layers}
+    dense = {name: tensors[name] for name in sorted(header.dense())}
+    return Checkpoint(states, dense, header.model_class)
 
 
-def _layer_state(
-    name: str, layer: dict[str, Any], layers: dict[str, dict[str, Any]]
-) -> LinearState:
-    facts = dict(layer)
-    own = dict(facts.pop("tensors"))
+def layer_state(name: str, header: Header, tensors: Mapping[str, Tensor]) -> LinearState:
+    """One linear from tensors by their names in the file, which must hold its own and those of the
+    input it shares. Raises CheckpointError naming what does not fit."""
+    facts = dict(header.layers[name])
+    own = {key: tensors[full] for key, full in header.fields(name).items()}
     owner = facts.pop("shared_input", None)
     if owner is not None:
-        if owner not in layers or "shared_input" in layers[owner]:
+        if owner not in header.layers or "shared_input" in header.layers[owner]:
             raise CheckpointError(
                 f"{name}: shared_input must name a linear that stores it, got {owner!r}"
             )
-        stored = layers[owner]["tensors"]
+        stored = header.fields(owner)
         for key, spec in FIELDS.items():
             if spec.per_input and key in own:
                 raise CheckpointError(f"{name}.{key} must be stored under {owner} alone")
             if spec.per_input and key in stored:
-                own[key] = stored[key]
+                own[key] = tensors[stored[key]]
+    sizes, scheme = _layer_facts(name, facts)
+    state = state_from_tensors(own, scheme, *sizes, name, owner)
+    if owner is not None:
+        facts = {k: v for k, v in header.layers[owner].items() if k != "shared_input"}
+        _check_same_input_scheme(name, sizes[1], scheme, owner, *_layer_facts(owner, facts))
+    return state
+
+
+def _layer_facts(name: str, facts: dict[str, Any]) -> tuple[tuple[int, int], QuantScheme]:
+    """((out_features, in_features), scheme) of a description."""
+    facts = dict(facts)
     try:
         sizes = (facts.pop("out_features"), facts.pop("in_features"))
         scheme = QuantScheme.from_dict(facts)
@@ -490,11 +393,4 @@ def _layer_state(
         raise CheckpointError(f"{name}: damaged description: {error}") from error
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         raise CheckpointError(f"{name}: out_features, in_features must be positive, got {sizes}")
-    return state_from_tensors(own, scheme, *sizes, name, owner)
-
-
-def stored_bits(state: LinearState) -> dict[str, int]:
-    """Bits that each field of this linear takes in the file; a shared input counts at its owner."""
-    with_input = state.shared_input is None
-    tensors = state_tensors(state, with_input=with_input)
-    return {name: tensor.numel() * tensor.element_size() * 8 for name, tensor in tensors.items()}
+    return sizes, scheme

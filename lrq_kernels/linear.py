@@ -10,21 +10,19 @@ layerwise casting and loaders that cast floats cannot touch it.
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from .linear_state import LinearState
 from .placeholder import WeightPlaceholder
 from .rotation import Rotation
 from .scheme import INPUT_FIELDS, QuantScheme
-
-if TYPE_CHECKING:
-    from .checkpoint import LinearState
 
 
 def _no_source() -> None:
@@ -358,8 +356,6 @@ class LRQLinear(nn.Linear):
 
     def to_state(self) -> LinearState:
         """The canonical form of this linear (as one, even when fused from several)."""
-        from .checkpoint import LinearState
-
         return LinearState(
             codes=self.codes(),
             levels=self.levels,
@@ -374,8 +370,6 @@ class LRQLinear(nn.Linear):
 
     def part_states(self) -> dict[str, LinearState]:
         """Canonical forms of the linears that were fused into this one, by name."""
-        import dataclasses
-
         whole, start, states = self.to_state(), 0, {}
         for name, count in self.parts:
             rows = slice(start, start + count)
@@ -403,8 +397,6 @@ def fuse_linears(linears: list[LRQLinear]) -> LRQLinear:
 
     Raises ValueError unless all share one InputQuantizer and scheme and agree on having a bias.
     """
-    import dataclasses
-
     first = linears[0]
     for other in linears[1:]:
         if other.input_quantizer is not first.input_quantizer or other.scheme != first.scheme:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -28,27 +30,35 @@ def load_quantized(
     CheckpointError naming what is missing, extra or of another shape. Returns the model.
     """
     loaded = checkpoint.load(path, device=device, verify=verify)
-    _check_model(model, loaded)
-    inputs: dict[str, InputQuantizer] = {}
-    linears: dict[str, LRQLinear] = {}
-    for name, state in loaded.states.items():
-        owner = state.shared_input or name
-        if owner not in inputs:
-            first = loaded.states[owner]
-            inputs[owner] = InputQuantizer(
-                first.in_features, first.scheme, first.smooth_scale, first.rotation
-            )
-        linears[name] = LRQLinear.from_state(state, inputs[owner], name)
+    _check_dense(model, loaded)
     dense = {
         name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
         for name, tensor in loaded.dense.items()
     }
+    floats = (tensor.dtype for tensor in dense.values() if tensor.is_floating_point())
+    linears = build_linears(loaded.states, dtype or next(floats, torch.float32))
     # All that can fail, for want of memory too, is done: the model is never half replaced.
     for name, linear in linears.items():
         model.set_submodule(name, linear)
     for name, tensor in dense.items():
         _assign(model, name, tensor)
     return model.eval()
+
+
+def build_linears(states: Mapping[str, LinearState], dtype: torch.dtype) -> dict[str, LRQLinear]:
+    """Linears in place of the states, those of one input with one InputQuantizer; every state's
+    shared_input must be among them. dtype: of the model around them."""
+    inputs: dict[str, InputQuantizer] = {}
+    linears = {}
+    for name, state in states.items():
+        owner = state.shared_input or name
+        if owner not in inputs:
+            first = states[owner]
+            inputs[owner] = InputQuantizer(
+                first.in_features, first.scheme, first.smooth_scale, first.rotation
+            )
+        linears[name] = LRQLinear.from_state(state, inputs[owner], name, dtype)
+    return linears
 
 
 def model_states(model: nn.Module) -> tuple[dict[str, LinearState], dict[str, Tensor]]:
@@ -65,7 +75,7 @@ def model_states(model: nn.Module) -> tuple[dict[str, LinearState], dict[str, Te
             full = part or name
             owner = owners.setdefault(id(module.input_quantizer), full)
             shared = None if owner == full else owner
-            states[full] = _with_shared_input(state, shared)
+            states[full] = dataclasses.replace(state, shared_input=shared)
     dense = {
         name: tensor
         for name, tensor in model.state_dict().items()
@@ -74,60 +84,58 @@ def model_states(model: nn.Module) -> tuple[dict[str, LinearState], dict[str, Te
     return states, dense
 
 
-def _with_shared_input(state: LinearState, shared_input: str | None) -> LinearState:
-    import dataclasses
-
-    return dataclasses.replace(state, shared_input=shared_input)
-
-
-def _check_model(model: nn.Module, loaded: checkpoint.Checkpoint) -> None:
-    model_class = type(model).__name__
-    if loaded.model_class != model_class:
+def check_model(
+    model: nn.Module,
+    model_class: str,
+    linears: Mapping[str, tuple[int, int, bool]],
+    dense: Collection[str],
+) -> None:
+    """Raise CheckpointError unless a checkpoint of this content is one of `model`: its class, its
+    linears (out_features, in_features, bias) and the names of the dense tensors."""
+    if model_class != type(model).__name__:
         raise CheckpointError(
-            f"the checkpoint is of a {loaded.model_class}, the model is a {model_class}"
+            f"the checkpoint is of a {model_class}, the model is a {type(model).__name__}"
         )
     modules = dict(model.named_modules())
-    replaced = []
-    for name, state in loaded.states.items():
+    for name, sizes in linears.items():
         module = modules.get(name)
         if not isinstance(module, nn.Linear):
             got = "nothing" if module is None else type(module).__name__
             raise CheckpointError(f"{name} must be a Linear in the model, got {got}")
         expected = (module.out_features, module.in_features, module.bias is not None)
-        got_sizes = (state.out_features, state.in_features, state.bias is not None)
-        if expected != got_sizes:
+        if expected != sizes:
             raise CheckpointError(
                 f"{name}: (out_features, in_features, bias) must be {expected} as in the model, "
-                f"the checkpoint has {got_sizes}"
+                f"the checkpoint has {sizes}"
             )
-        replaced.append(name + ".")
-    target = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if not name.startswith(tuple(replaced))
-    }
-    missing = sorted(set(target) - set(loaded.dense))
-    extra = sorted(set(loaded.dense) - set(target))
+    replaced = tuple(f"{name}." for name in linears)
+    target = {name for name in model.state_dict() if not name.startswith(replaced)}
+    missing, extra = sorted(target - set(dense)), sorted(set(dense) - target)
     if missing or extra:
         raise CheckpointError(
             f"dense tensors do not fit the model: missing {missing[:5]}, extra {extra[:5]}"
         )
+    # Non-persistent buffers are in no checkpoint; on meta they would stay empty without a word.
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta and name not in dense and not name.startswith(replaced):
+            raise CheckpointError(
+                f"buffer {name} of the model is on the meta device and not in the checkpoint; "
+                "create the model with real buffers (accelerate.init_empty_weights does)"
+            )
+
+
+def _check_dense(model: nn.Module, loaded: checkpoint.Checkpoint) -> None:
+    linears = {
+        name: (state.out_features, state.in_features, state.bias is not None)
+        for name, state in loaded.states.items()
+    }
+    check_model(model, loaded.model_class, linears, loaded.dense)
+    target = model.state_dict()
     for name, tensor in loaded.dense.items():
         if tensor.shape != target[name].shape:
             raise CheckpointError(
                 f"{name} must be {list(target[name].shape)} as in the model, "
                 f"the checkpoint has {list(tensor.shape)}"
-            )
-    _check_nothing_on_meta(model, set(loaded.dense), tuple(replaced))
-
-
-def _check_nothing_on_meta(model: nn.Module, filled: set[str], replaced: tuple[str, ...]) -> None:
-    """Non-persistent buffers are in no checkpoint; on meta they would stay empty without a word."""
-    for name, buffer in model.named_buffers():
-        if buffer.is_meta and name not in filled and not name.startswith(replaced):
-            raise CheckpointError(
-                f"buffer {name} of the model is on the meta device and not in the checkpoint; "
-                "create the model with real buffers (accelerate.init_empty_weights does)"
             )
 
 

@@ -205,7 +205,7 @@ def load_report(path: str | os.PathLike) -> QuantReport:
     folder = Path(path)
     if (folder / TRANSFORMER).is_dir():
         folder = folder / TRANSFORMER
-    checkpoint.read_metadata(folder)
+    checkpoint.read_header(checkpoint.checkpoint_files(folder))
     file = folder / REPORT_FILE
     if not file.is_file():
         raise FileNotFoundError(f"no {REPORT_FILE} in {folder}")

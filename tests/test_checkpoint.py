@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from lrq_kernels import (
     load,
     save,
 )
-from lrq_kernels.checkpoint import FIELDS, FILE_NAME, stored_bits
+from lrq_kernels.checkpoint import FIELDS, FILE_NAME, INDEX_NAME, stored_bits
 from lrq_kernels.testing import make_state
 
 K = 128
@@ -216,8 +217,16 @@ def tensor_start(data: bytes, name: str) -> int:
 def test_a_truncated_file_is_refused(file: Path, keep: float):
     data = file.read_bytes()
     file.write_bytes(data[: int(len(data) * keep)])
-    with pytest.raises(CheckpointError, match="truncated or not a safetensors file"):
+    with pytest.raises(CheckpointError, match=f"{file.name} is truncated"):
         load(file)
+
+
+def test_where_a_file_was_cut_is_named(file: Path):
+    data = file.read_bytes()
+    for name in ("to_k.levels", "to_q.codes"):
+        file.write_bytes(data[: tensor_start(data, name) + 1])
+        with pytest.raises(CheckpointError, match=f"{file.name} is truncated at {name}:"):
+            load(file)
 
 
 def test_another_kind_of_file_is_refused(tmp_path: Path):
@@ -335,6 +344,80 @@ def test_a_consistent_file_with_wrong_contents_is_refused(
     rewrite(file, change)
     with pytest.raises(CheckpointError, match=message):
         load(file)
+
+
+# ---- shards -------------------------------------------------------------------------------------
+
+
+def write_shards(folder: Path, count: int = 3) -> list[Path]:
+    """As diffusers writes them: the metadata in each, an index that says where a tensor is."""
+    tensors, metadata = checkpoint.encode(attention(), dense_tensors(), "Toy")
+    folder.mkdir(exist_ok=True)
+    files, weight_map = [], {}
+    for i in range(count):
+        names = sorted(tensors)[i::count]
+        files.append(folder / f"diffusion_pytorch_model-{i + 1:05}-of-{count:05}.safetensors")
+        save_file({name: tensors[name] for name in names}, files[-1], metadata=metadata)
+        weight_map.update(dict.fromkeys(names, files[-1].name))
+    index = {"metadata": {"total_size": 1, **metadata}, "weight_map": weight_map}
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+    return files
+
+
+def test_shards_are_one_checkpoint(tmp_path: Path):
+    write_shards(tmp_path)
+    loaded = load(tmp_path)
+    one = load(save(tmp_path / "one" / "file", loaded.states, loaded.dense, "Toy"))
+    assert loaded.states.keys() == one.states.keys() and loaded.dense.keys() == one.dense.keys()
+    for name, state in loaded.states.items():
+        assert_same_state(state, one.states[name])
+
+
+def test_a_missing_shard_is_named(tmp_path: Path):
+    files = write_shards(tmp_path)
+    files[1].unlink()
+    with pytest.raises(FileNotFoundError, match=files[1].name):
+        load(tmp_path)
+
+
+def test_a_truncated_shard_and_its_tensor_are_named(tmp_path: Path):
+    file = write_shards(tmp_path)[2]
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=rf"{file.name} is truncated at \w+"):
+        load(tmp_path)
+
+
+def test_a_shard_of_another_checkpoint_is_named(tmp_path: Path):
+    files = write_shards(tmp_path / "a")
+    shutil.copy(write_shards(tmp_path / "b")[1], files[1])
+    with pytest.raises(CheckpointError, match=f"{files[1].name} belongs to another checkpoint"):
+        load(tmp_path / "a")
+
+
+def test_a_tensor_that_no_shard_holds_is_named(tmp_path: Path):
+    files = write_shards(tmp_path)
+    with safe_open(files[1], framework="pt") as handle:
+        metadata = handle.metadata()
+        kept = {name: handle.get_tensor(name) for name in sorted(handle.keys())}
+    lost, _ = kept.popitem()
+    save_file(kept, files[1], metadata=metadata)
+    with pytest.raises(CheckpointError, match=rf"and its 2 shards: .*{lost}"):
+        load(tmp_path)
+
+
+def test_a_damaged_index_is_named(tmp_path: Path):
+    write_shards(tmp_path)
+    for text in ("{", "[]", '{"weight_map": 1}'):
+        (tmp_path / INDEX_NAME).write_text(text)
+        with pytest.raises(CheckpointError, match="index.json is damaged"):
+            load(tmp_path)
+
+
+def test_a_single_file_is_not_written_beside_shards(tmp_path: Path):
+    """A reader would take the shards."""
+    write_shards(tmp_path)
+    with pytest.raises(FileExistsError, match="sharded checkpoint"):
+        save(tmp_path, attention(), {}, "Toy")
 
 
 # ---- what cannot be saved -----------------------------------------------------------------------

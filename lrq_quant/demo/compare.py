@@ -159,9 +159,9 @@ def _dense_bytes(pipeline: ShapesPipeline) -> int:
 
 
 def _checkpoint_bytes(folder: Path) -> int:
-    from lrq_kernels.checkpoint import checkpoint_file
+    from lrq_kernels.checkpoint import checkpoint_files
 
-    return checkpoint_file(folder / "transformer").stat().st_size
+    return sum(file.stat().st_size for file in checkpoint_files(folder / "transformer"))
 
 
 def _remove_own(folder: Path) -> None:
