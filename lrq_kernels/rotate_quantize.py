@@ -4,14 +4,17 @@
     x_scale = step of the token,  x_q = rint(v / x_scale)
 
 A token stays in the registers of one program from load to store, so x is read once. The block
-Hadamard is a product with a constant H16 on the tensor cores and butterflies between registers;
-its operands are split so that it is as accurate as fp32 (see `_times_hadamard16`). The "dual"
-rotation needs whole-row permutation between two dense products: it runs as separate launches with
-an fp32 intermediate that stays in the L2 cache.
+Hadamard is seven to ten stages of fp32 additions on values that never leave the place they were
+loaded to: most stages pair registers of one thread, the others lanes of one warp (see "A token in
+registers"). The "dual" rotation needs whole-row permutation between two dense products: it runs as
+separate launches with an fp32 intermediate that stays in the L2 cache.
 
 Imported by ops.py on the first CUDA call, never on import of the package. Arguments are validated
 there; the functions here trust them.
 """
+
+# A tuple that grows in a kernel has no one type for Python.
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Width of a tile row: the Hadamard blocks of most models, and the only size of a dense factor.
+# Width of the dense factors of "dual", and of a block of a token in registers.
 _WIDTH = 128
 # fp32 has unit spacing just above 1.5 * 2^23: adding it rounds half to even, and the low byte of
 # the sum is the rounded integer in two's complement.
@@ -34,61 +37,177 @@ _DENSE_WARPS = 8
 # Elements of the fp32 intermediates of "dual" (two of 16 MiB): they fit the 50 MB L2 of an H200.
 _DUAL_ELEMENTS = 1 << 22
 
+# ---- a token in registers -----------------------------------------------------------------------
+#
+# A token is a tuple of tiles [N], one value a thread (or a few). Which bit of k selects what:
+#
+#     bits of k     high    | 9 8 7   6 5       4 3     2 1 0
+#     selects       element | element quarter   element column
+#                   (warp)  | (lane)  of tuple  (lane)  of tuple
+#
+# Element n of a tile stands for k = 128 * (n // 4) + 32 * quarter + 8 * (n % 4) + column: a thread
+# loads eight neighbours (its columns) with one instruction. The tuple lists columns fastest, then
+# quarters, then chunks of 32 * N elements: more than one chunk avoids padding a token to a power of
+# two. N is a multiple of 32, and elements 32i..32i+31 sit in the lanes of one warp.
+#
+# Values leave the thread that loaded them only for butterflies between lanes: no layout conversion
+# happens (a test asserts it). That is for speed, but also because Triton 3.6 and 3.7 miscompile
+# conversions of int8 inside a warp that reorder the bytes of a register: an earlier form of the
+# kernel swapped the codes 1 and 2 of every four that way. Correctness needs no particular layout.
+
+
+@triton.jit
+def _piece(GROUP: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    """k [N, 8] of all columns of GROUP = 4 * chunk + quarter, and the mask k < K."""
+    n = tl.arange(0, N)[:, None]
+    first = (GROUP // 4) * (32 * N) + (n >> 2) * 128 + (GROUP % 4) * 32 + (n & 3) * 8
+    k = first + tl.arange(0, 8)[None, :]
+    if (GROUP // 4 + 1) * 32 * N <= K:
+        mask = tl.full((N, 1), 1, tl.int1)  # the compiler drops it
+    elif K % 8 == 0:
+        # One condition for all columns of a thread keeps the access one wide instruction.
+        mask = first < K
+    else:
+        mask = k < K
+    return k, mask
+
+
+@triton.jit
+def _load_pieces(row_ptr, K: tl.constexpr, N: tl.constexpr, CHUNKS: tl.constexpr):
+    """A row [K] as one piece [N, 8] for each group."""
+    pieces = ()
+    for group in tl.static_range(4 * CHUNKS):
+        k, mask = _piece(group, N, K)
+        pieces = pieces + (tl.load(row_ptr + k, mask=mask, other=0),)
+    return pieces
+
+
+@triton.jit
+def _halves(piece):
+    """[N, C] -> its even and its odd columns, each [N, C / 2]."""
+    return tl.split(tl.reshape(piece, (piece.shape[0], piece.shape[1] // 2, 2)))
+
+
+@triton.jit
+def _columns(piece):
+    """[N, 8] -> eight tiles [N]."""
+    even, odd = _halves(piece)
+    c04, c26 = _halves(even)
+    c15, c37 = _halves(odd)
+    c0, c4 = tl.split(c04)
+    c1, c5 = tl.split(c15)
+    c2, c6 = tl.split(c26)
+    c3, c7 = tl.split(c37)
+    return c0, c1, c2, c3, c4, c5, c6, c7
+
+
+@triton.jit
+def _to_piece(c):
+    """Eight tiles [N] -> [N, 8]."""
+    even = tl.join(tl.join(c[0], c[4]), tl.join(c[2], c[6]))
+    odd = tl.join(tl.join(c[1], c[5]), tl.join(c[3], c[7]))
+    return tl.reshape(tl.join(even, odd), (c[0].shape[0], 8))
+
+
+@triton.jit
+def _load_scaled(
+    row_ptr,
+    channel_scale_ptr,
+    permutation_ptr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """x[permutation] * channel_scale as a token of fp32 in registers, zero beyond K."""
+    if permutation_ptr is None:
+        pieces = _load_pieces(row_ptr, K, N, CHUNKS)
+    else:
+        pieces = _load_pieces(permutation_ptr, K, N, CHUNKS)
+    if channel_scale_ptr is not None:
+        scale_pieces = _load_pieces(channel_scale_ptr, K, N, CHUNKS)
+    v = ()
+    for group in tl.static_range(4 * CHUNKS):
+        piece = pieces[group]
+        if permutation_ptr is not None:
+            _, mask = _piece(group, N, K)
+            piece = tl.load(row_ptr + piece, mask=mask, other=0.0)
+        columns = _columns(piece.to(tl.float32))
+        if channel_scale_ptr is not None:
+            scales = _columns(scale_pieces[group])
+        for c in tl.static_range(8):
+            if channel_scale_ptr is not None:
+                v = v + (columns[c] * scales[c],)
+            else:
+                v = v + (columns[c],)
+    return v
+
+
+@triton.jit
+def _between_tiles(v, STRIDE: tl.constexpr):
+    """(a, b) -> (a + b, a - b) for all pairs of tiles that are STRIDE apart in the tuple."""
+    out = ()
+    for i in tl.static_range(len(v)):
+        if i & STRIDE:
+            out = out + (v[i - STRIDE] - v[i],)
+        else:
+            out = out + (v[i] + v[i + STRIDE],)
+    return out
+
+
+@triton.jit
+def _between_lanes(v, STRIDE: tl.constexpr):
+    """(a, b) -> (a + b, a - b) for all pairs of elements that are STRIDE < 32 apart in a tile."""
+    N: tl.constexpr = v[0].shape[0]
+    lane = tl.broadcast_to(tl.arange(0, 32)[None, :], (N // 32, 32))
+    sign = tl.where((lane & STRIDE) == 0, 1.0, -1.0)
+    out = ()
+    for i in tl.static_range(len(v)):
+        own = tl.reshape(v[i], (N // 32, 32))
+        other = tl.gather(own, lane ^ STRIDE, 1)
+        out = out + (tl.reshape(tl.fma(own, sign, other), (N,)),)
+    return out
+
+
+@triton.jit
+def _block_hadamard(v, BLOCK: tl.constexpr):
+    """v @ blockdiag(H_BLOCK), not normalized; BLOCK = 32..1024, or 1: v itself.
+
+    The natural Sylvester matrix is one butterfly stage for each bit of k, in any order.
+    """
+    if BLOCK >= 32:
+        v = _between_tiles(_between_tiles(_between_tiles(v, 1), 2), 4)
+        v = _between_lanes(_between_lanes(v, 1), 2)
+    if BLOCK >= 64:
+        v = _between_tiles(v, 8)
+    if BLOCK >= 128:
+        v = _between_tiles(v, 16)
+    if BLOCK >= 256:
+        v = _between_lanes(v, 4)
+    if BLOCK >= 512:
+        v = _between_lanes(v, 8)
+    if BLOCK >= 1024:
+        v = _between_lanes(v, 16)
+    return v
+
+
+@triton.jit
+def _token_size(v, K: tl.constexpr, RMS: tl.constexpr):
+    """sqrt(mean v^2), or max |v|; NaN when any element is."""
+    if RMS:
+        total = v[0] * v[0]
+        for i in tl.static_range(1, len(v)):
+            total = tl.fma(v[i], v[i], total)
+        return tl.sqrt_rn(tl.sum(total) / K)
+    else:
+        largest = tl.abs(v[0])
+        for i in tl.static_range(1, len(v)):
+            largest = tl.maximum(largest, tl.abs(v[i]), propagate_nan=tl.PropagateNan.ALL)
+        # Integers sort like the non-negative numbers they encode, and NaN above infinity.
+        bits = tl.abs(largest).to(tl.int32, bitcast=True)
+        return tl.max(bits).to(tl.float32, bitcast=True)
+
+
 # ---- kernels ------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _times_hadamard16(a):
-    """a fp32 [R, 16] @ H16, H16[i, j] = (-1)^popcount(i & j), with the error of fp32 arithmetic.
-
-    a = high + low with 11 leading bits in high, so both parts are exact in tf32 (low up to 2^-22 of
-    a) and so are the products with +-1. The small part is summed first: tensor cores truncate
-    their sums, and this leaves that error to the last two of four steps.
-    """
-    c = tl.arange(0, 16)
-    parity = c[:, None] & c[None, :]
-    parity = parity ^ (parity >> 2)
-    parity = (parity ^ (parity >> 1)) & 1
-    h = (1 - 2 * parity).to(tl.float32)
-    high = (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-    y = tl.dot(a - high, h, input_precision="tf32")
-    return tl.dot(high, h, y, input_precision="tf32")
-
-
-@triton.jit
-def _butterfly(y, SIZE: tl.constexpr, STRIDE: tl.constexpr):
-    """(a, b) -> (a + b, a - b) for all pairs of y [SIZE] that are STRIDE apart."""
-    y = tl.reshape(y, (SIZE // (2 * STRIDE), 2, STRIDE))
-    first, second = tl.split(tl.permute(y, (0, 2, 1)))
-    y = tl.permute(tl.join(first + second, first - second), (0, 2, 1))
-    return tl.reshape(y, (SIZE,))
-
-
-@triton.jit
-def _block_hadamard(v, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """v fp32 [ROWS, WIDTH] times blockdiag(H_BLOCK), not normalized; natural Sylvester order.
-
-    An index is (block, r, c, j): r counts the tile rows of a block, c = 0..15, j the low bits.
-    H_BLOCK is the Kronecker product over r, c and j, applied in any order: H16 over c as a dot, the
-    rest as butterflies. The rows of the dot are ordered so that these stay inside a thread (one
-    stage aside where BLOCK > WIDTH leaves few blocks):
-
-        row of the dot, high bits first    j high, r | block high | j low    | block low
-        where the accumulator holds it     registers | warps      | register | 8 lanes
-    """
-    J: tl.constexpr = WIDTH // 32
-    R: tl.constexpr = BLOCK // WIDTH
-    BLOCKS: tl.constexpr = ROWS // R
-    LOW: tl.constexpr = BLOCKS if BLOCKS < 8 else 8
-    HIGH: tl.constexpr = BLOCKS // LOW
-    SIZE: tl.constexpr = ROWS * WIDTH
-    a = tl.permute(tl.reshape(v, (HIGH, LOW, R, 16, J, 2)), (4, 2, 0, 5, 1, 3))
-    y = tl.reshape(_times_hadamard16(tl.reshape(a, (SIZE // 16, 16))), (SIZE,))
-    y = _butterfly(y, SIZE, LOW * 16)
-    for stage in tl.static_range((J * R).bit_length() - 1):
-        y = _butterfly(y, SIZE, SIZE >> (stage + 1))
-    y = tl.permute(tl.reshape(y, (J, R, HIGH, 2, LOW, 16)), (2, 4, 1, 5, 0, 3))
-    return tl.reshape(y, (ROWS, WIDTH))
 
 
 @triton.jit
@@ -101,53 +220,51 @@ def _row_kernel(
     x_scale_ptr,  # [M] fp32, or None: store the rotated row, unquantized
     step_factor,  # fp32
     K: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    N: tl.constexpr,
+    CHUNKS: tl.constexpr,  # 32 * N * CHUNKS >= K
     BLOCK: tl.constexpr,  # 1: no rotation
     QMAX: tl.constexpr,
     RMS: tl.constexpr,
     CLAMP: tl.constexpr,
 ):
-    """One token, k = 0..K-1 padded to ROWS * WIDTH:
+    """One token:
 
     v[k]    = (x[permutation[k]] * channel_scale[k]) @ blockdiag(H_BLOCK) / sqrt(BLOCK)
     x_scale = (RMS ? sqrt(mean v^2) : max|v|) * step_factor
     x_q[k]  = clamp(rint(v[k] / x_scale), -QMAX, QMAX), and 0 unless 0 < x_scale < inf
     """
     token = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    mask = k < K
-    if permutation_ptr is None:
-        source = k
-    else:
-        source = tl.load(permutation_ptr + k, mask=mask, other=0)
-    v = tl.load(x_ptr + token * x_row_stride + source, mask=mask, other=0.0).to(tl.float32)
-    if channel_scale_ptr is not None:
-        v = v * tl.load(channel_scale_ptr + k, mask=mask, other=0.0)
+    x_row = x_ptr + token * x_row_stride
+    out_row = out_ptr + token * K
+    v = _load_scaled(x_row, channel_scale_ptr, permutation_ptr, K, N, CHUNKS)
+    v = _block_hadamard(v, BLOCK)
     # The norm of H rides on the scalars of the row instead of on every element.
     NORM: tl.constexpr = BLOCK**-0.5
-    if BLOCK > 1:
-        v = _block_hadamard(v, ROWS, WIDTH, BLOCK)
-    out = out_ptr + token * K + k
     if x_scale_ptr is None:
-        tl.store(out, (v * NORM).to(out_ptr.dtype.element_ty), mask=mask)
+        for group in tl.static_range(4 * CHUNKS):
+            columns = ()
+            for c in tl.static_range(8):
+                columns = columns + ((v[8 * group + c] * NORM).to(out_ptr.dtype.element_ty),)
+            k, mask = _piece(group, N, K)
+            tl.store(out_row + k, _to_piece(columns), mask=mask)
     else:
-        if RMS:
-            size = tl.sqrt_rn(tl.sum(v * v) / K)
-        else:
-            # |v| as integers sorts like the numbers, and NaN above infinity: it is not lost.
-            bits = tl.abs(v).to(tl.int32, bitcast=True)
-            size = tl.max(bits).to(tl.float32, bitcast=True)
-        x_scale = size * NORM * step_factor
+        x_scale = _token_size(v, K, RMS) * NORM * step_factor
         tl.store(x_scale_ptr + token, x_scale)
         inverse = tl.div_rn(1.0, x_scale)
         if (inverse > 0) & (inverse < float("inf")):
-            codes = tl.fma(v, inverse * NORM, _MAGIC)
-            if CLAMP:
-                codes = tl.minimum(tl.maximum(codes, _MAGIC - QMAX), _MAGIC + QMAX)
-            tl.store(out, codes.to(tl.int32, bitcast=True).to(tl.int8), mask=mask)
+            for group in tl.static_range(4 * CHUNKS):
+                columns = ()
+                for c in tl.static_range(8):
+                    code = tl.fma(v[8 * group + c], inverse * NORM, _MAGIC)
+                    if CLAMP:
+                        code = tl.minimum(tl.maximum(code, _MAGIC - QMAX), _MAGIC + QMAX)
+                    columns = columns + (code.to(tl.int32, bitcast=True).to(tl.int8),)
+                k, mask = _piece(group, N, K)
+                tl.store(out_row + k, _to_piece(columns), mask=mask)
         else:
-            tl.store(out, tl.zeros((ROWS, WIDTH), tl.int8), mask=mask)
+            for group in tl.static_range(4 * CHUNKS):
+                k, mask = _piece(group, N, K)
+                tl.store(out_row + k, tl.zeros((N, 8), tl.int8), mask=mask)
 
 
 @triton.jit
@@ -193,27 +310,21 @@ def _block_dense_kernel(
 
 @dataclass(frozen=True)
 class RowLaunch:
-    """Tile and warps of `_row_kernel`: one token is a [rows, width] tile."""
+    """How `_row_kernel` holds a token: `chunks` chunks of 32 tiles of `elements` values."""
 
-    rows: int
-    width: int
+    elements: int
+    chunks: int
     num_warps: int
 
 
-def row_launch(in_features: int, block_size: int) -> RowLaunch:
-    """Launch parameters for a token of in_features (block_size 1: no rotation).
+def row_launch(in_features: int) -> RowLaunch:
+    """Launch parameters for a token of in_features.
 
-    32 elements a thread: about 100 registers, so that 16 warps or more share an SM. On an H200
-    (2026-11-22) prototypes of this form were bound by latency and occupancy, and few warps a
-    program with many programs an SM won.
+    One or two values a thread in each tile: 50 to 90 registers, so that 20 to 40 warps share an SM
+    and the loads of several tokens are in flight.
     """
-    width = min(block_size, _WIDTH) if block_size > 1 else _WIDTH
-    # A dot has at least 16 rows, width / 16 of them for each tile row.
-    fewest = max(block_size // width, 256 // width)
-    needed = -(-in_features // width)
-    rows = max(fewest, 1 << (needed - 1).bit_length())
-    num_warps = min(16, max(1, rows * width // 1024))
-    return RowLaunch(rows, width, num_warps)
+    groups = triton.next_power_of_2(triton.cdiv(in_features, 1024))
+    return RowLaunch(elements=32 * groups, chunks=1, num_warps=min(8, groups))
 
 
 def _launch_rows(
@@ -228,7 +339,7 @@ def _launch_rows(
     """Run `_row_kernel` on x [M, K]; step = (qmax, rms, scale_factor), unused without x_scale."""
     tokens, in_features = x.shape
     qmax, rms, scale_factor = step
-    launch = row_launch(in_features, block_size)
+    launch = row_launch(in_features)
     _row_kernel[(tokens,)](
         x,
         x.stride(0),
@@ -238,8 +349,8 @@ def _launch_rows(
         x_scale,
         scale_factor if rms else scale_factor / qmax,
         K=in_features,
-        ROWS=launch.rows,
-        WIDTH=launch.width,
+        N=launch.elements,
+        CHUNKS=launch.chunks,
         BLOCK=block_size,
         QMAX=qmax,
         RMS=rms,
