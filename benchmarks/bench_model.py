@@ -72,7 +72,7 @@ def tensor_bytes(model: torch.nn.Module) -> int:
 def quantized(name: str, scheme: str, device: str) -> tuple[torch.nn.Module, dict[str, Any]]:
     """Quantize random weights of `name`, save, and load the file into a fresh model."""
     from lrq_quant import QuantRecipe, quantize_model
-    from lrq_quant.diffusers_backend import load_transformer, save_transformer
+    from lrq_quant.pipeline_io import load_transformer, save_transformer
 
     model = make_model(name, device)
     facts: dict[str, Any] = {"bf16_gb": tensor_bytes(model) / 1e9}

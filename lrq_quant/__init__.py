@@ -2,11 +2,17 @@
 
 QuantRecipe says what is quantized and how, quantize_model does it; collect_stats, choose_rotation
 and fit_twin_log are its three steps.
+
+Importing it makes "lrq" a quantization method of diffusers: from_pretrained loads quantized folders
+and takes quantization_config=LRQConfig("w4a8"). That imports diffusers, which costs more than this
+package does; deferring it would leave from_pretrained ignorant in one of two import orders.
 """
 
 from __future__ import annotations
 
 from .calibration import ActivationStats, collect_stats
+from .diffusers_backend import LRQConfig, LRQQuantizer, register
+from .fused_projections import fuse_projections, fused_projections, unfuse_projections
 from .pipeline import QuantizedModel, quantize_linear, quantize_model
 from .recipe import CalibrationOptions, QuantPlan, QuantRecipe, SearchOptions
 from .report import LinearReport, QuantReport
@@ -17,6 +23,8 @@ from .twin_log import fit_twin_log, fit_twin_log_paper
 __all__ = [
     "ActivationStats",
     "CalibrationOptions",
+    "LRQConfig",
+    "LRQQuantizer",
     "LinearReport",
     "QuantPlan",
     "QuantRecipe",
@@ -28,7 +36,12 @@ __all__ = [
     "collect_stats",
     "fit_twin_log",
     "fit_twin_log_paper",
+    "fuse_projections",
+    "fused_projections",
     "quantize_linear",
     "quantize_model",
     "smooth_scale",
+    "unfuse_projections",
 ]
+
+register()

@@ -119,7 +119,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
     from lrq_kernels import QuantScheme
 
     from . import QuantRecipe
-    from .diffusers_backend import check_writable, load_pipeline, quantize_pipeline
+    from .pipeline_io import check_writable, load_pipeline, quantize_pipeline
 
     prompts = _read_prompts(arguments)
     modulation = None
@@ -191,7 +191,7 @@ class ProgressBar:
 def _generate(arguments: argparse.Namespace) -> int:
     import torch
 
-    from .diffusers_backend import load_pipeline
+    from .pipeline_io import load_pipeline
 
     files = _output_files(arguments.out, len(arguments.prompt))
     device, dtype = _device(arguments), getattr(torch, arguments.dtype)
@@ -224,7 +224,7 @@ def _output_files(out: Path, count: int) -> list[Path]:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from .diffusers_backend import load_report
+    from .pipeline_io import load_report
 
     report = load_report(arguments.model)
     print(json.dumps(report.to_dict(), indent=1) if arguments.json else report.table())

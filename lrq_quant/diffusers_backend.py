@@ -1,323 +1,484 @@
-"""Quantized transformers inside diffusers pipelines: save a folder, load it, fuse q, k and v.
+"""lrq as a quantization backend of diffusers: LRQConfig, LRQQuantizer, and their registration.
 
-A quantized pipeline folder is an ordinary diffusers folder in which one component, the
-transformer, holds an lrq checkpoint and its config.json says so under "quantization_config".
+from_pretrained of a quantized folder replaces the linears that the checkpoint's header lists and
+fills them group by group. With quantization_config=LRQConfig("w4a8") the checkpoint of a dense
+model is quantized while it loads, one linear at a time, from its weights alone.
+
+diffusers knows a backend by two tables; importing lrq_quant enters this one (register).
 """
 
 from __future__ import annotations
 
-import importlib
-import json
-import os
-import shutil
-import zlib
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import copy
+import logging
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
 from typing import Any
 
 import torch
-from torch import nn
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import Tensor, nn
 
-import lrq_kernels
-from lrq_kernels import LRQLinear, checkpoint, fuse_linears
-from lrq_kernels.checkpoint import CheckpointError
+from lrq_kernels import InputQuantizer, LRQLinear, QuantScheme, checkpoint, model_states
+from lrq_kernels.checkpoint import FIELDS, CheckpointError, Header
+from lrq_kernels.loader import build_linears, check_model
 
-from .calibration import Progress
-from .pipeline import QuantizedModel, quantize_model
-from .recipe import QuantRecipe
-from .report import QuantReport
+from .fused_projections import unfuse_projections
+from .pipeline import quantize_linear
+from .recipe import InputGroup, LinearPlan, QuantPlan, QuantRecipe
+from .recipe_patterns import matching, schemes_by_name
+from .rotation_search import RotationChoice, data_free_rotation
 
-TRANSFORMER = "transformer"
-REPORT_FILE = "lrq_report.json"
-# Pipelines of this package, which diffusers does not know by name.
-_OWN_PIPELINES = {"ShapesPipeline": "lrq_quant.demo.pipeline"}
+logger = logging.getLogger(__name__)
 
-
-# ---- load ---------------------------------------------------------------------------------------
+DTYPES = (None, torch.bfloat16, torch.float16, torch.float32)
+Scheme = QuantScheme | str | Mapping[str, Any] | None
 
 
-def load_pipeline(
-    path: str | os.PathLike,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.bfloat16,
-    fuse: bool = True,
-) -> Any:
-    """A diffusers pipeline from a folder or hub id, on `device`.
+class LRQMethod(str, Enum):
+    """diffusers reads quant_method.value."""
 
-    A transformer that is an lrq checkpoint is loaded as such; any other pipeline loads as diffusers
-    does. fuse: q, k and v of an attention become one GEMM. Raises FileNotFoundError, or
-    CheckpointError when the checkpoint is damaged or of another model.
+    LRQ = checkpoint.FORMAT
+
+
+def register() -> None:
+    """Make diffusers know "lrq" in config.json and LRQConfig in from_pretrained."""
+    auto.AUTO_QUANTIZER_MAPPING[checkpoint.FORMAT] = LRQQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[checkpoint.FORMAT] = LRQConfig
+
+
+# ---- configuration ------------------------------------------------------------------------------
+
+
+class LRQConfig(QuantizationConfigMixin):
+    """What to quantize and how, for from_pretrained and in config.json.
+
+    scheme: of attention and feed-forward linears, as "w4a8" or a QuantScheme; modulation: of the
+    adaLN linears, None to keep them. modules_to_not_convert and the keys of overrides are fnmatch
+    patterns on full module names; a pattern that matches a module holds for every linear in it.
+    overrides: pattern -> scheme, or None to keep; the first that matches wins. Of a checkpoint that
+    is quantized already this is a description: the file says what its linears are.
+
+    Raises TypeError for an unknown argument and ValueError for a bad scheme, CheckpointError for a
+    format version that this package does not read.
     """
-    folder = Path(path)
-    components = {}
-    if is_quantized(folder / TRANSFORMER):
-        components[TRANSFORMER] = load_transformer(
-            folder / TRANSFORMER, device=device, dtype=dtype, fuse=fuse
+
+    def __init__(
+        self,
+        scheme: Scheme = "w4a8",
+        *,
+        modulation: Scheme = "w4a16",
+        modules_to_not_convert: Sequence[str] | None = None,
+        overrides: Mapping[str, Scheme] | None = None,
+        format_version: int = checkpoint.VERSION,
+        quant_method: str = checkpoint.FORMAT,
+    ) -> None:
+        if quant_method != checkpoint.FORMAT:
+            raise ValueError(
+                f"LRQConfig: quant_method must be {checkpoint.FORMAT!r}, got {quant_method!r}"
+            )
+        if format_version != checkpoint.VERSION:
+            raise CheckpointError(
+                f"LRQConfig: format version {format_version}; this package reads version "
+                f"{checkpoint.VERSION}"
+            )
+        if isinstance(modules_to_not_convert, str):
+            raise TypeError("LRQConfig: modules_to_not_convert must be a list of patterns")
+        block = _scheme(scheme)
+        if block is None:
+            raise ValueError("LRQConfig: scheme must be a scheme such as 'w4a8', got None")
+        self.quant_method = LRQMethod.LRQ
+        self.format_version = format_version
+        self.scheme = block
+        self.modulation = _scheme(modulation, rotation="none")
+        self.modules_to_not_convert = list(modules_to_not_convert or ())
+        self.overrides = {name: _scheme(value) for name, value in (overrides or {}).items()}
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Inverse of to_dict. A key that this version does not know is left out with a warning."""
+        known = set(cls().to_dict())
+        values = {**config_dict, **kwargs}
+        unknown = {key: values.pop(key) for key in sorted(set(values) - known)}
+        if unknown:
+            logger.warning("LRQConfig: unknown keys are left out: %s", sorted(unknown))
+        config = cls(**values)
+        return (config, unknown) if return_unused_kwargs else config
+
+    @classmethod
+    def from_recipe(cls, recipe: Mapping[str, Any]) -> LRQConfig:
+        """A description of what quantize_model was asked for; recipe as QuantRecipe.to_dict."""
+        return cls(
+            recipe["block"],
+            modulation=recipe["modulation"],
+            modules_to_not_convert=list(recipe["exclude"]),
+            overrides=dict(recipe["overrides"]),
         )
-    pipeline = pipeline_class(path).from_pretrained(path, dtype=dtype, **components)
-    return pipeline.to(device)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "quant_method": self.quant_method.value,
+            "format_version": self.format_version,
+            "scheme": _plain(self.scheme),
+            "modulation": _plain(self.modulation, rotation="none"),
+            "modules_to_not_convert": list(self.modules_to_not_convert),
+            "overrides": {name: _plain(scheme) for name, scheme in self.overrides.items()},
+        }
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What differs from the defaults; __repr__ and to_json_string of the base class use it."""
+        default = LRQConfig().to_dict()
+        values = self.to_dict().items()
+        return {k: v for k, v in values if k == "quant_method" or v != default[k]}
+
+    def recipe(self, model: nn.Module, keep: Iterable[str] = ()) -> QuantRecipe:
+        """The recipe for `model`, patterns resolved to names. keep: names of modules, anywhere in
+        a path, that stay as well. Raises ValueError for a pattern that matches no linear."""
+        linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+        kept = set(keep)
+        exclude = [name for name in linears if kept & set(name.split("."))]
+        for pattern in self.modules_to_not_convert:
+            exclude += matching(pattern, linears, "modules_to_not_convert")
+        return QuantRecipe(
+            block=self.scheme,
+            modulation=self.modulation,
+            exclude=tuple(dict.fromkeys(exclude)),
+            overrides=schemes_by_name(self.overrides, linears),
+        )
+
+    def plan(self, model: nn.Module) -> QuantPlan:
+        """What this does to `model`, which may be on the meta device: print(plan.summary())."""
+        return self.recipe(model).resolve(model)
 
 
-def load_transformer(
-    folder: str | os.PathLike,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.bfloat16,
-    fuse: bool = True,
-) -> nn.Module:
-    """The transformer of a quantized component folder (config.json beside the checkpoint)."""
-    from accelerate import init_empty_weights
-
-    folder = Path(folder)
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise FileNotFoundError(f"no config.json in {folder}")
-    config = json.loads(config_file.read_text())
-    config.pop("quantization_config", None)
-    cls = _diffusers_class(config.get("_class_name"), config_file)
-    with init_empty_weights():  # parameters on meta; buffers, which no checkpoint holds, are real
-        model = cls.from_config(config)
-    for name, buffer in model.named_buffers():
-        parent, _, leaf = name.rpartition(".")
-        model.get_submodule(parent)._buffers[leaf] = buffer.to(device)
-    lrq_kernels.load_quantized(model, folder, device=device, dtype=dtype)
-    return fuse_projections(model) if fuse else model
+def _scheme(value: Scheme, **defaults: Any) -> QuantScheme | None:
+    if value is None or isinstance(value, QuantScheme):
+        return value
+    if isinstance(value, str):
+        return _named_scheme(value, **defaults)
+    if isinstance(value, Mapping):
+        return QuantScheme.from_dict(dict(value))
+    raise TypeError(f"LRQConfig: a scheme must be a name, a QuantScheme or a dict, got {value!r}")
 
 
-def is_quantized(folder: str | os.PathLike) -> bool:
-    """Whether a component folder holds an lrq checkpoint, by its config.json."""
-    config_file = Path(folder) / "config.json"
-    if not config_file.is_file():
+def _named_scheme(name: str, **defaults: Any) -> QuantScheme:
+    return (
+        QuantScheme.from_name(name, **defaults) if defaults else QuantRecipe.from_name(name).block
+    )
+
+
+def _plain(scheme: QuantScheme | None, **defaults: Any) -> str | dict[str, Any] | None:
+    """The name where the name says it all."""
+    if scheme is None:
+        return None
+    named = scheme == _named_scheme(scheme.name, **defaults)
+    return scheme.name if named else scheme.to_dict()
+
+
+# ---- quantizer ----------------------------------------------------------------------------------
+
+
+class PendingLinear(nn.Module):
+    """Stands where a quantized linear goes until its tensors are read: their names and shapes, on
+    the meta device, so that diffusers looks them up in the checkpoint."""
+
+    def __init__(self, name: str, header: Header) -> None:
+        super().__init__()
+        facts = header.layers[name]
+        sizes = (facts["out_features"], facts["in_features"], facts["weight_bits"])
+        for field in header.fields(name):
+            spec = FIELDS[field]
+            empty = torch.empty(spec.shape(*sizes), dtype=spec.dtype, device="meta")
+            self.register_buffer(field, empty)
+
+
+class LRQQuantizer(DiffusersQuantizer):
+    """What diffusers calls while it loads and saves a model; the methods are its interface."""
+
+    use_keep_in_fp32_modules = True
+    requires_calibration = False
+    required_packages = None
+
+    def __init__(self, quantization_config: LRQConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._header: Header | None = None
+        self._dense_loader: _DenseLoader | None = None
+        self._arrived: dict[str, Tensor] = {}
+        self._model: Any = None
+
+    # -- before the weights
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        dtype, device_map = kwargs.get("torch_dtype"), kwargs.get("device_map")
+        if dtype not in DTYPES:
+            raise ValueError(f"lrq: torch_dtype must be one of {DTYPES[1:]}, got {dtype}")
+        if isinstance(device_map, Mapping) and "disk" in map(str, device_map.values()):
+            raise ValueError("lrq: device_map must not put a quantized model on 'disk'")
+
+    def maybe_update_loaded_keys(
+        self, loaded_keys: list[str], checkpoint_files: list[str]
+    ) -> list[str]:
+        if self.pre_quantized:
+            self._header = checkpoint.read_header(checkpoint_files)
+        return loaded_keys
+
+    def _process_model_before_weight_loading(
+        self,
+        model: nn.Module,
+        device_map: Any = None,
+        keep_in_fp32_modules: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> None:
+        if self._header is not None:
+            self._expect(model, self._header)
+        else:  # a dense checkpoint; from_single_file does not say so
+            self.pre_quantized = False
+            recipe = self.quantization_config.recipe(model, keep_in_fp32_modules or ())
+            plan = recipe.resolve(model)
+            logger.info(plan.summary())
+            self._dense_loader = _DenseLoader(plan, recipe.search.seed)
+        model.config.quantization_config = self.quantization_config
+
+    def _expect(self, model: nn.Module, header: Header) -> None:
+        linears = {
+            name: (facts["out_features"], facts["in_features"], "bias" in header.fields(name))
+            for name, facts in header.layers.items()
+        }
+        check_model(model, header.model_class, linears, header.dense())
+        for name in header.layers:
+            model.set_submodule(name, PendingLinear(name, header))
+
+    def update_missing_keys(
+        self, model: nn.Module, missing_keys: list[str], prefix: str
+    ) -> list[str]:
+        # diffusers only warns, and leaves what is missing on the meta device.
+        if missing_keys:
+            raise CheckpointError(f"the checkpoint lacks {sorted(missing_keys)[:5]} of the model")
+        return missing_keys
+
+    def get_special_dtypes_update(
+        self, model: nn.Module, torch_dtype: torch.dtype
+    ) -> dict[str, Any]:
+        """Sizes by which device_map="auto" places what is still dense."""
+        if self._dense_loader is None:
+            return {}
+        from accelerate.utils import CustomDtype
+
+        return {f"{name}.weight": CustomDtype.INT4 for name in self._dense_loader.linears}
+
+    def get_cuda_warm_up_factor(self) -> int:
+        # Elements of the torch_dtype to reserve are those of the tensors over this: int32 words of
+        # a quantized checkpoint, 16-bit weights of which 4 bits stay of a dense one.
+        return 1 if self.pre_quantized else 4
+
+    @property
+    def supports_parallel_loading(self) -> bool:
         return False
-    quantization = json.loads(config_file.read_text()).get("quantization_config") or {}
-    return quantization.get("quant_method") == checkpoint.FORMAT
 
+    # -- the weights
 
-def pipeline_class(path: str | os.PathLike) -> Any:
-    """The class to call from_pretrained on for a pipeline folder or hub id."""
-    from diffusers import DiffusionPipeline
+    def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        # Here, because dense tensors are cast before any other hook sees them.
+        if self._header is not None:
+            for name, tensor in state_dict.items():
+                self._header.verify(name, tensor)
+        return state_dict
 
-    index = Path(path) / "model_index.json"
-    if not index.is_file():
-        if Path(path).exists():
-            raise FileNotFoundError(f"{path} is not a diffusers pipeline: no model_index.json")
-        return DiffusionPipeline  # a hub id
-    name = json.loads(index.read_text()).get("_class_name")
-    if isinstance(name, str) and name in _OWN_PIPELINES:
-        return getattr(importlib.import_module(_OWN_PIPELINES[name]), name)
-    return DiffusionPipeline
+    def check_if_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        state_dict: dict[str, Any],
+        **kwargs: Any,
+    ) -> bool:
+        layer, _, leaf = param_name.rpartition(".")
+        if self._header is not None:
+            return layer in self._header.layers and leaf in FIELDS
+        return self._dense_loader is not None and layer in self._dense_loader.linears
 
+    def check_quantized_param_shape(
+        self, param_name: str, current_param: Tensor, loaded_param: Tensor
+    ) -> bool:
+        raise CheckpointError(
+            f"{param_name} must be {list(current_param.shape)} as its description says, "
+            f"the checkpoint has {list(loaded_param.shape)}"
+        )
 
-def _diffusers_class(name: str | None, where: Path) -> Any:
-    import diffusers
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        target_device: torch.device | str,
+        state_dict: dict[str, Any] | None = None,
+        unexpected_keys: list[str] | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # The file's own value: param_value is rounded to torch_dtype already.
+        self._arrived[param_name] = (state_dict or {}).get(param_name, param_value)
+        layer = param_name.rpartition(".")[0]
+        target = (torch.device(target_device), dtype or torch.float32)
+        if self._header is not None:
+            self._finish_group(model, self._header, layer, *target)
+        elif self._dense_loader is not None:
+            self._dense_loader.finish(model, layer, self._arrived, *target)
 
-    cls = getattr(diffusers, name or "", None)
-    if cls is None:
-        raise CheckpointError(f"{where}: _class_name {name!r} is not a class of diffusers")
-    return cls
+    def _finish_group(
+        self,
+        model: nn.Module,
+        header: Header,
+        layer: str,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        """Linears of one input are built once the tensors of all of them are here."""
+        members = header.groups()[header.layers[layer].get("shared_input", layer)]
+        names = [name for member in members for name in header.fields(member).values()]
+        if not all(name in self._arrived for name in names):
+            return
+        states = {
+            name: checkpoint.layer_state(name, header, self._arrived).to(device) for name in members
+        }
+        for name, linear in build_linears(states, dtype).items():
+            model.set_submodule(name, linear)
+        for name in names:
+            del self._arrived[name]
 
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        if self._arrived:
+            raise CheckpointError(
+                f"the checkpoint is incomplete around {sorted(self._arrived)[:5]}"
+            )
+        for name, module in model.named_modules():
+            if isinstance(module, PendingLinear):
+                raise CheckpointError(f"the checkpoint holds no tensors of {name}")
+        self._dense_loader = None
+        self._model = weakref.ref(model)
 
-# ---- quantize and save --------------------------------------------------------------------------
+    # -- afterwards
 
+    @property
+    def is_serializable(self) -> bool:
+        return True
 
-def quantize_pipeline(
-    pipeline: Any,
-    recipe: QuantRecipe,
-    prompts: Sequence[str] | None,
-    out: str | os.PathLike,
-    *,
-    call_options: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
-) -> QuantReport:
-    """Quantize the transformer of `pipeline` and write the whole pipeline to the folder `out`.
-
-    Calibrated by drawing `prompts` (every step, both guidance halves) with call_options as further
-    arguments of the pipeline's call; prompts None looks at the weights alone. A killed run leaves
-    `<out>.partial` and, called again, continues from it. Raises FileExistsError or OSError when
-    `out` is taken or cannot be written, and what quantize_model raises, before anything is written.
-    """
-    out = check_writable(out)
-    pipeline.set_progress_bar_config(disable=True)
-    options = dict(call_options or {})
-    if getattr(pipeline, "vae", None) is not None:
-        options["output_type"] = "latent"  # statistics need no decoded picture
-
-    def run(batch: list[str]) -> None:
-        # The seed follows the prompt, so that statistics do not depend on the batch size.
-        generators = [torch.Generator().manual_seed(zlib.crc32(text.encode())) for text in batch]
-        pipeline(prompt=batch, generator=generators, **options)
-
-    quantized = quantize_model(
-        pipeline.transformer,
-        recipe,
-        run=None if prompts is None else run,
-        prompts=prompts or (),
-        work_folder=out.with_name(f"{out.name}.partial"),
-        progress=progress,
-    )
-    save_pipeline(pipeline, quantized, out)
-    quantized.remove_work_folder()
-    return quantized.report
-
-
-def save_pipeline(pipeline: Any, quantized: QuantizedModel, out: str | os.PathLike) -> Path:
-    """Write `pipeline` with its transformer replaced by `quantized` to the folder `out`, which
-    appears under its name when it is complete.
-
-    Raises FileExistsError when `out` holds something already, OSError when it cannot be written.
-    """
-    out = check_writable(out)
-    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        for name, component in pipeline.components.items():
-            if name != TRANSFORMER and hasattr(component, "save_pretrained"):
-                component.save_pretrained(temporary / name)
-        pipeline.save_config(temporary)
-        save_transformer(pipeline.transformer, quantized, temporary / TRANSFORMER)
-        if out.exists():
-            out.rmdir()  # empty, as check_writable found
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return out
-
-
-def save_transformer(model: nn.Module, quantized: QuantizedModel, folder: Path) -> None:
-    """config.json of `model`, checkpoint and report of one transformer component."""
-    folder.mkdir(parents=True, exist_ok=True)
-    quantized.save(folder)
-    config = json.loads(model.to_json_string())
-    config["quantization_config"] = {
-        "quant_method": checkpoint.FORMAT,
-        "format_version": checkpoint.VERSION,
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    report = json.dumps(quantized.report.to_dict(), indent=1)
-    (folder / REPORT_FILE).write_text(report + "\n")
-
-
-def load_report(path: str | os.PathLike) -> QuantReport:
-    """What was done to a quantized pipeline or transformer folder; its checkpoint is checked to be
-    there and of a known version. Raises FileNotFoundError or CheckpointError."""
-    folder = Path(path)
-    if (folder / TRANSFORMER).is_dir():
-        folder = folder / TRANSFORMER
-    checkpoint.read_header(checkpoint.checkpoint_files(folder))
-    file = folder / REPORT_FILE
-    if not file.is_file():
-        raise FileNotFoundError(f"no {REPORT_FILE} in {folder}")
-    return QuantReport.from_dict(json.loads(file.read_text()))
-
-
-def check_writable(out: str | os.PathLike) -> Path:
-    """`out` as a path when a new folder can be made there; called before any long work.
-
-    Raises FileExistsError when it exists and is not an empty folder, OSError when no folder can be
-    made there.
-    """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists already; name a new folder")
-    parent = out.absolute().parent
-    probe = parent / f".{out.name}.{os.getpid()}.probe"
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-    except OSError as error:
-        raise OSError(f"cannot write to {parent}: {error}") from error
-    finally:
-        if probe.exists():
-            probe.unlink()
-    return out
-
-
-# ---- fused projections --------------------------------------------------------------------------
-
-# Fused name -> linears of an attention module, in the order in which diffusers splits the result.
-_SELF_ATTENTION: dict[str, tuple[str, ...]] = {
-    "to_qkv": ("to_q", "to_k", "to_v"),
-    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
-}
-_CROSS_ATTENTION: dict[str, tuple[str, ...]] = {"to_kv": ("to_k", "to_v")}
-
-
-def fuse_projections(model: nn.Module) -> nn.Module:
-    """Make one GEMM of the quantized q, k and v of every attention module that supports it.
-
-    Lossless: levels and scales are per output row. The separate linears are removed, so nothing is
-    held twice. Modules whose projections are not all quantized with one scheme and a shared input
-    stay as they are; fused_projections() lists what was fused.
-    """
-    for module in model.modules():
-        groups = _fusable(module)
-        if not groups:
-            continue
-        for fused_name, members in groups.items():
-            fused = fuse_linears([getattr(module, name) for name in members])
-            for name in members:
-                delattr(module, name)
-            module.add_module(fused_name, fused)
-        module.fused_projections = True
-        # diffusers' own fuse_projections would build a dense zero layer from ours.
-        module._supports_qkv_fusion = False
-        _use_fused_processor(module)
-    return model
-
-
-def fused_projections(model: nn.Module) -> dict[str, list[str]]:
-    """Full name of each fused linear -> names of the linears in it."""
-    return {
-        name: [part for part, _ in module.parts]
-        for name, module in model.named_modules()
-        if isinstance(module, LRQLinear) and len(module.parts) > 1
-    }
-
-
-def _fusable(module: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Groups of an attention module to fuse: all that its fused forward reads, or none."""
-    if not hasattr(module, "fused_projections") or module.fused_projections:
-        return {}
-    cross = bool(getattr(module, "is_cross_attention", False))
-    wanted = _CROSS_ATTENTION if cross else _SELF_ATTENTION
-    groups = {
-        fused: members
-        for fused, members in wanted.items()
-        if any(getattr(module, name, None) is not None for name in members)
-    }
-    complete = all(_one_input(module, members) for members in groups.values())
-    return groups if complete and _has_fused_forward(module) else {}
-
-
-def _one_input(module: nn.Module, members: tuple[str, ...]) -> bool:
-    found = [getattr(module, name, None) for name in members]
-    linears = [linear for linear in found if isinstance(linear, LRQLinear)]
-    if len(linears) < len(found):
+    @property
+    def is_trainable(self) -> bool:
         return False
-    first = linears[0]
-    return all(
-        linear.input_quantizer is first.input_quantizer
-        and linear.scheme == first.scheme
-        and (linear.bias is None) == (first.bias is None)
-        for linear in linears
-    )
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What save_pretrained writes: canonical tensors under the model's own names."""
+        model = None if self._model is None else self._model()
+        if model is None:
+            raise RuntimeError("lrq: only a model that from_pretrained returned, or its deepcopy")
+        if not safe_serialization:
+            raise ValueError("lrq: a quantized model is saved as safetensors alone")
+        if getattr(model, "peft_config", None):
+            raise ValueError(
+                f"lrq: unload the adapters {sorted(model.peft_config)} before saving (unload_lora);"
+                " save them by themselves (save_lora_adapter)"
+            )
+        return checkpoint.encode(*model_states(model), type(model).__name__)
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        unfuse_projections(model)
+        for name, linear in list(model.named_modules()):
+            if isinstance(linear, LRQLinear):
+                model.set_submodule(name, _dense_linear(linear))
+        # Else save_pretrained would write a dense model that calls itself quantized.
+        config = {k: v for k, v in model._internal_dict.items() if k != "quantization_config"}
+        model._internal_dict = type(model._internal_dict)(config)
+        return model
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LRQQuantizer:
+        """A copied model is saved by its own quantizer."""
+        twin = memo[id(self)] = copy.copy(self)
+        model = None if self._model is None else self._model()
+        if model is not None and id(model) in memo:
+            twin._model = weakref.ref(memo[id(model)])
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None}
 
 
-def _has_fused_forward(module: nn.Module) -> bool:
-    """Whether the attention processor reads to_qkv when fused_projections is set."""
-    from diffusers.models.attention import AttentionModuleMixin
-    from diffusers.models.attention_processor import AttnProcessor2_0
+def _dense_linear(linear: LRQLinear) -> nn.Linear:
+    with torch.device("meta"):
+        dense = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None)
+    dense.weight = nn.Parameter(linear.dense_weight(), requires_grad=False)
+    if linear.bias is not None:
+        dense.bias = nn.Parameter(linear.bias.to(linear.dtype), requires_grad=False)
+    return dense
 
-    return isinstance(module, AttentionModuleMixin) or isinstance(
-        getattr(module, "processor", None), AttnProcessor2_0
-    )
 
+class _DenseLoader:
+    """Quantizes the linears of a plan one by one as their tensors are read.
 
-def _use_fused_processor(module: nn.Module) -> None:
-    """The older Attention class picks the fused forward by its processor, not by the flag."""
-    from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProcessor2_0
+    Data-free: the rotation of a group follows from its name, so its members need not meet.
+    """
 
-    if isinstance(module.processor, AttnProcessor2_0):
-        module.set_processor(FusedAttnProcessor2_0())
+    def __init__(self, plan: QuantPlan, seed: int) -> None:
+        self.linears: dict[str, tuple[InputGroup, LinearPlan]] = {
+            linear.name: (group, linear) for group in plan.groups for linear in group.linears
+        }
+        self._seed = seed
+        self._inputs: dict[str, tuple[RotationChoice, InputQuantizer]] = {}
+
+    def finish(
+        self,
+        model: nn.Module,
+        name: str,
+        arrived: dict[str, Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        """Replace linear `name` once its weight, and its bias if it has one, are in `arrived`."""
+        has_bias = model.get_submodule(name).bias is not None
+        names = [f"{name}.weight", f"{name}.bias"] if has_bias else [f"{name}.weight"]
+        if not all(n in arrived for n in names):
+            return
+        weight, bias = arrived.pop(names[0]), arrived.pop(names[1]) if has_bias else None
+        group, linear = self.linears[name]
+        if tuple(weight.shape) != (linear.out_features, linear.in_features):
+            raise CheckpointError(
+                f"{name}.weight must be {[linear.out_features, linear.in_features]} as in the "
+                f"model, the checkpoint has {list(weight.shape)}"
+            )
+        # The fit is a hundred times faster there, wherever the result is to live.
+        work = torch.device("cuda") if torch.cuda.is_available() else device
+        choice, shared = self._input(group, device)
+        choice = choice.to(work)
+        try:
+            state = quantize_linear(
+                weight.to(work),
+                None if bias is None else bias.to(work),
+                choice.scheme(linear.scheme),
+                rotation=choice.rotation,
+            ).to(device)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        model.set_submodule(name, LRQLinear.from_state(state, shared, name, dtype))
+
+    def _input(
+        self, group: InputGroup, device: torch.device
+    ) -> tuple[RotationChoice, InputQuantizer]:
+        if group.name not in self._inputs:
+            first = group.linears[0]
+            choice = data_free_rotation(first.name, first.in_features, first.scheme, self._seed)
+            scheme = choice.scheme(first.scheme)
+            shared = InputQuantizer(first.in_features, scheme, None, choice.rotation).to(device)
+            self._inputs[group.name] = (choice, shared)
+        return self._inputs[group.name]

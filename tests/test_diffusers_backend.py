@@ -1,261 +1,577 @@
-"""Quantized pipeline folders and fused projections, on tiny random instances of real classes."""
+"""lrq inside diffusers: what from_pretrained and save_pretrained do with a quantized model.
+
+In the shape of diffusers' own quantization tests, on tiny random instances of real classes. A test
+of a known trap names its remedy.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
+import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    FluxTransformer2DModel,
-    PixArtTransformer2DModel,
-)
+from diffusers import DiffusionPipeline, PipelineQuantizationConfig
+from diffusers.quantizers import auto
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tiny_models import TINY, pixart_inputs, tiny_flux, tiny_pipeline, tiny_pixart
+from torch import nn
 
-from lrq_kernels import LRQLinear, checkpoint, model_states
-from lrq_kernels.checkpoint import CheckpointError
-from lrq_quant import QuantRecipe, quantize_model
+import lrq_kernels
+from lrq_kernels import CheckpointError, LRQLinear, QuantScheme, checkpoint
+from lrq_kernels.checkpoint import FILE_NAME, INDEX_NAME
+from lrq_quant import LRQConfig, QuantRecipe, fuse_projections, quantize_model
 from lrq_quant.demo.pipeline import ShapesPipeline, prompt_generators
-from lrq_quant.demo.text import CaptionEncoder
-from lrq_quant.diffusers_backend import (
-    check_writable,
-    fused_projections,
-    load_pipeline,
-    load_report,
-    load_transformer,
-    quantize_pipeline,
-    save_transformer,
+from lrq_quant.diffusers_backend import LRQQuantizer
+from lrq_quant.pipeline_io import quantize_pipeline, save_transformer
+
+ROOT = Path(__file__).resolve().parents[1]
+BF16 = torch.bfloat16
+every_model = pytest.mark.parametrize("kind", TINY)
+
+
+def quantized_folder(kind: str, folder: Path, dtype: torch.dtype = BF16) -> Path:
+    model = TINY[kind][0]().to(dtype)
+    save_transformer(model, quantize_model(model, QuantRecipe.from_name("w4a8")), folder)
+    return folder
+
+
+def model_class(kind: str) -> type:
+    return type(TINY[kind][0]())
+
+
+def load(kind: str, folder: Path, **options: object) -> nn.Module:
+    return model_class(kind).from_pretrained(folder, **{"torch_dtype": BF16, **options})
+
+
+@torch.no_grad()
+def run(model: nn.Module, kind: str, dtype: torch.dtype = BF16, seed: int = 0) -> torch.Tensor:
+    torch.manual_seed(seed)
+    return model(**TINY[kind][1](dtype))[0]
+
+
+def linears(model: nn.Module) -> dict[str, LRQLinear]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, LRQLinear)}
+
+
+def all_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def assert_same_tensors(one: nn.Module, other: nn.Module) -> None:
+    mine, theirs = all_tensors(one), all_tensors(other)
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), name
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Quantized folders that tests only read."""
+    root = tmp_path_factory.mktemp("quantized")
+    return {kind: quantized_folder(kind, root / kind) for kind in TINY}
+
+
+# ---- registration -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ["lrq_quant", "diffusers"])
+def test_import_in_either_order_registers(first: str, folders: dict[str, Path]):
+    """Remedy: register() at import. diffusers knows nothing of plugins."""
+    second = {"lrq_quant": "diffusers", "diffusers": "lrq_quant"}[first]
+    code = (
+        f"import {first}, {second}; from diffusers import PixArtTransformer2DModel as P;"
+        f"m = P.from_pretrained({str(folders['pixart'])!r}); print(m.is_quantized)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "True", done.stderr
+
+
+def test_the_runtime_package_alone_registers_nothing():
+    code = "import lrq_kernels, sys; print('diffusers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def test_both_tables_of_diffusers_know_it():
+    assert auto.AUTO_QUANTIZER_MAPPING["lrq"] is LRQQuantizer
+    assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["lrq"] is LRQConfig
+
+
+# ---- configuration ------------------------------------------------------------------------------
+
+
+CONFIGS = (
+    LRQConfig(),
+    LRQConfig("w3a4", modulation=None, modules_to_not_convert=["proj_out", "*.ff.*"]),
+    LRQConfig(
+        QuantScheme(2, 8, "hadamard", 256),
+        modulation=QuantScheme(4, 16),
+        overrides={"a.*": "w4a16", "b": None, "c": QuantScheme(4, 8, "none")},
+    ),
 )
 
-WEIGHTS_ONLY = QuantRecipe.from_name("w4a8")
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_config_round_trips_through_json(config: LRQConfig):
+    text = json.dumps(config.to_dict())
+    again = LRQConfig.from_dict(json.loads(text))
+    assert again.__dict__ == config.__dict__
+    assert auto.DiffusersAutoQuantizer.from_dict(json.loads(text)).__dict__ == config.__dict__
+    assert json.loads(config.to_json_string(use_diff=False)) == json.loads(text)
 
 
-def tiny_pixart() -> PixArtTransformer2DModel:
-    return PixArtTransformer2DModel(
-        num_attention_heads=4,
-        attention_head_dim=32,
-        in_channels=3,
-        out_channels=3,
-        num_layers=2,
-        cross_attention_dim=128,
-        sample_size=32,
-        patch_size=8,
-        norm_type="ada_norm_single",
-        interpolation_scale=1,
-        use_additional_conditions=False,
-        caption_channels=64,
-    ).eval()
+def test_config_has_a_repr_and_an_enum_member():
+    """Remedy: to_diff_dict, which the base class calls and lacks; a str-Enum, for .value."""
+    assert "w3a4" in repr(LRQConfig("w3a4")) and "scheme" not in repr(LRQConfig())
+    assert LRQConfig().quant_method.value == LRQConfig().quant_method == "lrq"
 
 
-def tiny_flux() -> FluxTransformer2DModel:
-    return FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=32,
-        num_attention_heads=4,
-        joint_attention_dim=64,
-        pooled_projection_dim=32,
-        guidance_embeds=True,
-        axes_dims_rope=(8, 12, 12),
-    ).eval()
+def test_config_of_another_version_is_refused_with_both():
+    with pytest.raises(CheckpointError, match="version 99; this package reads version 1"):
+        LRQConfig.from_dict({"quant_method": "lrq", "format_version": 99})
 
 
-def flux_inputs(dtype: torch.dtype) -> dict:
-    return {
-        "hidden_states": torch.randn(1, 9, 16, dtype=dtype),
-        "encoder_hidden_states": torch.randn(1, 5, 64, dtype=dtype),
-        "pooled_projections": torch.randn(1, 32, dtype=dtype),
-        "timestep": torch.tensor([0.5], dtype=dtype),
-        "guidance": torch.tensor([3.5], dtype=dtype),
-        "img_ids": torch.randint(0, 3, (9, 3)).to(dtype),
-        "txt_ids": torch.zeros(5, 3, dtype=dtype),
-        "return_dict": False,
-    }
+def test_unknown_keys_warn_and_unknown_arguments_raise(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.WARNING):
+        config = LRQConfig.from_dict({"scheme": "w3a8", "invented_later": 1})
+    assert config.scheme.weight_bits == 3 and "invented_later" in caplog.text
+    with pytest.raises(TypeError, match="modulos"):
+        LRQConfig("w4a8", modulos=[])
 
 
-def pixart_inputs(dtype: torch.dtype) -> dict:
-    return {
-        "hidden_states": torch.randn(2, 3, 32, 32, dtype=dtype),
-        "encoder_hidden_states": torch.randn(2, 7, 64, dtype=dtype),
-        "encoder_attention_mask": torch.tensor([[1.0] * 7, [1.0] * 4 + [0.0] * 3], dtype=dtype),
-        "timestep": torch.tensor([500.0, 500.0]),
-        "return_dict": False,
-    }
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"scheme": "w5a8"}, ValueError, "weight_bits must be one of"),
+        ({"scheme": None}, ValueError, "must be a scheme"),
+        ({"scheme": 4}, TypeError, "must be a name, a QuantScheme or a dict, got 4"),
+        ({"modules_to_not_convert": "proj_out"}, TypeError, "must be a list of patterns"),
+        ({"quant_method": "gguf"}, ValueError, "quant_method must be 'lrq', got 'gguf'"),
+    ],
+)
+def test_bad_configs_are_refused(arguments: dict, error: type, message: str):
+    with pytest.raises(error, match=message):
+        LRQConfig(**arguments)
 
 
-def tiny_pipeline() -> ShapesPipeline:
-    encoder = CaptionEncoder(embed_dim=64)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
-    return ShapesPipeline(tiny_pixart(), encoder, scheduler)
-
-
-def sharing(states: dict[str, checkpoint.LinearState]) -> set[frozenset[str]]:
-    """Which linears share an input, whichever of them stores it."""
-    groups: dict[str, set[str]] = {}
-    for name, state in states.items():
-        groups.setdefault(state.shared_input or name, set()).add(name)
-    return {frozenset(group) for group in groups.values()}
-
-
-@pytest.mark.parametrize("make, inputs", [(tiny_pixart, pixart_inputs), (tiny_flux, flux_inputs)])
-@torch.no_grad()
-def test_fused_projections_are_lossless(make, inputs, tmp_path: Path) -> None:
-    model = make()
-    save_transformer(model, quantize_model(model, WEIGHTS_ONLY), tmp_path)
-    fused = load_transformer(tmp_path, dtype=torch.float32)
-    separate = load_transformer(tmp_path, dtype=torch.float32, fuse=False)
-    arguments = inputs(torch.float32)
-    assert torch.equal(fused(**arguments)[0], separate(**arguments)[0])
-    # Every self-attention is fused, and what was fused is held only once.
-    names = fused_projections(fused)
-    self_attentions = {n for n, m in model.named_modules() if n.endswith((".attn1", ".attn"))}
-    assert self_attentions and self_attentions == {
-        name.removesuffix(".to_qkv") for name in names if name.endswith(".to_qkv")
-    }
-    weights = {id(m.packed_weight) for m in fused.modules() if isinstance(m, LRQLinear)}
-    assert len(weights) < sum(isinstance(m, LRQLinear) for m in separate.modules())
-    assert not any(
-        name.endswith((".attn.to_k", ".attn1.to_k")) for name, _ in fused.named_modules()
+def test_plan_is_printable_before_anything_is_loaded():
+    with torch.device("meta"):
+        model = tiny_pixart()
+    config = LRQConfig(
+        "w4a8",
+        modules_to_not_convert=["transformer_blocks.0", "*.attn2.to_q"],
+        overrides={"transformer_blocks.1.ff": "w3a8", "*.ff.net.2": None},
     )
+    plan = config.plan(model)
+    schemes = {linear.name: linear.scheme.name for linear in plan.linears}
+    kept = {k.name for k in plan.kept}
+    assert schemes["transformer_blocks.1.attn1.to_q"] == "w4a8"
+    # The first override that matches wins, and a module's name holds for what is in it.
+    assert schemes["transformer_blocks.1.ff.net.0.proj"] == "w3a8"
+    assert schemes["transformer_blocks.1.ff.net.2"] == "w3a8"
+    assert not any(name.startswith("transformer_blocks.0.") for name in schemes)
+    assert "transformer_blocks.1.attn2.to_q" in kept
+    assert "w3a8" in plan.summary() and "excluded by the recipe" in plan.summary()
 
 
-@torch.no_grad()
-def test_cross_attention_fuses_keys_and_values_only(tmp_path: Path) -> None:
-    """Queries read the picture, keys and values the caption."""
-    model = tiny_pixart()
-    save_transformer(model, quantize_model(model, WEIGHTS_ONLY), tmp_path)
-    fused = fused_projections(load_transformer(tmp_path))
-    assert fused["transformer_blocks.1.attn2.to_kv"] == [
-        "transformer_blocks.1.attn2.to_k",
-        "transformer_blocks.1.attn2.to_v",
-    ]
-    assert "transformer_blocks.1.attn2.to_qkv" not in fused
+@pytest.mark.parametrize("argument", ["modules_to_not_convert", "overrides"])
+def test_a_pattern_that_matches_nothing_is_named(argument: str):
+    patterns = {"modules_to_not_convert": ["typo.*"], "overrides": {"typo.*": None}}[argument]
+    with pytest.raises(ValueError, match=rf"{argument}: 'typo\.\*' matches no linear"):
+        LRQConfig(**{argument: patterns}).plan(tiny_pixart())
 
 
-@torch.no_grad()
-def test_a_fused_model_saves_the_checkpoint_it_was_loaded_from(tmp_path: Path) -> None:
-    model = tiny_flux()
-    quantized = quantize_model(model, WEIGHTS_ONLY)
-    save_transformer(model, quantized, tmp_path)
-    states, dense = model_states(load_transformer(tmp_path, dtype=torch.float32))
-    assert set(states) == set(quantized.states)
-    again = checkpoint.save(tmp_path / "again.safetensors", states, dense, type(model).__name__)
-    first, second = checkpoint.load(tmp_path), checkpoint.load(again)
-    for name, state in first.states.items():
-        other = second.states[name]
-        assert torch.equal(state.codes, other.codes), name
-        assert torch.equal(state.levels, other.levels), name
-        assert torch.equal(state.weight_scale, other.weight_scale), name
-        x = torch.randn(3, state.in_features)
-        assert torch.equal(state.rotation.apply(x), other.rotation.apply(x)), name
-    assert sharing(first.states) == sharing(second.states)
-    assert all(torch.equal(first.dense[name], second.dense[name]) for name in first.dense)
+# ---- a quantized folder -------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def test_mixed_bits_of_q_k_v_are_not_fused(tmp_path: Path) -> None:
-    """A fused GEMM has one code width; the linears still share one quantized input."""
-    model = tiny_pixart()
-    other = QuantRecipe.from_name("w3a8").block
-    recipe = QuantRecipe.from_name("w4a8", overrides=(("*.0.attn1.to_v", other),))
-    save_transformer(model, quantize_model(model, recipe), tmp_path)
-    loaded = load_transformer(tmp_path, dtype=torch.float32)
-    assert "transformer_blocks.0.attn1.to_qkv" not in fused_projections(loaded)
-    assert "transformer_blocks.1.attn1.to_qkv" in fused_projections(loaded)
-    attention = loaded.transformer_blocks[0].attn1
-    assert attention.to_q.input_quantizer is attention.to_v.input_quantizer
-    assert torch.isfinite(loaded(**pixart_inputs(torch.float32))[0]).all()
+@every_model
+def test_from_pretrained_equals_load_quantized(kind: str, folders: dict[str, Path]):
+    model = load(kind, folders[kind])
+    by_hand = lrq_kernels.load_quantized(TINY[kind][0](), folders[kind], dtype=BF16)
+    assert len(linears(model)) == len(linears(by_hand)) > 10
+    assert_same_tensors(model, by_hand)
+    assert torch.equal(run(model, kind), run(by_hand, kind))
+    assert model.is_quantized and model.quantization_method == "lrq" and not model.training
 
 
-def test_pipeline_folder_round_trip(tmp_path: Path) -> None:
-    """quantize -> save -> load -> generate: the same pictures as the model that was quantized."""
-    pipeline = tiny_pipeline()
-    out = tmp_path / "quantized"
-    stages = []
-    report = quantize_pipeline(
-        pipeline,
-        QuantRecipe.from_name("w4a8"),
-        ["a red circle left of a blue square", "a green square above a red circle"],
-        out,
-        call_options={"num_inference_steps": 2},
-        progress=lambda stage, done, total: stages.append((stage, done, total)),
+@every_model
+@pytest.mark.parametrize("shard_size", [None, "50KB"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_save_and_reload_is_bit_identical(
+    kind: str, shard_size: str | None, fused: bool, folders: dict[str, Path], tmp_path: Path
+):
+    model = load(kind, folders[kind])
+    expected = run(model, kind)
+    if fused:
+        fuse_projections(model)
+    model.save_pretrained(tmp_path, **({"max_shard_size": shard_size} if shard_size else {}))
+    assert (tmp_path / INDEX_NAME).exists() == (shard_size is not None)
+    again = load(kind, tmp_path)
+    assert_same_tensors(again, load(kind, folders[kind]))
+    assert torch.equal(run(again, kind), expected)
+    # One format: what diffusers wrote is what lrq_kernels reads.
+    by_hand = lrq_kernels.load_quantized(TINY[kind][0](), tmp_path, dtype=BF16)
+    assert torch.equal(run(by_hand, kind), expected)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert config == LRQConfig("w4a8").to_dict()
+
+
+@every_model
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32, None])
+def test_float_data_survives_any_dtype(
+    kind: str, dtype: torch.dtype | None, folders: dict[str, Path]
+):
+    """Remedy: int32 views of fp32. The loader casts every floating tensor to torch_dtype."""
+    model = load(kind, folders[kind], torch_dtype=dtype)
+    states = checkpoint.load(folders[kind]).states
+    for name, linear in linears(model).items():
+        state = linear.to_state()
+        assert torch.equal(state.weight_scale, states[name].weight_scale), name
+        assert state.bias is None or torch.equal(state.bias, states[name].bias), name
+    wanted = dtype or torch.float32
+    assert model.dtype == wanted
+    assert {linear.weight.dtype for linear in linears(model).values()} == {wanted}
+    assert {p.dtype for p in model.parameters()} == {wanted}
+    assert torch.isfinite(run(model, kind, wanted)).all()
+
+
+@every_model
+def test_nothing_is_left_on_meta(kind: str, folders: dict[str, Path], tmp_path: Path):
+    """Remedy: PendingLinear has the names of the checkpoint; the loader skips names that the model
+    does not have, without a word."""
+    load(kind, folders[kind]).save_pretrained(tmp_path, max_shard_size="50KB")
+    for folder in (folders[kind], tmp_path):
+        model = load(kind, folder)
+        assert not [name for name, tensor in all_tensors(model).items() if tensor.is_meta]
+
+
+def test_sharing_of_inputs_survives(folders: dict[str, Path]):
+    block = load("flux", folders["flux"]).single_transformer_blocks[0]
+    readers = (block.attn.to_q, block.attn.to_k, block.attn.to_v, block.proj_mlp)
+    assert len({id(linear.input_quantizer) for linear in readers}) == 1
+    assert readers[0].input_quantizer.consumers == 4
+
+
+def test_users_config_is_ignored_for_a_quantized_folder(folders: dict[str, Path]):
+    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
+        model = load("pixart", folders["pixart"], quantization_config=LRQConfig("w2a8"))
+    assert {m.scheme.weight_bits for m in linears(model).values()} == {4}
+
+
+def test_casting_a_quantized_model_is_refused(folders: dict[str, Path]):
+    model = load("pixart", folders["pixart"])
+    for cast in (lambda: model.to(torch.float16), model.half, model.float):
+        with pytest.raises(ValueError):
+            cast()
+    model.to("cpu")
+
+
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, "auto"])
+def test_device_map(device_map: object, folders: dict[str, Path]):
+    if device_map == "auto" and not torch.cuda.is_available():
+        device_map = "balanced"
+    model = load("pixart", folders["pixart"], device_map=device_map)
+    expected = run(load("pixart", folders["pixart"]), "pixart")
+    assert torch.equal(run(model, "pixart"), expected)
+
+
+def test_device_map_to_disk_is_refused(folders: dict[str, Path], tmp_path: Path):
+    with pytest.raises(ValueError, match="device_map must not put"):
+        load("pixart", folders["pixart"], device_map={"": "disk"}, offload_folder=tmp_path)
+
+
+def test_low_cpu_mem_usage_and_float8_are_refused(folders: dict[str, Path]):
+    with pytest.raises(ValueError, match="low_cpu_mem_usage"):
+        load("pixart", folders["pixart"], low_cpu_mem_usage=False)
+    with pytest.raises(ValueError, match="lrq: torch_dtype must be one of"):
+        load("pixart", folders["pixart"], torch_dtype=torch.float8_e4m3fn)
+
+
+@every_model
+def test_memory_footprint_and_parameters(kind: str, folders: dict[str, Path]):
+    model, dense = load(kind, folders[kind]), TINY[kind][0]().to(BF16)
+    plan = LRQConfig("w4a8").plan(dense)
+    kept = sum(p.numel() for p in dense.parameters()) - sum(
+        linear.out_features * linear.in_features + linear.out_features for linear in plan.linears
     )
-    assert report.calibrated and stages[-1][1] == stages[-1][2]
-    assert not (tmp_path / "quantized.partial").exists()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["quantized"]
-    assert load_report(out).to_dict() == report.to_dict()
-    prompts = ["a red circle left of a blue square", "a blue circle above a red square"]
-
-    def pictures() -> torch.Tensor:
-        loaded = load_pipeline(out, dtype=torch.float32)
-        loaded.set_progress_bar_config(disable=True)
-        options = {"num_inference_steps": 2, "output_type": "pt"}
-        return loaded(prompts, generator=prompt_generators(2), **options).images
-
-    assert torch.equal(pictures(), pictures())
-    config = json.loads((out / "transformer" / "config.json").read_text())
-    assert config["quantization_config"]["quant_method"] == "lrq"
+    assert model.num_parameters() == kept
+    assert model.get_memory_footprint() < 0.75 * dense.get_memory_footprint()
 
 
-def test_a_taken_or_unwritable_folder_is_refused_before_calibration(tmp_path: Path) -> None:
-    class Untouchable:
-        def __getattr__(self, name: str) -> None:
-            raise RuntimeError(f"the pipeline was used: {name}")
-
-    taken = tmp_path / "taken"
-    taken.mkdir()
-    (taken / "precious.txt").write_text("keep me")
-    with pytest.raises(FileExistsError, match="taken exists already"):
-        quantize_pipeline(Untouchable(), WEIGHTS_ONLY, None, taken)
-    assert (taken / "precious.txt").read_text() == "keep me"
-    file = tmp_path / "file"
-    file.write_text("")
-    with pytest.raises(OSError, match="cannot write"):
-        quantize_pipeline(Untouchable(), WEIGHTS_ONLY, None, file / "out")
-
-
-def test_check_writable_leaves_nothing_behind(tmp_path: Path) -> None:
-    assert check_writable(tmp_path / "new") == tmp_path / "new"
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_failed_save_leaves_no_folder(tmp_path: Path) -> None:
-    pipeline = tiny_pipeline()
+def test_a_copied_model_saves_itself(folders: dict[str, Path], tmp_path: Path):
+    """Remedy: the quantizer of a copy points at the copy."""
+    model = load("pixart", folders["pixart"])
+    twin = copy.deepcopy(model)
     with torch.no_grad():
-        pipeline.transformer.transformer_blocks[0].ff.net[2].weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"transformer_blocks\.0\.ff\.net\.2\.weight"):
-        quantize_pipeline(pipeline, WEIGHTS_ONLY, None, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+        twin.proj_out.weight.zero_()
+    twin.save_pretrained(tmp_path)
+    assert not load("pixart", tmp_path).proj_out.weight.any()
+    assert load("pixart", folders["pixart"]).proj_out.weight.any()
 
 
-def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
-    model = tiny_pixart()
-    save_transformer(model, quantize_model(model, WEIGHTS_ONLY), tmp_path)
+def test_saving_as_pickle_is_refused(folders: dict[str, Path], tmp_path: Path):
+    with pytest.raises(ValueError, match="safetensors alone"):
+        load("pixart", folders["pixart"]).save_pretrained(tmp_path, safe_serialization=False)
+
+
+# ---- damaged folders ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sharded(folders: dict[str, Path], tmp_path: Path) -> Path:
+    load("pixart", folders["pixart"]).save_pretrained(tmp_path, max_shard_size="50KB")
+    return tmp_path
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*-of-*.safetensors"))
+
+
+def rewrite(file: Path, tensors: object = None, **metadata: str) -> None:
+    with safe_open(file, framework="pt") as handle:
+        kept = {name: handle.get_tensor(name) for name in sorted(handle.keys())}
+        old = handle.metadata()
+    if tensors is not None:
+        tensors(kept)
+    save_file(kept, file, metadata={**old, **metadata})
+
+
+def test_a_truncated_shard_is_named_with_its_tensor(sharded: Path):
+    file = shards(sharded)[1]
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=rf"{file.name} is truncated at [\w.]+:"):
+        load("pixart", sharded)
+
+
+def test_a_truncated_single_file_is_named(folders: dict[str, Path], tmp_path: Path):
+    load("pixart", folders["pixart"]).save_pretrained(tmp_path)
+    file = tmp_path / FILE_NAME
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises((OSError, CheckpointError), match=FILE_NAME):
+        load("pixart", tmp_path)
+
+
+def test_a_missing_key_is_named_with_its_file(sharded: Path):
+    lost: list[str] = []
+    rewrite(shards(sharded)[0], lambda tensors: lost.append(tensors.popitem()[0]))
+    with pytest.raises(CheckpointError, match=rf"{shards(sharded)[0].name}.*{lost[0]}"):
+        load("pixart", sharded)
+
+
+def test_a_changed_tensor_is_named_with_its_file(sharded: Path):
+    """Remedy: checked before the loader casts dense tensors."""
+    for name in ("proj_out.weight", "transformer_blocks.1.attn1.to_k.levels"):
+        (file,) = [f for f in shards(sharded) if name in safe_open(f, "pt").keys()]  # noqa: SIM118
+        before = file.read_bytes()
+
+        def change(tensors: dict, name: str = name) -> None:
+            tensors[name] = tensors[name].clone()
+            tensors[name].view(-1)[0] = 100
+
+        rewrite(file, change)
+        with pytest.raises(CheckpointError, match=f"{file.name}: {name} was altered"):
+            load("pixart", sharded)
+        file.write_bytes(before)
+
+
+def test_a_foreign_checkpoint_is_named(folders: dict[str, Path], tmp_path: Path):
+    tiny_pixart().save_pretrained(tmp_path)
+    config = (folders["pixart"] / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(CheckpointError, match=f"{FILE_NAME}: format must be 'lrq', got 'pt'"):
+        load("pixart", tmp_path)
+
+
+def test_a_newer_version_is_named(sharded: Path):
+    rewrite(shards(sharded)[0], version="7")
+    with pytest.raises(CheckpointError, match=f"{shards(sharded)[0].name} has format version 7;"):
+        load("pixart", sharded)
+
+
+def test_a_checkpoint_of_another_model_is_refused(folders: dict[str, Path], tmp_path: Path):
+    load("pixart", folders["pixart"]).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["num_layers"] = 3
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_layers": 3}))
     with pytest.raises(CheckpointError, match="missing"):
-        load_transformer(tmp_path)
-    config["_class_name"] = "NoSuchTransformer"
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="NoSuchTransformer"):
-        load_transformer(tmp_path)
+        load("pixart", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_attention_heads": 8}))
+    with pytest.raises(CheckpointError, match=r"to_q: \(out_features, in_features, bias\) must"):
+        load("pixart", tmp_path)
 
 
-@pytest.mark.gpu
+# ---- quantized while it loads -------------------------------------------------------------------
+
+
+@every_model
+@pytest.mark.parametrize("shard_size", [None, "100KB"])
+def test_on_the_fly_equals_quantizing_first(kind: str, shard_size: str | None, tmp_path: Path):
+    dense = TINY[kind][0]().to(BF16)
+    dense.save_pretrained(tmp_path, **({"max_shard_size": shard_size} if shard_size else {}))
+    model = load(kind, tmp_path, quantization_config=LRQConfig("w4a8"))
+    expected = quantize_model(dense, QuantRecipe.from_name("w4a8"))
+    found = linears(model)
+    assert found.keys() == expected.states.keys()
+    for name, linear in found.items():
+        state, other = linear.to_state(), expected.states[name]
+        for field in ("codes", "levels", "weight_scale", "bias"):
+            assert torch.equal(getattr(state, field), getattr(other, field)), (name, field)
+        assert state.scheme == other.scheme
+        assert (state.rotation.signs is None) == (other.rotation.signs is None)
+    assert not [name for name, tensor in all_tensors(model).items() if tensor.is_meta]
+    again = tmp_path / "again"
+    model.save_pretrained(again)
+    assert torch.equal(run(load(kind, again), kind), run(model, kind))
+
+
+def test_on_the_fly_shares_inputs_and_keeps_what_it_is_told(tmp_path: Path):
+    tiny_flux().to(BF16).save_pretrained(tmp_path)
+    config = LRQConfig(
+        "w4a8",
+        modulation=None,
+        modules_to_not_convert=["transformer_blocks.0"],
+        overrides={"*.ff.net.2": "w3a8"},
+    )
+    model = load("flux", tmp_path, quantization_config=config)
+    found = linears(model)
+    assert found.keys() == {linear.name for linear in config.plan(tiny_flux()).linears}
+    assert not any("norm" in n or n.startswith("transformer_blocks.0.") for n in found)
+    assert found["transformer_blocks.1.ff.net.2"].scheme.weight_bits == 3
+    attention = model.transformer_blocks[1].attn
+    assert attention.to_q.input_quantizer is attention.to_v.input_quantizer
+    assert isinstance(model.transformer_blocks[0].attn.to_q, nn.Linear)
+    assert not isinstance(model.transformer_blocks[0].attn.to_q, LRQLinear)
+    model.save_pretrained(tmp_path / "again")
+    saved = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert saved["quantization_config"] == config.to_dict()
+
+
+def test_a_dense_model_never_waits_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Remedy: nn.Linear stays until its own tensors are read; then it is replaced."""
+    model = tiny_pixart().to(BF16)
+    model.save_pretrained(tmp_path)
+    most = max(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    waiting: list[int] = []
+    real = LRQQuantizer.create_quantized_param
+
+    def watched(self: LRQQuantizer, *arguments: object, **options: object) -> None:
+        real(self, *arguments, **options)
+        on_device = [
+            m.weight.numel()
+            for m in arguments[0].modules()
+            if isinstance(m, nn.Linear) and not isinstance(m, LRQLinear) and not m.weight.is_meta
+        ]
+        planned = sum(t.numel() for t in self._arrived.values())
+        waiting.append(planned)
+        assert len(on_device) <= 6  # embedders and the last projection, which stay dense
+
+    monkeypatch.setattr(LRQQuantizer, "create_quantized_param", watched)
+    load("pixart", tmp_path, quantization_config=LRQConfig("w4a8"))
+    assert waiting and max(waiting) <= most
+
+
+def test_an_incomplete_dense_checkpoint_is_refused(tmp_path: Path):
+    """Remedy: update_missing_keys. diffusers warns, and the layer stays on meta."""
+    tiny_pixart().save_pretrained(tmp_path)
+    name = "transformer_blocks.1.attn1.to_k.weight"
+    rewrite(tmp_path / FILE_NAME, lambda tensors: tensors.pop(name))
+    with pytest.raises(CheckpointError, match="attn1.to_k.weight"):
+        load("pixart", tmp_path, quantization_config=LRQConfig("w4a8"))
+
+
+def test_a_bad_weight_is_named(tmp_path: Path):
+    model = tiny_pixart()
+    with torch.no_grad():
+        model.transformer_blocks[1].attn2.to_k.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"transformer_blocks\.1\.attn2\.to_k"):
+        load("pixart", tmp_path, quantization_config=LRQConfig("w4a8"))
+
+
+def test_modules_kept_in_fp32_stay_so_and_dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Remedy: use_keep_in_fp32_modules, and the list is copied into the exclusions."""
+    cls = model_class("pixart")
+    names = ["proj_out", "ff"]
+    monkeypatch.setattr(cls, "_keep_in_fp32_modules", names)
+    tiny_pixart().save_pretrained(tmp_path)
+    model = load("pixart", tmp_path, quantization_config=LRQConfig("w4a8"))
+    assert names == ["proj_out", "ff"]
+    assert model.proj_out.weight.dtype == torch.float32 and model.dtype == BF16
+    assert not any(".ff." in name for name in linears(model))
+    assert model.transformer_blocks[0].ff.net[2].weight.dtype == torch.float32
+    model.save_pretrained(tmp_path / "again")
+    assert load("pixart", tmp_path / "again").proj_out.weight.dtype == torch.float32
+
+
+@every_model
 @torch.no_grad()
-def test_cpu_and_gpu_load_the_same_model(tmp_path: Path) -> None:
-    model = tiny_flux()
-    save_transformer(model, quantize_model(model, WEIGHTS_ONLY), tmp_path)
-    on_cpu = load_transformer(tmp_path)
-    on_gpu = load_transformer(tmp_path, device="cuda")
-    tensors = dict(on_cpu.named_buffers())
-    for name, tensor in on_gpu.named_buffers():
-        assert tensor.is_cuda and torch.equal(tensor.cpu(), tensors[name]), name
-    inputs = flux_inputs(torch.bfloat16)
-    moved = {n: v.cuda() if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
-    expected, got = on_cpu(**inputs)[0].float(), on_gpu(**moved)[0].float().cpu()
-    assert float((expected - got).norm() / expected.norm()) < 0.05
+def test_dequantize_gives_a_dense_model(kind: str, folders: dict[str, Path], tmp_path: Path):
+    model = load(kind, folders[kind], torch_dtype=torch.float32)
+    before = run(model, kind, torch.float32)
+    fuse_projections(model)
+    dense = model.dequantize()
+    assert not linears(dense) and not dense.is_quantized
+    assert {m.weight.dtype for m in dense.modules() if isinstance(m, nn.Linear)} == {torch.float32}
+    after = run(dense, kind, torch.float32)
+    # What is left is the rounding of activations.
+    assert float((after - before).norm() / before.norm()) < 0.05
+    dense.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    again = model_class(kind).from_pretrained(tmp_path)
+    assert torch.equal(run(again, kind, torch.float32), after)
+
+
+# ---- pipelines ----------------------------------------------------------------------------------
+
+
+def pictures(pipeline: DiffusionPipeline) -> torch.Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = ["a red circle left of a blue square", "a blue circle above a red square"]
+    options = {"num_inference_steps": 2, "output_type": "pt"}
+    return pipeline(prompts, generator=prompt_generators(2), **options).images
+
+
+def test_pipeline_folder_through_plain_diffusers(tmp_path: Path):
+    pipeline = tiny_pipeline()
+    quantize_pipeline(pipeline, QuantRecipe.from_name("w4a8"), None, tmp_path / "q")
+    loaded = ShapesPipeline.from_pretrained(tmp_path / "q", torch_dtype=BF16)
+    assert linears(loaded.transformer) and loaded.transformer.dtype == BF16
+    drawn = pictures(loaded)
+    loaded.save_pretrained(tmp_path / "again")
+    again = ShapesPipeline.from_pretrained(tmp_path / "again", torch_dtype=BF16)
+    assert torch.equal(pictures(again), drawn)
+    both = {"transformer": again.transformer}
+    assert torch.equal(
+        pictures(ShapesPipeline.from_pretrained(tmp_path / "q", torch_dtype=BF16, **both)), drawn
+    )
+
+
+def test_pipeline_quantization_config(tmp_path: Path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    config = PipelineQuantizationConfig(quant_mapping={"transformer": LRQConfig("w3a8")})
+    loaded = ShapesPipeline.from_pretrained(tmp_path, quantization_config=config, torch_dtype=BF16)
+    bits = {
+        m.scheme.weight_bits for n, m in linears(loaded.transformer).items() if "adaln" not in n
+    }
+    assert bits == {3}
+    assert torch.isfinite(pictures(loaded)).all()
+
+
+@torch.no_grad()
+def test_inference_is_close_to_the_dense_model(tmp_path: Path):
+    dense = tiny_pixart()
+    dense.save_pretrained(tmp_path)
+    model = load(
+        "pixart", tmp_path, quantization_config=LRQConfig("w4a8"), torch_dtype=torch.float32
+    )
+    inputs = pixart_inputs(torch.float32)
+    expected, got = dense(**inputs)[0], model(**inputs)[0]
+    assert float((got - expected).norm() / expected.norm()) < 0.25

@@ -53,7 +53,7 @@ def run_demo(
     """Quantize the bundled model to every scheme, compare with bf16 on `prompts` held-out captions,
     and write grid.png, report.json and the quantized folders under `out`. Returns the report."""
     from lrq_quant import QuantRecipe
-    from lrq_quant.diffusers_backend import load_pipeline, quantize_pipeline
+    from lrq_quant.pipeline_io import load_pipeline, quantize_pipeline
 
     out.mkdir(parents=True, exist_ok=True)
     captions = heldout_captions(prompts, CAPTION_SEED)
@@ -168,7 +168,7 @@ def _remove_own(folder: Path) -> None:
     """Remove a quantized folder that an earlier run of the demo left, and nothing else."""
     import shutil
 
-    from lrq_quant.diffusers_backend import is_quantized
+    from lrq_quant.pipeline_io import is_quantized
 
     if is_quantized(folder / "transformer"):
         shutil.rmtree(folder)

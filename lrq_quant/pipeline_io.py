@@ -1,0 +1,219 @@
+"""Pipeline folders: quantize a pipeline, save it, load it, read its report.
+
+A quantized pipeline folder is an ordinary diffusers folder in which one component, the
+transformer, holds an lrq checkpoint and its config.json says so under "quantization_config".
+diffusers' own from_pretrained and save_pretrained do the same (diffusers_backend).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lrq_kernels import checkpoint
+from lrq_kernels.checkpoint import CheckpointError
+
+from .calibration import Progress
+from .diffusers_backend import LRQConfig
+from .fused_projections import fuse_projections
+from .pipeline import QuantizedModel, quantize_model
+from .recipe import QuantRecipe
+from .report import QuantReport
+
+TRANSFORMER = "transformer"
+REPORT_FILE = "lrq_report.json"
+# Pipelines of this package, which diffusers does not know by name.
+_OWN_PIPELINES = {"ShapesPipeline": "lrq_quant.demo.pipeline"}
+
+
+# ---- load ---------------------------------------------------------------------------------------
+
+
+def load_pipeline(
+    path: str | os.PathLike,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    fuse: bool = True,
+) -> Any:
+    """A diffusers pipeline from a folder or hub id, on `device`: from_pretrained of its class.
+
+    fuse: q, k and v of the attentions of a quantized transformer become one GEMM. Raises
+    FileNotFoundError, or CheckpointError when the checkpoint is damaged or of another model.
+    """
+    pipeline = pipeline_class(path).from_pretrained(path, dtype=dtype)
+    transformer = getattr(pipeline, TRANSFORMER, None)
+    if fuse and getattr(transformer, "is_quantized", False):
+        fuse_projections(transformer)
+    return pipeline.to(device)
+
+
+def load_transformer(
+    folder: str | os.PathLike,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    fuse: bool = True,
+) -> nn.Module:
+    """The transformer of a quantized component folder, as load_pipeline loads it."""
+    config_file = Path(folder) / "config.json"
+    if not config_file.is_file():
+        raise FileNotFoundError(f"no config.json in {folder}")
+    cls = _diffusers_class(json.loads(config_file.read_text()).get("_class_name"), config_file)
+    model = cls.from_pretrained(folder, dtype=dtype).to(device)
+    return fuse_projections(model) if fuse else model
+
+
+def is_quantized(folder: str | os.PathLike) -> bool:
+    """Whether a component folder holds an lrq checkpoint, by its config.json."""
+    config_file = Path(folder) / "config.json"
+    if not config_file.is_file():
+        return False
+    quantization = json.loads(config_file.read_text()).get("quantization_config") or {}
+    return quantization.get("quant_method") == checkpoint.FORMAT
+
+
+def pipeline_class(path: str | os.PathLike) -> Any:
+    """The class to call from_pretrained on for a pipeline folder or hub id."""
+    from diffusers import DiffusionPipeline
+
+    index = Path(path) / "model_index.json"
+    if not index.is_file():
+        if Path(path).exists():
+            raise FileNotFoundError(f"{path} is not a diffusers pipeline: no model_index.json")
+        return DiffusionPipeline  # a hub id
+    name = json.loads(index.read_text()).get("_class_name")
+    if isinstance(name, str) and name in _OWN_PIPELINES:
+        return getattr(importlib.import_module(_OWN_PIPELINES[name]), name)
+    return DiffusionPipeline
+
+
+def _diffusers_class(name: str | None, where: Path) -> Any:
+    import diffusers
+
+    cls = getattr(diffusers, name or "", None)
+    if cls is None:
+        raise CheckpointError(f"{where}: _class_name {name!r} is not a class of diffusers")
+    return cls
+
+
+# ---- quantize and save --------------------------------------------------------------------------
+
+
+def quantize_pipeline(
+    pipeline: Any,
+    recipe: QuantRecipe,
+    prompts: Sequence[str] | None,
+    out: str | os.PathLike,
+    *,
+    call_options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> QuantReport:
+    """Quantize the transformer of `pipeline` and write the whole pipeline to the folder `out`.
+
+    Calibrated by drawing `prompts` (every step, both guidance halves) with call_options as further
+    arguments of the pipeline's call; prompts None looks at the weights alone. A killed run leaves
+    `<out>.partial` and, called again, continues from it. Raises FileExistsError or OSError when
+    `out` is taken or cannot be written, and what quantize_model raises, before anything is written.
+    """
+    out = check_writable(out)
+    pipeline.set_progress_bar_config(disable=True)
+    options = dict(call_options or {})
+    if getattr(pipeline, "vae", None) is not None:
+        options["output_type"] = "latent"  # statistics need no decoded picture
+
+    def run(batch: list[str]) -> None:
+        # The seed follows the prompt, so that statistics do not depend on the batch size.
+        generators = [torch.Generator().manual_seed(zlib.crc32(text.encode())) for text in batch]
+        pipeline(prompt=batch, generator=generators, **options)
+
+    quantized = quantize_model(
+        pipeline.transformer,
+        recipe,
+        run=None if prompts is None else run,
+        prompts=prompts or (),
+        work_folder=out.with_name(f"{out.name}.partial"),
+        progress=progress,
+    )
+    save_pipeline(pipeline, quantized, out)
+    quantized.remove_work_folder()
+    return quantized.report
+
+
+def save_pipeline(pipeline: Any, quantized: QuantizedModel, out: str | os.PathLike) -> Path:
+    """Write `pipeline` with its transformer replaced by `quantized` to the folder `out`, which
+    appears under its name when it is complete.
+
+    Raises FileExistsError when `out` holds something already, OSError when it cannot be written.
+    """
+    out = check_writable(out)
+    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        for name, component in pipeline.components.items():
+            if name != TRANSFORMER and hasattr(component, "save_pretrained"):
+                component.save_pretrained(temporary / name)
+        pipeline.save_config(temporary)
+        save_transformer(pipeline.transformer, quantized, temporary / TRANSFORMER)
+        if out.exists():
+            out.rmdir()  # empty, as check_writable found
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return out
+
+
+def save_transformer(model: nn.Module, quantized: QuantizedModel, folder: Path) -> None:
+    """config.json of `model`, checkpoint and report of one transformer component."""
+    folder.mkdir(parents=True, exist_ok=True)
+    quantized.save(folder)
+    config = json.loads(model.to_json_string())
+    config["quantization_config"] = LRQConfig.from_recipe(quantized.report.recipe).to_dict()
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    report = json.dumps(quantized.report.to_dict(), indent=1)
+    (folder / REPORT_FILE).write_text(report + "\n")
+
+
+def load_report(path: str | os.PathLike) -> QuantReport:
+    """What was done to a quantized pipeline or transformer folder; its checkpoint is checked to be
+    there and of a known version. Raises FileNotFoundError or CheckpointError."""
+    folder = Path(path)
+    if (folder / TRANSFORMER).is_dir():
+        folder = folder / TRANSFORMER
+    checkpoint.read_header(checkpoint.checkpoint_files(folder))
+    file = folder / REPORT_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"no {REPORT_FILE} in {folder}")
+    return QuantReport.from_dict(json.loads(file.read_text()))
+
+
+def check_writable(out: str | os.PathLike) -> Path:
+    """`out` as a path when a new folder can be made there; called before any long work.
+
+    Raises FileExistsError when it exists and is not an empty folder, OSError when no folder can be
+    made there.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists already; name a new folder")
+    parent = out.absolute().parent
+    probe = parent / f".{out.name}.{os.getpid()}.probe"
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+    except OSError as error:
+        raise OSError(f"cannot write to {parent}: {error}") from error
+    finally:
+        if probe.exists():
+            probe.unlink()
+    return out

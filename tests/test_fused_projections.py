@@ -1,0 +1,93 @@
+"""Fused projections: lossless, complete, reversible, and never in the way of an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import TINY, pixart_inputs, tiny_flux, tiny_pixart
+
+from lrq_kernels import LRQLinear, checkpoint, model_states
+from lrq_quant import QuantRecipe, fused_projections, quantize_model
+from lrq_quant.pipeline_io import load_transformer, save_transformer
+
+WEIGHTS_ONLY = QuantRecipe.from_name("w4a8")
+
+
+def sharing(states: dict[str, checkpoint.LinearState]) -> set[frozenset[str]]:
+    """Which linears share an input, whichever of them stores it."""
+    groups: dict[str, set[str]] = {}
+    for name, state in states.items():
+        groups.setdefault(state.shared_input or name, set()).add(name)
+    return {frozenset(group) for group in groups.values()}
+
+
+@pytest.mark.parametrize("make, inputs", TINY.values(), ids=TINY.keys())
+@torch.no_grad()
+def test_fused_projections_are_lossless(make, inputs, tmp_path: Path) -> None:
+    model = make()
+    save_transformer(model, quantize_model(model, WEIGHTS_ONLY), tmp_path)
+    fused = load_transformer(tmp_path, dtype=torch.float32)
+    separate = load_transformer(tmp_path, dtype=torch.float32, fuse=False)
+    arguments = inputs(torch.float32)
+    assert torch.equal(fused(**arguments)[0], separate(**arguments)[0])
+    # Every self-attention is fused, and what was fused is held only once.
+    names = fused_projections(fused)
+    self_attentions = {n for n, m in model.named_modules() if n.endswith((".attn1", ".attn"))}
+    assert self_attentions and self_attentions == {
+        name.removesuffix(".to_qkv") for name in names if name.endswith(".to_qkv")
+    }
+    weights = {id(m.packed_weight) for m in fused.modules() if isinstance(m, LRQLinear)}
+    assert len(weights) < sum(isinstance(m, LRQLinear) for m in separate.modules())
+    assert not any(
+        name.endswith((".attn.to_k", ".attn1.to_k")) for name, _ in fused.named_modules()
+    )
+
+
+@torch.no_grad()
+def test_cross_attention_fuses_keys_and_values_only(tmp_path: Path) -> None:
+    """Queries read the picture, keys and values the caption."""
+    model = tiny_pixart()
+    save_transformer(model, quantize_model(model, WEIGHTS_ONLY), tmp_path)
+    fused = fused_projections(load_transformer(tmp_path))
+    assert fused["transformer_blocks.1.attn2.to_kv"] == [
+        "transformer_blocks.1.attn2.to_k",
+        "transformer_blocks.1.attn2.to_v",
+    ]
+    assert "transformer_blocks.1.attn2.to_qkv" not in fused
+
+
+@torch.no_grad()
+def test_a_fused_model_saves_the_checkpoint_it_was_loaded_from(tmp_path: Path) -> None:
+    model = tiny_flux()
+    quantized = quantize_model(model, WEIGHTS_ONLY)
+    save_transformer(model, quantized, tmp_path)
+    states, dense = model_states(load_transformer(tmp_path, dtype=torch.float32))
+    assert set(states) == set(quantized.states)
+    again = checkpoint.save(tmp_path / "again.safetensors", states, dense, type(model).__name__)
+    first, second = checkpoint.load(tmp_path), checkpoint.load(again)
+    for name, state in first.states.items():
+        other = second.states[name]
+        assert torch.equal(state.codes, other.codes), name
+        assert torch.equal(state.levels, other.levels), name
+        assert torch.equal(state.weight_scale, other.weight_scale), name
+        x = torch.randn(3, state.in_features)
+        assert torch.equal(state.rotation.apply(x), other.rotation.apply(x)), name
+    assert sharing(first.states) == sharing(second.states)
+    assert all(torch.equal(first.dense[name], second.dense[name]) for name in first.dense)
+
+
+@torch.no_grad()
+def test_mixed_bits_of_q_k_v_are_not_fused(tmp_path: Path) -> None:
+    """A fused GEMM has one code width; the linears still share one quantized input."""
+    model = tiny_pixart()
+    other = QuantRecipe.from_name("w3a8").block
+    recipe = QuantRecipe.from_name("w4a8", overrides=(("*.0.attn1.to_v", other),))
+    save_transformer(model, quantize_model(model, recipe), tmp_path)
+    loaded = load_transformer(tmp_path, dtype=torch.float32)
+    assert "transformer_blocks.0.attn1.to_qkv" not in fused_projections(loaded)
+    assert "transformer_blocks.1.attn1.to_qkv" in fused_projections(loaded)
+    attention = loaded.transformer_blocks[0].attn1
+    assert attention.to_q.input_quantizer is attention.to_v.input_quantizer
+    assert torch.isfinite(loaded(**pixart_inputs(torch.float32))[0]).all()

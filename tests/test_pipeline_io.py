@@ -1,0 +1,115 @@
+"""Quantized pipeline folders: written whole or not at all, and read as they were written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import flux_inputs, tiny_flux, tiny_pipeline, tiny_pixart
+
+from lrq_kernels.checkpoint import CheckpointError
+from lrq_quant import QuantRecipe, quantize_model
+from lrq_quant.demo.pipeline import prompt_generators
+from lrq_quant.pipeline_io import (
+    check_writable,
+    load_pipeline,
+    load_report,
+    load_transformer,
+    quantize_pipeline,
+    save_transformer,
+)
+
+WEIGHTS_ONLY = QuantRecipe.from_name("w4a8")
+
+
+def test_pipeline_folder_round_trip(tmp_path: Path) -> None:
+    """quantize -> save -> load -> generate: the same pictures as the model that was quantized."""
+    pipeline = tiny_pipeline()
+    out = tmp_path / "quantized"
+    stages = []
+    report = quantize_pipeline(
+        pipeline,
+        QuantRecipe.from_name("w4a8"),
+        ["a red circle left of a blue square", "a green square above a red circle"],
+        out,
+        call_options={"num_inference_steps": 2},
+        progress=lambda stage, done, total: stages.append((stage, done, total)),
+    )
+    assert report.calibrated and stages[-1][1] == stages[-1][2]
+    assert not (tmp_path / "quantized.partial").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["quantized"]
+    assert load_report(out).to_dict() == report.to_dict()
+    prompts = ["a red circle left of a blue square", "a blue circle above a red square"]
+
+    def pictures() -> torch.Tensor:
+        loaded = load_pipeline(out, dtype=torch.float32)
+        loaded.set_progress_bar_config(disable=True)
+        options = {"num_inference_steps": 2, "output_type": "pt"}
+        return loaded(prompts, generator=prompt_generators(2), **options).images
+
+    assert torch.equal(pictures(), pictures())
+    config = json.loads((out / "transformer" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "lrq"
+
+
+def test_a_taken_or_unwritable_folder_is_refused_before_calibration(tmp_path: Path) -> None:
+    class Untouchable:
+        def __getattr__(self, name: str) -> None:
+            raise RuntimeError(f"the pipeline was used: {name}")
+
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "precious.txt").write_text("keep me")
+    with pytest.raises(FileExistsError, match="taken exists already"):
+        quantize_pipeline(Untouchable(), WEIGHTS_ONLY, None, taken)
+    assert (taken / "precious.txt").read_text() == "keep me"
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(OSError, match="cannot write"):
+        quantize_pipeline(Untouchable(), WEIGHTS_ONLY, None, file / "out")
+
+
+def test_check_writable_leaves_nothing_behind(tmp_path: Path) -> None:
+    assert check_writable(tmp_path / "new") == tmp_path / "new"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_save_leaves_no_folder(tmp_path: Path) -> None:
+    pipeline = tiny_pipeline()
+    with torch.no_grad():
+        pipeline.transformer.transformer_blocks[0].ff.net[2].weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"transformer_blocks\.0\.ff\.net\.2\.weight"):
+        quantize_pipeline(pipeline, WEIGHTS_ONLY, None, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    model = tiny_pixart()
+    save_transformer(model, quantize_model(model, WEIGHTS_ONLY), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["num_layers"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="missing"):
+        load_transformer(tmp_path)
+    config["_class_name"] = "NoSuchTransformer"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="NoSuchTransformer"):
+        load_transformer(tmp_path)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_cpu_and_gpu_load_the_same_model(tmp_path: Path) -> None:
+    model = tiny_flux()
+    save_transformer(model, quantize_model(model, WEIGHTS_ONLY), tmp_path)
+    on_cpu = load_transformer(tmp_path)
+    on_gpu = load_transformer(tmp_path, device="cuda")
+    tensors = dict(on_cpu.named_buffers())
+    for name, tensor in on_gpu.named_buffers():
+        assert tensor.is_cuda and torch.equal(tensor.cpu(), tensors[name]), name
+    inputs = flux_inputs(torch.bfloat16)
+    moved = {n: v.cuda() if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
+    expected, got = on_cpu(**inputs)[0].float(), on_gpu(**moved)[0].float().cpu()
+    assert float((expected - got).norm() / expected.norm()) < 0.05
