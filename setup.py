@@ -47,9 +47,11 @@ NVCC_FLAGS = (
     " -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v,--warn-on-spills"
 )
 # --no-as-needed: the stable ABI is looked up through libtorch.so, so the need of it must stay.
-# Static cudart: nothing of CUDA has to be there to load the library on a CPU.
+# Static cudart: nothing of CUDA has to be there to load the library on a CPU. -lstdc++ first: some
+# builds of torch export parts of it, without the versions that other builds lack.
 LINK_FLAGS = (
-    "-Wl,--no-as-needed -ltorch -ltorch_cpu -Wl,--as-needed -lcudart_static -ldl -lpthread -lrt"
+    "-lstdc++ -Wl,--no-as-needed -ltorch -ltorch_cpu -Wl,--as-needed"
+    " -lcudart_static -ldl -lpthread -lrt"
     " -Wl,--exclude-libs,ALL -Wl,-z,defs"
 )
 NINJA_RULES = """
