@@ -13,6 +13,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,9 @@ def quantize_pipeline(
         generators = [torch.Generator().manual_seed(zlib.crc32(text.encode())) for text in batch]
         pipeline(prompt=batch, generator=generators, **options)
 
+    # Statistics of other steps, guidance or sizes must not be continued from.
+    run_key = json.dumps(options, sort_keys=True, default=repr)
+    recipe = replace(recipe, calibration=replace(recipe.calibration, run_key=run_key))
     quantized = quantize_model(
         pipeline.transformer,
         recipe,

@@ -575,3 +575,33 @@ def test_inference_is_close_to_the_dense_model(tmp_path: Path):
     inputs = pixart_inputs(torch.float32)
     expected, got = dense(**inputs)[0], model(**inputs)[0]
     assert float((got - expected).norm() / expected.norm()) < 0.25
+
+
+def test_statistics_of_other_call_options_are_not_continued_from(tmp_path: Path) -> None:
+    """A run killed with 1 step and started again with 2 must calibrate again."""
+    pipeline, recipe = tiny_pipeline(), QuantRecipe.from_name("w4a8")
+    prompts = ["a red circle left of a blue square"]
+    steps: list[int] = []
+
+    class Killed(Exception):
+        pass
+
+    def run(number: int, kill: bool) -> None:
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage == "calibration":
+                steps.append(number)
+            elif kill:
+                raise Killed
+
+        options = {"num_inference_steps": number}
+        quantize_pipeline(
+            pipeline, recipe, prompts, tmp_path / "out", call_options=options, progress=progress
+        )
+
+    with pytest.raises(Killed):
+        run(1, kill=True)
+    with pytest.raises(Killed):
+        run(1, kill=True)
+    assert steps == [1]  # continued
+    run(2, kill=False)
+    assert steps == [1, 2]
