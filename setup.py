@@ -123,6 +123,11 @@ def gencode(archs: list[str]) -> str:
     return " ".join(f"-gencode arch=compute_{virtual},code={code}" for virtual, code in pairs)
 
 
+def sm90_archs(archs: list[str]) -> list[str]:
+    """Of `archs`, what the sources named *_sm90* are for: wgmma and TMA exist in sm_90a alone."""
+    return [a for a in archs if a == "90a"]
+
+
 class NinjaBuildExt(build_ext):
     """Compiles the two libraries with ninja; setuptools puts them where they belong."""
 
@@ -148,6 +153,7 @@ class NinjaBuildExt(build_ext):
         self.ninja = [f"cxx = {cxx}", NINJA_RULES]
 
         archs: list[str] = []
+        defines = ""
         toolchain = cuda_toolchain() if choice != "0" else "LRQ_BUILD_CUDA=0"
         if isinstance(toolchain, str):
             self.leave_out([library], toolchain, fail=choice == "1")
@@ -155,21 +161,27 @@ class NinjaBuildExt(build_ext):
             nvcc, toolkit, torch = toolchain
             archs = cuda_archs(nvcc, os.environ.get("LRQ_CUDA_ARCHS"))
             self.ninja += [f"nvcc = {nvcc}"]
-            cu_flags = f"{NVCC_FLAGS} -ccbin {quote(cxx)} {gencode(archs)}"
+            if not sm90_archs(archs):
+                defines = " -DLRQ_WITHOUT_SM90A"  # the planner must not choose what is not there
+            cu_flags = f"{NVCC_FLAGS} -ccbin {quote(cxx)}{defines} "
             cpp_flags = f"{CXX_FLAGS} {TARGET_TORCH_FLAG} -isystem {quote(f'{torch}/include')}"
+            cpp_flags += defines
             cpp_flags += f" -idirafter {quote(f'{toolkit}/include')}"
             folders = [f"{torch}/lib", f"{toolkit}/lib64", f"{toolkit}/lib"]
             link_flags = " ".join([f"-L{quote(folder)}" for folder in folders] + [LINK_FLAGS])
-            self.add_library(
-                library, {".cu": ("nvcc", cu_flags), ".cpp": ("cxx", cpp_flags)}, link_flags
-            )
+            rules = {
+                ".cu": ("nvcc", cu_flags + gencode(archs)),
+                "_sm90.cu": ("nvcc", cu_flags + gencode(sm90_archs(archs) or archs)),
+                ".cpp": ("cxx", cpp_flags),
+            }
+            self.add_library(library, rules, link_flags)
 
         # pybind11 of its own, else torch's copy, where nothing can be installed.
         pybind11 = package_dir("pybind11") or package_dir("torch")
         if pybind11 is None:
             raise SetupError("building lrq needs pybind11, which is not installed")
         flags = f"{CXX_FLAGS} -isystem {quote(f'{pybind11}/include')} -isystem {quote(headers)}"
-        flags += f" -DLRQ_CUDA_ARCHS='\"{';'.join(archs)}\"'"
+        flags += f" -DLRQ_CUDA_ARCHS='\"{';'.join(archs)}\"'{defines}"
         self.add_library(planner, {".cpp": ("cxx", flags)}, "")
         self.run_ninja()
         for extension in self.extensions:
@@ -198,10 +210,11 @@ class NinjaBuildExt(build_ext):
     def add_library(
         self, extension: Extension, rules: dict[str, tuple[str, str]], link_flags: str
     ) -> None:
-        """`rules`: suffix of a source -> rule and flags."""
+        """`rules`: suffix of a source, "_sm90.cu" for gemm_sm90*.cu -> rule and flags."""
         objects = []
         for source in extension.sources:
-            rule, flags = rules[Path(source).suffix]
+            kind = "_sm90" if "_sm90" in Path(source).stem else ""
+            rule, flags = rules[kind + Path(source).suffix]
             objects.append(f"{BUILD}/{source}.o")
             self.ninja += [f"build {objects[-1]}: {rule} {source}", f"  flags = {flags}"]
         library = f"{BUILD}/{self.get_ext_filename(extension.name)}"

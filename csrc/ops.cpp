@@ -1,4 +1,5 @@
-// CUDA kernels of lrq::{prepack, unprepack, dequantize, gemm, gemv}: check, fill a struct, launch.
+// CUDA kernels of lrq::{prepack, unprepack, dequantize, gemm, gemm_config, gemv}: check, fill a
+// struct, launch.
 // The only file that sees tensors. Schemas, fakes and CPU kernels are in lrq_kernels/ops.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -206,36 +207,39 @@ void check_residual_and_gate(const char* op, const std::optional<Tensor>& residu
   check_rows(of_gate, *gate);
 }
 
-Tensor gemm(const Tensor& x_q, const Tensor& x_scale, const Tensor& weight, const Tensor& levels,
-            const Tensor& weight_scale, const std::optional<Tensor>& bias,
-            const std::optional<Tensor>& residual, const std::optional<Tensor>& gate,
-            int64_t weight_bits, int64_t out_features, const std::string& activation,
-            ScalarType out_dtype) {
-  constexpr const char* kOp = "gemm";
-  check_x_q(kOp, x_q);
+// lrq::gemm, and lrq::gemm_config where `config` is a row of kGemmConfigs.
+Tensor run_gemm(const char* op, const Tensor& x_q, const Tensor& x_scale, const Tensor& weight,
+                const Tensor& levels, const Tensor& weight_scale, const std::optional<Tensor>& bias,
+                const std::optional<Tensor>& residual, const std::optional<Tensor>& gate,
+                int64_t weight_bits, int64_t out_features, const std::string& activation,
+                ScalarType out_dtype, std::optional<int64_t> config) {
+  LRQ_CHECK(!config.has_value() || (*config >= 0 && *config < kGemmConfigCount),
+            (Argument{op, "config"}), "in [0, " + std::to_string(kGemmConfigCount - 1) + "]",
+            std::to_string(*config));
+  check_x_q(op, x_q);
   const int64_t m = x_q.size(0);
   const int64_t k = x_q.size(1);
-  LRQ_CHECK(activation == "none" || activation == "gelu_tanh", (Argument{kOp, "activation"}),
+  LRQ_CHECK(activation == "none" || activation == "gelu_tanh", (Argument{op, "activation"}),
             "one of ('none', 'gelu_tanh')", "'" + activation + "'");
   const std::optional<OutType> out_type = out_type_of(out_dtype);
-  LRQ_CHECK(out_type.has_value(), (Argument{kOp, "out_dtype"}),
+  LRQ_CHECK(out_type.has_value(), (Argument{op, "out_dtype"}),
             "one of (torch.bfloat16, torch.float16, torch.float32, torch.int32)",
             dtype_text(out_dtype));
-  check_weight(kOp, weight, out_features, k, weight_bits, x_q);
-  check_codebook(kOp, levels, weight_scale, out_features, weight_bits, x_q);
-  check_tensor({kOp, "x_scale"}, x_scale, ScalarType::Float, {m}, x_q);
-  check_bias(kOp, bias, out_features, x_q);
+  check_weight(op, weight, out_features, k, weight_bits, x_q);
+  check_codebook(op, levels, weight_scale, out_features, weight_bits, x_q);
+  check_tensor({op, "x_scale"}, x_scale, ScalarType::Float, {m}, x_q);
+  check_bias(op, bias, out_features, x_q);
   if (*out_type == OutType::kInt32) {
-    LRQ_CHECK(activation == "none" && !bias.has_value(), (Argument{kOp, "out_dtype int32"}),
+    LRQ_CHECK(activation == "none" && !bias.has_value(), (Argument{op, "out_dtype int32"}),
               "used without bias and activation", "one of them");
-    LRQ_CHECK(!residual.has_value(), (Argument{kOp, "out_dtype int32"}), "used without residual",
+    LRQ_CHECK(!residual.has_value(), (Argument{op, "out_dtype int32"}), "used without residual",
               "a residual");
   }
-  check_residual_and_gate(kOp, residual, gate, out_dtype, m, out_features, x_q);
+  check_residual_and_gate(op, residual, gate, out_dtype, m, out_features, x_q);
 
   const int32_t device = x_q.get_device_index();
   const DeviceGuard guard(device);
-  const int arch = device_arch(kOp, device);
+  const int arch = device_arch(op, device);
   Tensor y = torch::stable::new_empty(x_q, {m, out_features}, out_dtype);
   if (y.numel() == 0) {
     return y;
@@ -257,9 +261,30 @@ Tensor gemm(const Tensor& x_q, const Tensor& x_scale, const Tensor& weight, cons
   args.activation = activation == "none" ? Activation::kNone : Activation::kGeluTanh;
   args.out_type = *out_type;
   args.y = y.mutable_data_ptr();
-  const GemmConfig& config = select_gemm_config(args.problem, arch);
-  check_cuda(kOp, launch_gemm(args, config, current_stream(device)));
+  const GemmConfig& row =
+      config.has_value() ? kGemmConfigs[*config] : select_gemm_config(args.problem, arch);
+  LRQ_CHECK(is_legal(row, args.problem, arch), (Argument{op, "config"}),
+            "legal for the problem on compute capability " + arch_name(arch), row.name);
+  check_cuda(op, launch_gemm(args, row, current_stream(device)));
   return y;
+}
+
+Tensor gemm(const Tensor& x_q, const Tensor& x_scale, const Tensor& weight, const Tensor& levels,
+            const Tensor& weight_scale, const std::optional<Tensor>& bias,
+            const std::optional<Tensor>& residual, const std::optional<Tensor>& gate,
+            int64_t weight_bits, int64_t out_features, const std::string& activation,
+            ScalarType out_dtype) {
+  return run_gemm("gemm", x_q, x_scale, weight, levels, weight_scale, bias, residual, gate,
+                  weight_bits, out_features, activation, out_dtype, std::nullopt);
+}
+
+Tensor gemm_config(const Tensor& x_q, const Tensor& x_scale, const Tensor& weight,
+                   const Tensor& levels, const Tensor& weight_scale,
+                   const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                   const std::optional<Tensor>& gate, int64_t weight_bits, int64_t out_features,
+                   const std::string& activation, ScalarType out_dtype, int64_t config) {
+  return run_gemm("gemm_config", x_q, x_scale, weight, levels, weight_scale, bias, residual, gate,
+                  weight_bits, out_features, activation, out_dtype, config);
 }
 
 Tensor gemv(const Tensor& x, const Tensor& weight, const Tensor& levels, const Tensor& weight_scale,
@@ -309,5 +334,6 @@ STABLE_TORCH_LIBRARY_IMPL(lrq, CUDA, m) {
   m.impl("unprepack", TORCH_BOX(&lrq::unprepack));
   m.impl("dequantize", TORCH_BOX(&lrq::dequantize));
   m.impl("gemm", TORCH_BOX(&lrq::gemm));
+  m.impl("gemm_config", TORCH_BOX(&lrq::gemm_config));
   m.impl("gemv", TORCH_BOX(&lrq::gemv));
 }

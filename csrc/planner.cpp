@@ -40,7 +40,7 @@ std::string describe(const GemmConfig& config) {
        << ", tile_m=" << config.tile_m << ", tile_n=" << config.tile_n
        << ", tile_k=" << config.tile_k << ", warps_n=" << config.warps_n
        << ", warps_m=" << config.warps_m << ", stages=" << config.stages
-       << ", blocks_per_sm=" << config.blocks_per_sm << ")";
+       << ", blocks_per_sm=" << config.blocks_per_sm << ", cluster=" << config.cluster << ")";
   return text.str();
 }
 
@@ -67,6 +67,7 @@ void bind_gemm(py::module_& m) {
       .def_readonly("warps_m", &GemmConfig::warps_m)
       .def_readonly("stages", &GemmConfig::stages)
       .def_readonly("blocks_per_sm", &GemmConfig::blocks_per_sm)
+      .def_readonly("cluster", &GemmConfig::cluster)
       .def(
           "shared_bytes",
           [](const GemmConfig& config, int weight_bits) {
@@ -85,15 +86,17 @@ void bind_gemm(py::module_& m) {
   m.def(
       "gemm_configs",
       [] { return std::vector<GemmConfig>(std::begin(kGemmConfigs), std::end(kGemmConfigs)); },
-      "Every compiled GEMM configuration.");
+      "Every compiled GEMM configuration; its place in the list is the config of "
+      "lrq::gemm_config.");
   m.def(
       "select",
-      [](int64_t m, int64_t n, int64_t k, int weight_bits, int arch) {
-        return select_gemm_config({m, n, k, weight_bits}, arch);
+      [](int64_t m, int64_t n, int64_t k, int weight_bits, int arch, bool sm90) {
+        return select_gemm_config({m, n, k, weight_bits}, arch, sm90);
       },
       py::arg("m"), py::arg("n"), py::arg("k"), py::arg("weight_bits"), py::arg("arch"),
-      "The configuration that lrq::gemm runs. arch is 10 * major + minor. ValueError where none "
-      "can.");
+      py::arg("sm90") = kSelectSm90,
+      "The configuration that lrq::gemm runs. arch is 10 * major + minor; sm90 says whether rows "
+      "of the Hopper kernel are considered. ValueError where none can.");
   m.def(
       "workspace_bytes",
       [](const GemmConfig& config, int64_t m, int64_t n, int64_t k, int weight_bits) {
@@ -102,6 +105,7 @@ void bind_gemm(py::module_& m) {
       py::arg("config"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("weight_bits"));
   m.def("max_shared_bytes", &max_shared_bytes, py::arg("arch"));
   m.attr("OLDEST_ARCH") = kOldestArch;
+  m.attr("SELECT_SM90") = kSelectSm90;
   m.attr("GEMV_MAX_TOKENS") = kGemvMaxTokens;
 }
 

@@ -3,6 +3,8 @@
 The dispatcher is the only place that knows devices. CUDA kernels of prepack, unprepack,
 dequantize, gemm and gemv come from csrc/ops.cpp; those of rotate and rotate_quantize are Triton
 and registered here. Every op is functional and returns fresh tensors.
+
+gemm_config is gemm by a named row of _planner.gemm_configs(), for tests and benchmarks alone.
 """
 
 from __future__ import annotations
@@ -36,6 +38,9 @@ _SCHEMAS = {
     "gemm": "(Tensor x_q, Tensor x_scale, Tensor weight, Tensor levels, Tensor weight_scale, "
     "Tensor? bias, Tensor? residual, Tensor? gate, int weight_bits, int out_features, "
     "str activation, ScalarType out_dtype) -> Tensor",
+    "gemm_config": "(Tensor x_q, Tensor x_scale, Tensor weight, Tensor levels, "
+    "Tensor weight_scale, Tensor? bias, Tensor? residual, Tensor? gate, int weight_bits, "
+    "int out_features, str activation, ScalarType out_dtype, int config) -> Tensor",
     "gemv": "(Tensor x, Tensor weight, Tensor levels, Tensor weight_scale, Tensor? bias, "
     "int weight_bits, int out_features) -> Tensor",
 }
@@ -158,8 +163,8 @@ def _check_gemm(
     out_features: int,
     activation: str,
     out_dtype: torch.dtype,
+    op: str = "gemm",
 ) -> None:
-    op = "gemm"
     if x_q.dtype != torch.int8 or x_q.dim() != 2:
         _fail(op, "x_q", "torch.int8 [M, K]", f"{x_q.dtype} {list(x_q.shape)}")
     m, in_features = x_q.shape
@@ -198,6 +203,12 @@ def _check_gemm(
     if gate.device != device:
         _fail(op, "gate", f"on {device}", f"a tensor on {gate.device}")
     _check_rows(op, "gate", gate)
+
+
+def _check_gemm_config(*arguments):  # type: ignore[no-untyped-def]
+    if arguments[-1] < 0:  # the end of the list is known where there are kernels
+        _fail("gemm_config", "config", "a place in _planner.gemm_configs()", arguments[-1])
+    _check_gemm(*(*arguments[:-1], "gemm_config"))
 
 
 def _check_gemv(
@@ -282,6 +293,11 @@ def _gemm_cpu(*arguments):  # type: ignore[no-untyped-def]
     return reference.gemm(*arguments)
 
 
+def _gemm_config_cpu(*arguments):  # type: ignore[no-untyped-def]
+    _check_gemm_config(*arguments)
+    return reference.gemm(*arguments[:-1])
+
+
 def _gemv_cpu(*arguments):  # type: ignore[no-untyped-def]
     _check_gemv(*arguments)
     return reference.gemv(*arguments)
@@ -357,6 +373,11 @@ def _gemm_fake(*arguments):  # type: ignore[no-untyped-def]
     return x_q.new_empty(x_q.shape[0], out_features, dtype=out_dtype)
 
 
+def _gemm_config_fake(*arguments):  # type: ignore[no-untyped-def]
+    _check_gemm_config(*arguments)
+    return _gemm_fake(*arguments[:-1])
+
+
 def _gemv_fake(*arguments):  # type: ignore[no-untyped-def]
     _check_gemv(*arguments)
     return arguments[0].new_empty(arguments[0].shape[0], arguments[6])
@@ -369,6 +390,7 @@ _CPU = {
     "unprepack": _unprepack_cpu,
     "dequantize": _dequantize_cpu,
     "gemm": _gemm_cpu,
+    "gemm_config": _gemm_config_cpu,
     "gemv": _gemv_cpu,
 }
 _FAKE = {
@@ -378,6 +400,7 @@ _FAKE = {
     "unprepack": _unprepack_fake,
     "dequantize": _dequantize_fake,
     "gemm": _gemm_fake,
+    "gemm_config": _gemm_config_fake,
     "gemv": _gemv_fake,
 }
 for _name in _SCHEMAS:

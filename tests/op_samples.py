@@ -65,6 +65,10 @@ def gemm_arguments(
     }
 
 
+def gemm_config_arguments(device: str) -> Arguments:
+    return {**gemm_arguments(device), "config": 0}  # row 0 is portable
+
+
 def gemv_arguments(device: str, rows: int = 2) -> Arguments:
     gemm = gemm_arguments(device)
     return {
@@ -108,6 +112,7 @@ VALID: dict[str, Callable[[str], Arguments]] = {
     "unprepack": unprepack_arguments,
     "dequantize": dequantize_arguments,
     "gemm": gemm_arguments,
+    "gemm_config": gemm_config_arguments,
     "gemv": gemv_arguments,
 }
 

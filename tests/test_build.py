@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "lrq_kernels" / "liblrq_cuda.so"
 CUDA_SOURCES = sorted(path.relative_to(ROOT) for path in ROOT.glob("csrc/**/*.cu"))
 # From csrc/ops.cpp; rotate and rotate_quantize are Triton and are registered by lrq_kernels.
-CUDA_OPS = ("prepack", "unprepack", "dequantize", "gemm", "gemv")
+CUDA_OPS = ("prepack", "unprepack", "dequantize", "gemm", "gemm_config", "gemv")
 
 needs_library = pytest.mark.skipif(
     not LIBRARY.exists(), reason=f"{LIBRARY.name} is not built here (no nvcc, or LRQ_BUILD_CUDA=0)"
@@ -78,14 +78,74 @@ def test_kernels_compile_without_spills_or_serialization(setup_py, source: Path)
     assert "Potential Performance Loss" not in text
 
 
-@needs_library
-def test_every_promised_architecture_is_in_the_library():
-    planner = pytest.importorskip("lrq_kernels._planner")
+def find_cuobjdump() -> str:
     triton = importlib.util.find_spec("triton")
     bundled = [str(Path(triton.origin).parent / "backends/nvidia/bin")] if triton else []
     cuobjdump = shutil.which("cuobjdump", path=os.pathsep.join([*bundled, os.environ["PATH"]]))
     if cuobjdump is None:
         pytest.skip("no cuobjdump, neither in triton nor on PATH")
+    return cuobjdump
+
+
+def disassemble(file: Path) -> dict[str, list[tuple[int, str]]]:
+    """(address, instruction) of every kernel in a file."""
+    done = subprocess.run([find_cuobjdump(), "-sass", file], capture_output=True, text=True)
+    kernels: dict[str, list[tuple[int, str]]] = {}
+    for line in done.stdout.splitlines():
+        if named := re.search(r"Function : (\S+)", line):
+            code = kernels.setdefault(named[1], [])
+        elif instruction := re.match(r"\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", line):
+            code.append((int(instruction[1], 16), instruction[2]))
+    return kernels
+
+
+def main_loop(code: list[tuple[int, str]]) -> list[str]:
+    """The shortest loop around two steps of wgmma, eight instructions."""
+    loops = []
+    for address, instruction in code:
+        target = re.search(r"BRA.*?0x([0-9a-f]+)", instruction)
+        if target and int(target[1], 16) < address:
+            body = [text for at, text in code if int(target[1], 16) <= at <= address]
+            if sum("IGMMA" in text for text in body) == 8:
+                loops.append(body)
+    return min(loops, key=len)
+
+
+@needs_library
+@pytest.mark.parametrize("bits", (4, 3, 2))
+def test_main_loop_of_the_hopper_gemm(setup_py, bits: int):
+    """What the pipeline lives by: wgmma in flight while codes are decoded, and nothing else."""
+    planner = pytest.importorskip("lrq_kernels._planner")
+    built = ROOT / setup_py.BUILD / f"csrc/gemm/gemm_sm90_w{bits}.cu.o"
+    if "90a" not in planner.cuda_archs() or not built.exists():
+        pytest.skip("no code for sm_90a was built here")
+    kernels = disassemble(built)
+    assert len(kernels) == len({c.tile_m for c in planner.gemm_configs() if c.arch == 90})
+    # A lane decodes 128 weights in two steps, four a lookup; LOP3 is for selectors and signs.
+    decode = {4: (64, 80), 3: (32, 40), 2: (32, 32)}[bits]
+    for name, code in kernels.items():
+        body = main_loop(code)
+
+        def count(pattern: str, texts: list[str] = body) -> int:
+            return sum(bool(re.search(pattern, text)) for text in texts)
+
+        tile = re.search(r"ILi\dELi(\d+)", name)[1]
+        assert count(rf"IGMMA\.64x{tile}x32\.S8\.S8") == 8, name
+        assert count("WARPGROUP.DEPBAR.LE gsb0, 0x1") == 2, name  # one product stays in flight
+        assert count("MEMBAR|ERRBAR|LDL|STL") == 0, name
+        assert count(r"LDS\.128") == {4: 4, 3: 2, 2: 2}[bits], name
+        assert decode[0] <= count("PRMT") <= decode[0] + 4, name
+        assert count("LOP3") <= decode[1] + 4, name
+        # Two A buffers: what one step multiplies, the step before does not.
+        operands = [re.search(r"IGMMA\S+ R\d+, (R\d+)", text) for text in body]
+        registers = [match[1] for match in operands if match]
+        assert len(set(registers)) == 8, name
+
+
+@needs_library
+def test_every_promised_architecture_is_in_the_library():
+    planner = pytest.importorskip("lrq_kernels._planner")
+    cuobjdump = find_cuobjdump()
     listed = subprocess.run([cuobjdump, "--list-elf", LIBRARY], capture_output=True, text=True)
     assert planner.cuda_archs() != []
     # By number alone: older cuobjdump lists sm_90a as sm_90.
@@ -258,6 +318,11 @@ def test_ptx_comes_from_the_lowest_architecture_that_others_can_run(setup_py):
     assert flags.count("-gencode") == 4
     # PTX of 90a runs on no other GPU.
     assert setup_py.gencode(["90a"]) == "-gencode arch=compute_90a,code=sm_90a"
+
+
+def test_hopper_sources_are_compiled_for_sm_90a_alone(setup_py):
+    assert setup_py.sm90_archs(["80", "90a", "120"]) == ["90a"]
+    assert setup_py.sm90_archs(["80", "90"]) == []
 
 
 def test_stable_abi_flag_says_the_torch_that_pyproject_asks_for(setup_py):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -75,7 +76,7 @@ def run(
     op: Callable[..., Tensor] = ops.gemm,
 ) -> Tensor:
     # The reference multiplies by cuBLAS, which the mode behind poisoned_memory warns about.
-    with poisoned_memory() if op is ops.gemm else nullcontext():
+    with nullcontext() if op is reference.gemm else poisoned_memory():
         return op(
             problem.x_q,
             problem.x_scale,
@@ -129,29 +130,52 @@ def test_accumulators_of_ragged_sizes(bits: int, m: int, n: int, k: int):
     assert torch.equal(run(problem, torch.int32), exact_product(problem))
 
 
+def by_config(index: int) -> Callable[..., Tensor]:
+    """lrq::gemm on one row of the table."""
+    return lambda *arguments: torch.ops.lrq.gemm_config.default(*arguments, index)
+
+
+def config_problems(config) -> list[tuple[int, int, int]]:  # type: ignore[no-untyped-def]
+    """(M, N, K): tokens around tiles, k steps around stages, more tiles than SMs."""
+    tile, group = config.tile_m, 128 * config.cluster
+    steps = (1, 2, 3, config.stages - 1, config.stages, config.stages + 1, 2 * config.stages + 1)
+    problems = [
+        (max(tile * tiles + edge, 1), group - 8, 384) for tiles in (0, 1, 2) for edge in (-1, 0, 1)
+    ]
+    problems += [(tile // 2 + 1, group, 128 * count - 96) for count in steps]
+    problems += [(tile + 3, 2 * group - 7, 160)]  # rows of y at odd addresses
+    problems += [(40 * tile + 5, 12 * group, 640)]  # several tiles a block, odd k steps
+    problems += [(37 * tile + 5, 9 * group - 64, 256)]  # even k steps, half a tile of channels
+    return problems
+
+
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("config", planner.gemm_configs(), ids=lambda config: config.name)
-def test_every_configuration(bits: int, config):
-    """Tokens around the tile's edges, with the fewest channels that make the planner choose it."""
-    if config.arch // 10 == 9 and arch() // 10 != 9 or arch() < config.arch:
+@pytest.mark.parametrize(
+    ("index", "config"),
+    [
+        pytest.param(index, config, id=config.name)
+        for index, config in enumerate(planner.gemm_configs())
+    ],
+)
+def test_every_configuration(bits: int, index: int, config):
+    if not config.is_legal(1, 128 * config.cluster, 128, bits, arch()):
         pytest.skip(f"{config.name} does not run on compute capability {arch()}")
-    tokens = {config.tile_m * tiles + edge for tiles in (1, 2, 3) for edge in (-1, 0, 1)}
-    tried = 0
-    for m in sorted(tokens | {config.tile_m // 2 + 1}):
-        for tiles in range(1, 257):
-            n = 128 * tiles - 8  # the last tile is not full
-            if planner.select(m, n, 384, bits, arch()).name == config.name:
-                break
-        else:
-            continue
-        tried += 1
-        problem = on_gpu(m, n, 384, bits)
-        assert torch.equal(run(problem, torch.int32), exact_product(problem)), f"{m} x {n}"
-        assert torch.equal(
-            run(problem, torch.bfloat16, bias=problem.bias),
-            run(problem, torch.bfloat16, bias=problem.bias, op=reference.gemm),
-        ), f"{m} x {n}"
-    assert tried >= 3, f"no test reaches {config.name}"
+    op = by_config(index)
+    for m, n, k in config_problems(config):
+        problem = on_gpu(m, n, k, bits)
+        case = f"{m} x {n} x {k}"
+        assert torch.equal(run(problem, torch.int32, op=op), exact_product(problem)), case
+        arguments = {"bias": problem.bias}
+        for samples in (0, -1, 1, math.gcd(m, 6)):
+            arguments |= operands(m, n, samples, torch.bfloat16)
+            got = run(problem, torch.bfloat16, op=op, **arguments)
+            expected = run(problem, torch.bfloat16, op=reference.gemm, **arguments)
+            assert torch.equal(got, expected), f"{case}, samples {samples}"
+        arguments = {"bias": problem.bias, "activation": "gelu_tanh"}
+        for out_dtype in FLOATS:
+            got = run(problem, out_dtype, op=op, **arguments)
+            portable = run(problem, out_dtype, op=by_config(0), **arguments)
+            assert torch.equal(got, portable), f"{case}, GELU, {out_dtype}"
 
 
 @pytest.mark.parametrize("bits", BITS)

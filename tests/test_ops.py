@@ -297,6 +297,8 @@ ERRORS: list[tuple[str, Change, str, str, str]] = [
      f"torch.float32 [2, {N}]"),
     ("gemm", both(GATED, put(gate=columns_first)), "gate", "of last stride 1", "strides"),
     ("gemm", both(GATED, elsewhere("gate")), "gate", "on ", "a tensor on"),
+    ("gemm_config", put(config=-1), "config", "", "-1"),
+    ("gemm_config", put(activation="relu"), "activation", "one of ('none', 'gelu_tanh')", "'relu'"),
     ("gemv", put(x=lambda x: x.to(torch.int8)), "dtype of x", "one of", "torch.int8"),
     ("gemv", put(x=lambda x: x.repeat(5, 1)), "x", "[M, K] with M at most 8", f"shape [10, {K}]"),
     ("gemv", put(x=lambda x: x[0]), "x", "[M, K] with M at most 8", f"shape [{K}]"),

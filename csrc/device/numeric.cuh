@@ -33,6 +33,22 @@ __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
 
+// 2^x, wrong by at most 2 units in the last place, results below 2^-126 flushed to zero (PTX ISA
+// 9.7.3.21, ex2).
+__device__ __forceinline__ float approximate_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 1 / x, wrong by at most 1 unit in the last place, subnormal numbers taken for and flushed to zero
+// (PTX ISA 9.7.3.15, rcp).
+__device__ __forceinline__ float approximate_rcp(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // kCount neighbours that move as one access.
 template <typename T, int kCount>
 struct alignas(sizeof(T) * kCount > 16 ? 16 : sizeof(T) * kCount) Pack {

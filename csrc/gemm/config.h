@@ -4,6 +4,10 @@
 // in steps of tile_k. Its warps form a grid of warps_n x warps_m; a warp decodes the weights of
 // tile_n / warps_n channels once per step and uses them for tile_m / warps_m tokens. Every
 // configuration gives bit-identical output.
+//
+// Two kernel families: rows of arch 80 are mma.sync (gemm_sm80.cuh), one tile a block; rows of arch
+// 90 are wgmma (gemm_sm90.cuh), two consumer warpgroups of 64 channels beside one of producers, in
+// blocks that stay and walk over tiles, singly or in clusters of two along the channels.
 #pragma once
 
 #include <cstdint>
@@ -17,24 +21,50 @@
 
 namespace lrq {
 
+// True once the tests marked gpu have passed on an H200 with every sm90 row (tests/test_gemm.py).
+// Until then select_gemm_config takes the portable rows on Hopper too; lrq::gemm_config, for tests
+// and benchmarks, runs any row.
+inline constexpr bool kSelectSm90 = false;
+
+// Whether this build holds code for sm_90a: setup.py says where it does not.
+#ifdef LRQ_WITHOUT_SM90A
+inline constexpr bool kSm90Compiled = false;
+#else
+inline constexpr bool kSm90Compiled = true;
+#endif
+
 struct GemmConfig {
   const char* name;
   int arch;           // oldest compute capability that runs it, 10 * major + minor
   int tile_m;         // tokens
   int tile_n;         // channels
   int tile_k;         // inputs of one pipeline stage
-  int warps_n;        // warps along the channels
+  int warps_n;        // warps along the channels (arch 90: of the consumers)
   int warps_m;        // warps along the tokens
   int stages;         // pipeline stages in shared memory
   int blocks_per_sm;  // thread blocks that must fit the registers of an SM
+  int cluster;        // blocks along the channels that share the copies of X
 };
 
-// Largest token tile first: select_gemm_config takes the first that fits the problem.
+// Within a family the largest token tile first, and the larger cluster: both selections prefer
+// them. Rows of arch 90 with one token tile have one number of stages, so that they share a kernel.
 inline constexpr GemmConfig kGemmConfigs[] = {
-    {"sm80_m128", 80, 128, 128, 128, 4, 2, 3, 2},
-    {"sm80_m64", 80, 64, 128, 128, 4, 2, 4, 2},
-    {"sm80_m32", 80, 32, 128, 128, 8, 1, 4, 2},
-    {"sm80_m16", 80, 16, 128, 128, 8, 1, 6, 2},
+    {"sm80_m128", 80, 128, 128, 128, 4, 2, 3, 2, 1},
+    {"sm80_m64", 80, 64, 128, 128, 4, 2, 4, 2, 1},
+    {"sm80_m32", 80, 32, 128, 128, 8, 1, 4, 2, 1},
+    {"sm80_m16", 80, 16, 128, 128, 8, 1, 6, 2, 1},
+    {"sm90_m256_c2", 90, 256, 128, 128, 8, 1, 4, 1, 2},
+    {"sm90_m256", 90, 256, 128, 128, 8, 1, 4, 1, 1},
+    {"sm90_m224_c2", 90, 224, 128, 128, 8, 1, 4, 1, 2},
+    {"sm90_m224", 90, 224, 128, 128, 8, 1, 4, 1, 1},
+    {"sm90_m192_c2", 90, 192, 128, 128, 8, 1, 5, 1, 2},
+    {"sm90_m192", 90, 192, 128, 128, 8, 1, 5, 1, 1},
+    {"sm90_m144", 90, 144, 128, 128, 8, 1, 7, 1, 1},
+    {"sm90_m128_c2", 90, 128, 128, 128, 8, 1, 7, 1, 2},
+    {"sm90_m128", 90, 128, 128, 128, 8, 1, 7, 1, 1},
+    {"sm90_m64", 90, 64, 128, 128, 8, 1, 10, 1, 1},
+    {"sm90_m32", 90, 32, 128, 128, 8, 1, 14, 1, 1},
+    {"sm90_m16", 90, 16, 128, 128, 8, 1, 16, 1, 1},
 };
 inline constexpr int kGemmConfigCount = sizeof(kGemmConfigs) / sizeof(kGemmConfigs[0]);
 
@@ -64,8 +94,12 @@ inline constexpr int64_t kLargestRowStride = INT32_MAX / 128 / 16 * 16;
 // (gemm/epilogue.cuh says why four).
 inline constexpr int kStagingPad = 4;
 
+constexpr int kWarpgroupThreads = 128;
+
+constexpr bool is_sm90(const GemmConfig& config) { return config.arch == 90; }
+
 constexpr int config_threads(const GemmConfig& config) {
-  return 32 * config.warps_n * config.warps_m;
+  return 32 * config.warps_n * config.warps_m + (is_sm90(config) ? kWarpgroupThreads : 0);
 }
 
 constexpr int stage_bytes(const GemmConfig& config, int weight_bits) {
@@ -76,8 +110,41 @@ constexpr int staging_bytes(const GemmConfig& config) {
   return config.tile_m * (config.tile_n + kStagingPad) * 4;
 }
 
-// Dynamic shared memory of a block: the pipeline, then the staged accumulators in its place.
+// arch 90, bytes of one consumer warpgroup's 64 channels of output: all tokens in 16 bits, in rows
+// of the 128-byte swizzle, whose pattern repeats every kSwizzleBytes. A small tile also fits as
+// int32.
+constexpr int kSwizzleBytes = 1024;
+constexpr int kStagedTokenBytes = (kHalfTileChannels + kStagingPad) * 4;
+
+constexpr int sm90_staging_bytes(int tile_m) {
+  const int as_int32 = tile_m <= 64 ? tile_m * kStagedTokenBytes : 0;
+  return align_up(max_of(tile_m * kHalfTileChannels * 2, as_int32), kSwizzleBytes);
+}
+
+// Tokens that fit there as int32: the largest part of a tile in whole eights.
+constexpr int sm90_staged_tokens(int tile_m) {
+  int tokens = tile_m;
+  while (tile_m % tokens != 0 || tokens % 8 != 0 ||
+         tokens * kStagedTokenBytes > sm90_staging_bytes(tile_m)) {
+    --tokens;
+  }
+  return tokens;
+}
+
+// The pipeline, the staging of both warpgroups, their copies of x_scale, two barriers a stage and
+// one a warpgroup.
+constexpr int sm90_shared_bytes(const GemmConfig& config, int weight_bits) {
+  const int pipeline = config.stages * (stage_bytes(config, weight_bits) + 2 * 8);
+  const int warpgroup = sm90_staging_bytes(config.tile_m) + config.tile_m * 4 + 8;
+  return align_up(pipeline + 2 * warpgroup, kSwizzleBytes);
+}
+
+// Dynamic shared memory of a block. arch 80: the pipeline, then the staged accumulators in its
+// place.
 constexpr int shared_bytes(const GemmConfig& config, int weight_bits) {
+  if (is_sm90(config)) {
+    return sm90_shared_bytes(config, weight_bits);
+  }
   return max_of(config.stages * stage_bytes(config, weight_bits), staging_bytes(config));
 }
 
@@ -100,12 +167,14 @@ constexpr int64_t block_count(const GemmConfig& config, const GemmProblem& probl
   return ceil_div<int64_t>(problem.m, config.tile_m) * ceil_div<int64_t>(problem.n, config.tile_n);
 }
 
-// The one statement of which configuration may run what where.
+// The one statement of which configuration may run what where. Code for sm_90a runs on 9.0 alone; a
+// cluster wants as many channel tiles as it has blocks.
 constexpr bool is_legal(const GemmConfig& config, const GemmProblem& problem, int arch) {
-  return arch >= config.arch && is_weight_bits(problem.weight_bits) && problem.m >= 1 &&
-         problem.n >= 1 && problem.k >= 1 && problem.m <= kLargestSize &&
-         problem.n <= kLargestSize && problem.k <= kLargestGemmInputs &&
-         block_count(config, problem) <= INT32_MAX &&
+  return (is_sm90(config) ? kSm90Compiled && arch == config.arch : arch >= config.arch) &&
+         is_weight_bits(problem.weight_bits) && problem.m >= 1 && problem.n >= 1 &&
+         problem.k >= 1 && problem.m <= kLargestSize && problem.n <= kLargestSize &&
+         problem.k <= kLargestGemmInputs && block_count(config, problem) <= INT32_MAX &&
+         ceil_div<int64_t>(problem.n, config.tile_n) % config.cluster == 0 &&
          shared_bytes(config, problem.weight_bits) <= max_shared_bytes(arch);
 }
 
@@ -113,26 +182,70 @@ inline std::string arch_name(int arch) {
   return std::to_string(arch / 10) + "." + std::to_string(arch % 10);
 }
 
-// The largest token tile that gives most SMs of a data-centre GPU (108 to 148) a block and is at
-// least half full; failing that the smallest, which spreads a small problem widest.
-// Throws std::invalid_argument, naming both numbers, where no kernel can run.
-inline const GemmConfig& select_gemm_config(const GemmProblem& problem, int arch) {
+// arch 90: clocks that the last block to finish takes, by a model and not by measurement, from the
+// figures of kernels.md on an H200 (2026-11-22): a step of 128 k takes 4 clocks a token in wgmma,
+// or what decoding takes for two warpgroups where that is longer; a tile costs an epilogue besides.
+// Once every row is measured, a dated table in benchmarks/ holds this model to 5 % of the best.
+constexpr int64_t kSm90Sms = 132;
+
+constexpr int64_t sm90_clocks(const GemmConfig& config, const GemmProblem& problem) {
+  constexpr int kDecodeClocks[] = {0, 0, 340, 400, 640};  // by weight_bits
+  const int64_t step =
+      max_of(4 * config.tile_m, kDecodeClocks[problem.weight_bits] + config.tile_m);
+  const int64_t tile = ceil_div<int64_t>(problem.k, config.tile_k) * step + 700 + 9 * config.tile_m;
+  return ceil_div(block_count(config, problem), kSm90Sms) * tile;
+}
+
+// The cheapest legal row of arch 90, or null. A smaller tile must be 5 % cheaper, since a larger
+// one moves fewer bytes and power is what limits a Hopper GPU; so does a cluster, but with few
+// steps a tile its blocks wait for each other.
+inline const GemmConfig* select_sm90_config(const GemmProblem& problem, int arch) {
+  constexpr int64_t kStepsForClusters = 12;
+  const GemmConfig* best = nullptr;
+  for (const GemmConfig& config : kGemmConfigs) {
+    const bool clustered = config.cluster > 1;
+    if (!is_sm90(config) || !is_legal(config, problem, arch) ||
+        (clustered && problem.k < kStepsForClusters * config.tile_k)) {
+      continue;
+    }
+    if (best == nullptr || 20 * sm90_clocks(config, problem) < 19 * sm90_clocks(*best, problem)) {
+      best = &config;
+    }
+  }
+  return best;
+}
+
+// Of the rows of arch 80 the largest token tile that gives most SMs of a data-centre GPU (108 to
+// 148) a block and is at least half full; failing that the smallest, which spreads a small problem
+// widest. Null where none is legal.
+inline const GemmConfig* select_sm80_config(const GemmProblem& problem, int arch) {
   constexpr int64_t kBlocksToFill = 108;
+  const GemmConfig* smallest = nullptr;
+  for (const GemmConfig& config : kGemmConfigs) {
+    if (is_sm90(config) || !is_legal(config, problem, arch)) {
+      continue;
+    }
+    if (2 * problem.m > config.tile_m && block_count(config, problem) >= kBlocksToFill) {
+      return &config;
+    }
+    smallest = &config;
+  }
+  return smallest;
+}
+
+// What lrq::gemm runs; `sm90` false keeps to the portable rows.
+// Throws std::invalid_argument, naming both numbers, where no kernel can run.
+inline const GemmConfig& select_gemm_config(const GemmProblem& problem, int arch,
+                                            bool sm90 = kSelectSm90) {
   if (arch < kOldestArch) {
     throw std::invalid_argument("lrq::gemm: needs a GPU of compute capability " +
                                 arch_name(kOldestArch) + " or newer, got " + arch_name(arch));
   }
-  const GemmConfig* smallest = nullptr;
-  for (const GemmConfig& config : kGemmConfigs) {
-    if (!is_legal(config, problem, arch)) {
-      continue;
-    }
-    if (2 * problem.m > config.tile_m && block_count(config, problem) >= kBlocksToFill) {
-      return config;
-    }
-    smallest = &config;
+  const GemmConfig* config = sm90 ? select_sm90_config(problem, arch) : nullptr;
+  if (config == nullptr) {
+    config = select_sm80_config(problem, arch);
   }
-  if (smallest == nullptr) {
+  if (config == nullptr) {
     throw std::invalid_argument(
         "lrq::gemm: no configuration for M=" + std::to_string(problem.m) +
         ", N=" + std::to_string(problem.n) + ", K=" + std::to_string(problem.k) +
@@ -140,7 +253,7 @@ inline const GemmConfig& select_gemm_config(const GemmProblem& problem, int arch
         arch_name(arch) + "; expected sizes of 1 to 2^31-128, K up to " +
         std::to_string(kLargestGemmInputs) + ", and 2, 3 or 4 bits");
   }
-  return *smallest;
+  return *config;
 }
 
 // Bytes of scratch memory beside the output. No configuration splits K, so all partial sums live in

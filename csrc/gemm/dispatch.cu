@@ -7,6 +7,8 @@ cudaError_t launch_gemm(const GemmArgs& args, const GemmConfig& config, cudaStre
   switch (config.arch) {
     case 80:
       return launch_gemm_sm80(args, config, stream);
+    case 90:
+      return launch_gemm_sm90(args, config, stream);
     default:
       return cudaErrorInvalidValue;
   }

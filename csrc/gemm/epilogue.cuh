@@ -6,10 +6,12 @@
 //     out = rn(y)
 //
 // Operations are spelled as intrinsics, which no compiler flag contracts or reorders, so the result
-// equals the CPU reference bit for bit (GELU aside) and does not depend on the tile configuration.
+// equals the CPU reference bit for bit (GELU aside) and does not depend on the tile configuration:
+// dequantize_sum, gelu_tanh and add_residual are the only place that says them.
 //
-// A block stages its accumulators in shared memory as [token][channel], since an mma accumulator
-// holds channels down its rows and memory wants a token's channels side by side:
+// A block (or a warpgroup of it) stages its accumulators in shared memory as [token][channel],
+// since an mma accumulator holds channels down its rows and memory wants a token's channels side by
+// side:
 //
 //     written  lane (g, t):  channel c0 + g, tokens 2t and 2t + 1
 //     read     16 threads a token, 8 channels each, as two 16-byte halves
@@ -29,7 +31,7 @@
 
 namespace lrq {
 
-constexpr int kOctet = 8;  // channels of one thread
+constexpr int kOctet = 8;  // channels whose 16-bit values are 16 bytes
 
 LRQ_HOST_DEVICE constexpr int token_channel_to_staging(int token, int channel, int tile_n) {
   return token * (tile_n + kStagingPad) + (channel ^ (channel & 32) >> 3);
@@ -47,150 +49,173 @@ inline bool has_aligned_octets(const GemmArgs& args) {
          (args.gate == nullptr || args.gate_stride * bytes % 16 == 0);
 }
 
-// y / (1 + exp(-2u)) = y (1 + tanh u) / 2, u = sqrt(2/pi) (y + 0.044715 y^3), without the
-// cancellation of 1 + tanh u for negative u.
-__device__ __forceinline__ float gelu_tanh(float y) {
-  constexpr float kSqrt2OverPi = 0.7978845608028654f;
-  const float u = kSqrt2OverPi * fmaf(0.044715f * y * y, y, y);
-  return __fdiv_rn(y, 1.0f + expf(-2.0f * u));
+// A bias that changes nothing: fma(a, b, -0) is rn(a * b) in every case, sign of zero included.
+constexpr float kNoBias = -0.0f;
+
+__device__ __forceinline__ float dequantize_sum(int acc, float x_scale, float weight_scale,
+                                                float bias) {
+  return __fmaf_rn(__fmul_rn(__int2float_rn(acc), x_scale), weight_scale, bias);
 }
 
-// Eight neighbours, of which `count` exist; `aligned` says that they are 8 and a 16-byte access.
-template <typename T>
-__device__ __forceinline__ Pack<T, kOctet> load_octet(const T* source, int count, bool aligned) {
+// y / (1 + exp(-2u)) = y (1 + tanh u) / 2, u = sqrt(2/pi) (y + 0.044715 y^3), without the
+// cancellation of 1 + tanh u for negative u: five instructions at full rate and two at an eighth.
+// Every kernel of a device gives the same bits, as the approximations are the hardware's own.
+__device__ __forceinline__ float gelu_tanh(float y) {
+  constexpr float kLinear = -2.302208198f;  // -2 sqrt(2/pi) log2(e)
+  constexpr float kCubic = -0.1029432397f;  // 0.044715 of it
+  const float exponent = __fmul_rn(y, __fmaf_rn(__fmul_rn(y, y), kCubic, kLinear));
+  return __fmul_rn(y, approximate_rcp(__fadd_rn(1.0f, approximate_exp2(exponent))));
+}
+
+// A gate of 1 changes nothing: fma(1, y, residual) is rn(y + residual).
+__device__ __forceinline__ float add_residual(float y, float gate, float residual) {
+  return __fmaf_rn(gate, y, residual);
+}
+
+// kCount neighbours, of which `count` exist; `aligned` says that all do, as one aligned piece.
+template <int kCount, typename T>
+__device__ __forceinline__ Pack<T, kCount> load_piece(const T* source, int count, bool aligned) {
   if (aligned) {
-    return *reinterpret_cast<const Pack<T, kOctet>*>(source);
+    return *reinterpret_cast<const Pack<T, kCount>*>(source);
   }
-  Pack<T, kOctet> octet = {};
+  Pack<T, kCount> piece = {};
 #pragma unroll
-  for (int i = 0; i < kOctet; ++i) {
+  for (int i = 0; i < kCount; ++i) {
     if (i < count) {
-      octet.value[i] = source[i];
+      piece.value[i] = source[i];
     }
   }
-  return octet;
+  return piece;
 }
 
-template <typename T>
-__device__ __forceinline__ void store_octet(T* target, const Pack<T, kOctet>& octet, int count,
+template <typename T, int kCount>
+__device__ __forceinline__ void store_piece(T* target, const Pack<T, kCount>& piece, int count,
                                             bool aligned) {
   if (aligned) {
-    store_pack(target, octet);
+    store_pack(target, piece);
     return;
   }
 #pragma unroll
-  for (int i = 0; i < kOctet; ++i) {
+  for (int i = 0; i < kCount; ++i) {
     if (i < count) {
-      target[i] = octet.value[i];
+      target[i] = piece.value[i];
     }
   }
 }
 
-__device__ __forceinline__ Pack<int, kOctet> load_staged(const int* staging, int token, int channel,
+template <int kCount>
+__device__ __forceinline__ Pack<int, kCount> load_staged(const int* staging, int token, int channel,
                                                          int tile_n) {
-  const int4 low =
-      *reinterpret_cast<const int4*>(staging + token_channel_to_staging(token, channel, tile_n));
-  const int4 high = *reinterpret_cast<const int4*>(
-      staging + token_channel_to_staging(token, channel + 4, tile_n));
-  return {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  Pack<int, kCount> sums;
+#pragma unroll
+  for (int i = 0; i < kCount; i += 4) {
+    const int4 four = *reinterpret_cast<const int4*>(
+        staging + token_channel_to_staging(token, channel + i, tile_n));
+    sums.value[i] = four.x;
+    sums.value[i + 1] = four.y;
+    sums.value[i + 2] = four.z;
+    sums.value[i + 3] = four.w;
+  }
+  return sums;
 }
 
 // Writes a staged tile of kTileM tokens x kTileN channels whose first element is y[m0, n0]. Called
-// by all kThreads threads of a block after the staging is complete.
-template <typename Out, int kTileM, int kTileN, int kThreads>
+// by kThreads threads, numbered by `thread`, after the staging is complete. A thread handles kPiece
+// channels at a time: 8, or 4 where registers are short.
+template <typename Out, int kTileM, int kTileN, int kThreads, int kPiece>
 __device__ __forceinline__ void store_tile(const int* staging, const GemmArgs& args, int64_t m0,
-                                           int64_t n0, bool aligned) {
-  constexpr int kOctetsPerToken = kTileN / kOctet;
-  constexpr int kTokensPerPass = kThreads / kOctetsPerToken;
-  const int channel = threadIdx.x % kOctetsPerToken * kOctet;
+                                           int64_t n0, int thread, bool aligned) {
+  constexpr int kPiecesPerToken = kTileN / kPiece;
+  constexpr int kTokensPerPass = kThreads / kPiecesPerToken;
+  const int channel = thread % kPiecesPerToken * kPiece;
   const int64_t n = n0 + channel;
   if (n >= args.problem.n) {
     return;
   }
-  const int count = static_cast<int>(min_of<int64_t>(kOctet, args.problem.n - n));
+  const int count = static_cast<int>(min_of<int64_t>(kPiece, args.problem.n - n));
   const int tokens = static_cast<int>(min_of<int64_t>(kTileM, args.problem.m - m0));
   Out* const y = static_cast<Out*>(args.y) + m0 * args.problem.n + n;
 
-  Pack<float, kOctet> weight_scale = {};
-  Pack<float, kOctet> bias = {};
+  Pack<float, kPiece> weight_scale = {};
+  Pack<float, kPiece> bias = {};
   if constexpr (!std::is_same_v<Out, int>) {
-    weight_scale = load_octet(args.weight_scale + n, count, aligned);
+    weight_scale = load_piece<kPiece>(args.weight_scale + n, count, aligned);
 #pragma unroll
-    for (int i = 0; i < kOctet; ++i) {
-      bias.value[i] = -0.0f;  // fma(a, b, -0) is rn(a * b) in every case, sign of zero included
+    for (int i = 0; i < kPiece; ++i) {
+      bias.value[i] = kNoBias;
     }
     if (args.bias != nullptr) {
-      bias = load_octet(args.bias + n, count, aligned);
+      bias = load_piece<kPiece>(args.bias + n, count, aligned);
     }
   }
 
 #pragma unroll 1
-  for (int token = threadIdx.x / kOctetsPerToken; token < tokens; token += kTokensPerPass) {
-    const Pack<int, kOctet> acc = load_staged(staging, token, channel, kTileN);
+  for (int token = thread / kPiecesPerToken; token < tokens; token += kTokensPerPass) {
+    const Pack<int, kPiece> acc = load_staged<kPiece>(staging, token, channel, kTileN);
     Out* const target = y + token * args.problem.n;
     if constexpr (std::is_same_v<Out, int>) {
-      store_octet(target, acc, count, aligned);
+      store_piece(target, acc, count, aligned);
     } else {
       const int64_t m = m0 + token;
       const float x_scale = args.x_scale[m];
-      float value[kOctet];
+      float value[kPiece];
 #pragma unroll
-      for (int i = 0; i < kOctet; ++i) {
-        const float scaled = __fmul_rn(__int2float_rn(acc.value[i]), x_scale);
-        value[i] = __fmaf_rn(scaled, weight_scale.value[i], bias.value[i]);
+      for (int i = 0; i < kPiece; ++i) {
+        value[i] = dequantize_sum(acc.value[i], x_scale, weight_scale.value[i], bias.value[i]);
       }
       if (args.activation == Activation::kGeluTanh) {
 #pragma unroll
-        for (int i = 0; i < kOctet; ++i) {
+        for (int i = 0; i < kPiece; ++i) {
           value[i] = gelu_tanh(value[i]);
         }
       }
       if (args.residual != nullptr) {
         const Out* source = static_cast<const Out*>(args.residual) + m * args.residual_stride + n;
-        const Pack<Out, kOctet> residual = load_octet(source, count, aligned);
-        Pack<Out, kOctet> gate;
+        const Pack<Out, kPiece> residual = load_piece<kPiece>(source, count, aligned);
+        Pack<Out, kPiece> gate;
         if (args.gate != nullptr) {
           const int64_t sample =
               static_cast<uint32_t>(m) / static_cast<uint32_t>(args.tokens_per_sample);
-          gate = load_octet(static_cast<const Out*>(args.gate) + sample * args.gate_stride + n,
-                            count, aligned);
+          gate = load_piece<kPiece>(
+              static_cast<const Out*>(args.gate) + sample * args.gate_stride + n, count, aligned);
         } else {
 #pragma unroll
-          for (int i = 0; i < kOctet; ++i) {
-            gate.value[i] = round_to<Out>(1.0f);  // fma(1, y, residual) is rn(y + residual)
+          for (int i = 0; i < kPiece; ++i) {
+            gate.value[i] = round_to<Out>(1.0f);
           }
         }
 #pragma unroll
-        for (int i = 0; i < kOctet; ++i) {
-          value[i] = __fmaf_rn(to_float(gate.value[i]), value[i], to_float(residual.value[i]));
+        for (int i = 0; i < kPiece; ++i) {
+          value[i] = add_residual(value[i], to_float(gate.value[i]), to_float(residual.value[i]));
         }
       }
-      Pack<Out, kOctet> rounded;
+      Pack<Out, kPiece> rounded;
 #pragma unroll
-      for (int i = 0; i < kOctet; ++i) {
+      for (int i = 0; i < kPiece; ++i) {
         rounded.value[i] = round_to<Out>(value[i]);
       }
-      store_octet(target, rounded, count, aligned);
+      store_piece(target, rounded, count, aligned);
     }
   }
 }
 
 // store_tile for the output type that the arguments name.
-template <int kTileM, int kTileN, int kThreads>
+template <int kTileM, int kTileN, int kThreads, int kPiece = kOctet>
 __device__ __forceinline__ void store_tile_as(const int* staging, const GemmArgs& args, int64_t m0,
-                                              int64_t n0, bool aligned) {
+                                              int64_t n0, int thread, bool aligned) {
   switch (args.out_type) {
     case OutType::kBFloat16:
-      store_tile<__nv_bfloat16, kTileM, kTileN, kThreads>(staging, args, m0, n0, aligned);
+      store_tile<__nv_bfloat16, kTileM, kTileN, kThreads, kPiece>(staging, args, m0, n0, thread,
+                                                                  aligned);
       break;
     case OutType::kFloat16:
-      store_tile<__half, kTileM, kTileN, kThreads>(staging, args, m0, n0, aligned);
+      store_tile<__half, kTileM, kTileN, kThreads, kPiece>(staging, args, m0, n0, thread, aligned);
       break;
     case OutType::kFloat32:
-      store_tile<float, kTileM, kTileN, kThreads>(staging, args, m0, n0, aligned);
+      store_tile<float, kTileM, kTileN, kThreads, kPiece>(staging, args, m0, n0, thread, aligned);
       break;
     case OutType::kInt32:
-      store_tile<int, kTileM, kTileN, kThreads>(staging, args, m0, n0, aligned);
+      store_tile<int, kTileM, kTileN, kThreads, kPiece>(staging, args, m0, n0, thread, aligned);
       break;
   }
 }

@@ -222,7 +222,8 @@ __global__ void __launch_bounds__(GemmSm80<kBits, kConfigIndex>::kThreads,
     }
   }
   __syncthreads();
-  store_tile_as<Gemm::kTileM, Gemm::kTileN, Gemm::kThreads>(staging, args, m0, n0, aligned);
+  store_tile_as<Gemm::kTileM, Gemm::kTileN, Gemm::kThreads>(staging, args, m0, n0, threadIdx.x,
+                                                            aligned);
 }
 
 }  // namespace lrq

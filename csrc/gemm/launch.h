@@ -14,6 +14,9 @@ cudaError_t launch_gemm(const GemmArgs& args, const GemmConfig& config, cudaStre
 // The rows of kGemmConfigs with arch 80.
 cudaError_t launch_gemm_sm80(const GemmArgs& args, const GemmConfig& config, cudaStream_t stream);
 
+// The rows of kGemmConfigs with arch 90.
+cudaError_t launch_gemm_sm90(const GemmArgs& args, const GemmConfig& config, cudaStream_t stream);
+
 // args.problem.m <= kGemvMaxTokens.
 cudaError_t launch_gemv(const GemvArgs& args, cudaStream_t stream);
 

@@ -1,0 +1,11 @@
+// The Hopper GEMM for weights of 3 bits.
+#ifndef LRQ_WITHOUT_SM90A
+#include "instances_sm90.cuh"
+
+namespace lrq {
+
+template cudaError_t launch_gemm_sm90_bits<3>(const TensorMaps&, const GemmArgs&, const GemmConfig&,
+                                              cudaStream_t);
+
+}  // namespace lrq
+#endif

@@ -1,0 +1,88 @@
+// The instances of the Hopper GEMM for one bit width, and their launch.
+#pragma once
+
+#include "gemm_sm90.cuh"
+#include "launch_sm90.h"
+
+namespace lrq {
+
+template <int kBits, int kTileM, int kStages>
+cudaError_t launch_instance_sm90(const TensorMaps& maps, const GemmSm90Params& params,
+                                 cudaStream_t stream) {
+  constexpr int kSharedBytes = sizeof(typename GemmSm90<kBits, kTileM, kStages>::Shared);
+  const auto kernel = gemm_sm90_kernel<kBits, kTileM, kStages>;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error != cudaSuccess) {
+    return error;
+  }
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = params.cluster;
+  attribute.val.clusterDim.y = 1;
+  attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t launch = {};
+  launch.gridDim = dim3(params.schedule.clusters * params.cluster);
+  launch.blockDim = dim3(kSm90Threads);
+  launch.dynamicSmemBytes = kSharedBytes;
+  launch.stream = stream;
+  launch.attrs = &attribute;
+  launch.numAttrs = 1;
+  return cudaLaunchKernelEx(&launch, kernel, maps.x, maps.y, maps.residual, params);
+}
+
+// True for the first row of a token tile: rows that differ in the cluster share its kernel.
+constexpr bool has_own_kernel(int index) {
+  const GemmConfig& config = kGemmConfigs[index];
+  for (int i = 0; i < index; ++i) {
+    if (is_sm90(kGemmConfigs[i]) && kGemmConfigs[i].tile_m == config.tile_m) {
+      return false;
+    }
+  }
+  return is_sm90(config);
+}
+
+template <int kBits, int kConfigIndex = 0>
+cudaError_t launch_tile_sm90(const TensorMaps& maps, const GemmSm90Params& params, int tile_m,
+                             cudaStream_t stream) {
+  if constexpr (kConfigIndex == kGemmConfigCount) {
+    return cudaErrorInvalidValue;
+  } else {
+    if constexpr (has_own_kernel(kConfigIndex)) {
+      constexpr GemmConfig kConfig = kGemmConfigs[kConfigIndex];
+      static_assert(sizeof(typename GemmSm90<kBits, kConfig.tile_m, kConfig.stages>::Shared) ==
+                            shared_bytes(kConfig, kBits) &&
+                        config_threads(kConfig) == kSm90Threads,
+                    "the planner and the kernel agree on shared memory and threads");
+      static_assert(kConfig.tile_n == kTileChannels && kConfig.tile_k == kTileInputs,
+                    "the packed tile");
+      if (tile_m == kConfig.tile_m) {
+        return launch_instance_sm90<kBits, kConfig.tile_m, kConfig.stages>(maps, params, stream);
+      }
+    }
+    return launch_tile_sm90<kBits, kConfigIndex + 1>(maps, params, tile_m, stream);
+  }
+}
+
+template <int kBits>
+cudaError_t launch_gemm_sm90_bits(const TensorMaps& maps, const GemmArgs& args,
+                                  const GemmConfig& config, cudaStream_t stream) {
+  int device = 0;
+  int sms = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (error != cudaSuccess) {
+    return error;
+  }
+  GemmSm90Params params;
+  params.args = args;
+  params.schedule = make_schedule(config, args.problem, sms);
+  params.cluster = config.cluster;
+  params.aligned = has_aligned_octets(args);
+  params.store = choose_store(args, config.tile_m, params.aligned);
+  return launch_tile_sm90<kBits>(maps, params, config.tile_m, stream);
+}
+
+}  // namespace lrq
