@@ -352,7 +352,9 @@ def load(
                 tensor = handle.get_tensor(name)
                 if verify:
                     header.verify(name, tensor)
-                tensors[name] = tensor.to(device)
+                # Not a view of the file: that may be replaced, and lies on odd addresses, for which
+                # matrix products on the CPU round differently.
+                tensors[name] = tensor.to(device, copy=True)
     states = {name: layer_state(name, header, tensors) for name in header.layers}
     dense = {name: tensors[name] for name in sorted(header.dense())}
     return Checkpoint(states, dense, header.model_class)

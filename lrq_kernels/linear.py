@@ -198,8 +198,8 @@ class LRQLinear(nn.Linear):
 
     It is an nn.Linear, so that PEFT and offloading take it for one: weight is a placeholder without
     values, of the dtype that the model around it has (dtype), and bias is float32. state_dict holds
-    the buffers as they are, since offloading hooks look them up there by name; checkpoints hold the
-    canonical form instead, through to_state.
+    the buffers as they are, since offloading hooks look them up there by name, and the placeholder;
+    checkpoints hold the canonical form instead, through to_state.
     """
 
     packed_weight: Tensor
@@ -341,9 +341,16 @@ class LRQLinear(nn.Linear):
         scale = self.input_quantizer.smooth_scale()
         return (dense if scale is None else dense * scale).to(dtype or self.dtype)
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:  # type: ignore[no-untyped-def]
+        """The buffers, and weight: the LoRA loader of FLUX looks its shape up there."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.weight
+
     def _load_from_state_dict(  # type: ignore[no-untyped-def]
         self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
     ) -> None:
+        if isinstance(state_dict.get(prefix + "weight"), WeightPlaceholder):
+            del state_dict[prefix + "weight"]  # of load_state_dict's own copy
         # copy_ would turn the floats of another layout into integers without a word.
         for name, buffer in self._buffers.items():
             given = state_dict.get(prefix + name)

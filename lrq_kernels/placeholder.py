@@ -34,7 +34,8 @@ def _without_values() -> set[Callable]:
 
 
 _ALLOWED = _without_values()
-_RETURNS_ITSELF = {Tensor.data.__get__, Tensor.detach}
+_RETURNS_ITSELF = {Tensor.data.__get__, Tensor.detach, Tensor.clone}
+_MOVES = {Tensor.to, Tensor.cpu, Tensor.cuda}
 
 
 class WeightPlaceholder(Tensor):
@@ -53,6 +54,11 @@ class WeightPlaceholder(Tensor):
     ) -> Any:
         if func in _RETURNS_ITSELF:
             return args[0]
+        if func in _MOVES:
+            # Offloading moves all of a state dict; the like of it under the dtype and device asked.
+            like = torch.empty(0, dtype=args[0].dtype, device=args[0].device)
+            moved = func(like, *args[1:], **(kwargs or {}))
+            return WeightPlaceholder.of(args[0].shape, moved.dtype, moved.device)
         if func in _ALLOWED:
             return super().__torch_function__(func, types, args, kwargs or {})
         name = getattr(func, "__qualname__", None) or getattr(func, "__name__", str(func))
@@ -63,5 +69,20 @@ class WeightPlaceholder(Tensor):
             "LRQLinear.dense_weight() makes the values"
         )
 
+    def __deepcopy__(self, memo: dict) -> WeightPlaceholder:
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return make_placeholder, (tuple(self.shape), self.dtype, self.device)
+
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"WeightPlaceholder({list(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+
+def make_placeholder(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """WeightPlaceholder.of, for pickle."""
+    return WeightPlaceholder.of(shape, dtype, device)
+
+
+# torch.save of a state dict writes it; torch.load(weights_only=True) may read it.
+torch.serialization.add_safe_globals([make_placeholder])

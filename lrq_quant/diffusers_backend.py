@@ -285,10 +285,14 @@ class LRQQuantizer(DiffusersQuantizer):
 
     def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         # Here, because dense tensors are cast before any other hook sees them.
-        if self._header is not None:
-            for name, tensor in state_dict.items():
-                self._header.verify(name, tensor)
-        return state_dict
+        if self._header is None:
+            return state_dict
+        for name, tensor in state_dict.items():
+            self._header.verify(name, tensor)
+        # Views of the file lie on odd addresses, for which matrix products on the CPU round
+        # differently, and lose their contents when the model is saved over the file.
+        dense = self._header.dense()
+        return {n: t.clone() if n in dense else t for n, t in state_dict.items()}
 
     def check_if_quantized_param(
         self,
@@ -388,8 +392,7 @@ class LRQQuantizer(DiffusersQuantizer):
             raise ValueError("lrq: a quantized model is saved as safetensors alone")
         if getattr(model, "peft_config", None):
             raise ValueError(
-                f"lrq: unload the adapters {sorted(model.peft_config)} before saving (unload_lora);"
-                " save them by themselves (save_lora_adapter)"
+                f"lrq: unload the adapters {sorted(model.peft_config)} before saving (unload_lora)"
             )
         return checkpoint.encode(*model_states(model), type(model).__name__)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 
 import pytest
@@ -34,11 +35,11 @@ def test_looks_like_the_linear_it_replaces():
     "use",
     [
         lambda w: torch.cat([w.data, w.data]),  # diffusers: fuse_projections
-        lambda w: w.data.clone(),  # PEFT: merge(safe_merge=True), which then assigns to .data
+        lambda w: w.data.clone().add_(1),  # PEFT: merge(safe_merge=True), which then sets .data
         lambda w: w.data.add_(1),  # PEFT: merge()
         lambda w: F.linear(torch.zeros(1, K), w),
         lambda w: torch.zeros(N, K).copy_(w),
-        lambda w: w.to(torch.float32),
+        lambda w: w * 2,
         lambda w: w[0],
         lambda w: setattr(w, "data", torch.zeros(N, K)),
     ],
@@ -49,6 +50,25 @@ def test_the_values_of_the_weight_cannot_be_used_by_mistake(use: Callable):
     linear = LRQLinear.from_state(make_state(N, K, QuantScheme(4, 8)))
     with pytest.raises(RuntimeError, match="this linear holds codes"):
         use(linear.weight)
+
+
+def test_the_state_dict_shows_it_and_can_be_moved_copied_and_pickled():
+    """Remedy: an entry "weight" (FLUX's LoRA loader reads its shape, accelerate moves it)."""
+    linear = LRQLinear.from_state(make_state(N, K, QuantScheme(4, 8)), dtype=torch.bfloat16)
+    tensors = linear.state_dict()
+    assert tensors["weight"].shape == (N, K)
+    moved = {name: tensor.to("cpu") for name, tensor in tensors.items()}
+    file = io.BytesIO()
+    torch.save(copy.deepcopy(moved), file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert loaded["weight"].shape == (N, K) and loaded["weight"].dtype == torch.bfloat16
+    assert tensors["weight"].to(torch.float32).dtype == torch.float32
+    with pytest.raises(RuntimeError, match="this linear holds codes"):
+        loaded["weight"].float()
+    linear.load_state_dict(loaded)
+    with pytest.raises(RuntimeError, match='Unexpected key.*"weight"'):
+        linear.load_state_dict({**tensors, "weight": torch.zeros(N, K)})
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
-"""Tiny random instances of real diffusers classes, and inputs that fit them."""
+"""Tiny random instances of real diffusers classes, inputs that fit them, quantized folders."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from diffusers import (
@@ -10,9 +11,17 @@ from diffusers import (
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
 )
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
 
+from lrq_kernels import LRQLinear
+from lrq_quant import QuantRecipe, quantize_model
 from lrq_quant.demo.pipeline import ShapesPipeline
 from lrq_quant.demo.text import CaptionEncoder
+from lrq_quant.pipeline_io import save_transformer
+
+BF16 = torch.bfloat16
 
 
 def tiny_pixart() -> PixArtTransformer2DModel:
@@ -77,7 +86,51 @@ def tiny_pipeline() -> ShapesPipeline:
 
 
 # Name -> (model, its inputs in a dtype).
-TINY: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[torch.dtype], dict]]] = {
+TINY: dict[str, tuple[Callable[[], nn.Module], Callable[[torch.dtype], dict]]] = {
     "pixart": (tiny_pixart, pixart_inputs),
     "flux": (tiny_flux, flux_inputs),
 }
+
+
+def quantized_folder(kind: str, folder: Path, dtype: torch.dtype = BF16) -> Path:
+    model = TINY[kind][0]().to(dtype)
+    save_transformer(model, quantize_model(model, QuantRecipe.from_name("w4a8")), folder)
+    return folder
+
+
+def model_class(kind: str) -> type:
+    return type(TINY[kind][0]())
+
+
+def load(kind: str, folder: Path, **options: object) -> nn.Module:
+    return model_class(kind).from_pretrained(folder, **{"torch_dtype": BF16, **options})
+
+
+@torch.no_grad()
+def run(model: nn.Module, kind: str, dtype: torch.dtype = BF16, seed: int = 0) -> torch.Tensor:
+    torch.manual_seed(seed)
+    return model(**TINY[kind][1](dtype))[0]
+
+
+def linears(model: nn.Module) -> dict[str, LRQLinear]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, LRQLinear)}
+
+
+def all_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def assert_same_tensors(one: nn.Module, other: nn.Module) -> None:
+    mine, theirs = all_tensors(one), all_tensors(other)
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), name
+
+
+def rewrite(file: Path, tensors: object = None, **metadata: str) -> None:
+    with safe_open(file, framework="pt") as handle:
+        kept = {name: handle.get_tensor(name) for name in sorted(handle.keys())}
+        old = handle.metadata()
+    if tensors is not None:
+        tensors(kept)
+    save_file(kept, file, metadata={**old, **metadata})
