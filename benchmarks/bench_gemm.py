@@ -1,0 +1,367 @@
+"""The quantized GEMM against the matrix products that torch has, on the linears of real models.
+
+    python -m benchmarks.bench_gemm --json gemm.json
+    python -m benchmarks.bench_gemm --shapes 4608,3072,3072 --variants w4a8 fp8_row --configs
+
+Every variant of a shape runs in the same process, in turns, on random data. Two regimes, which on a
+GPU at its power limit differ by 15 %:
+
+    sustained   200 ms of warm-up, then at least 300 ms back to back
+    burst       0.4 s idle, 4 warm-up calls, then 28
+
+Operands rotate over at least 220 MB, so that they come from DRAM; calls shorter than 40 us run in a
+CUDA graph, so that launching them is not what is measured. us is the median over batches of the
+regime and over rounds, spread the distance of their quartiles over it; tops counts 2 M N K, gbps the
+bytes of all operands and the result, each once. roof is the larger share of the two ceilings: the
+int8 rate of wgmma alone (INT8_TOPS, measured by a prototype) and the copy bandwidth of this run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.dit_shapes import FLUX_DEV, PIXART_SIGMA
+from lrq_kernels import _planner
+from lrq_kernels.testing import make_problem
+
+ROTATED_BYTES = 220_000_000
+GRAPH_BELOW_US, GRAPH_US = 40.0, 900.0
+SUSTAINED_WARMUP_S, SUSTAINED_S, BATCH_S = 0.2, 0.3, 0.003
+BURST_IDLE_S, BURST_WARMUP, BURST_BATCH, BURST_BATCHES = 0.4, 4, 4, 7
+INT8_TOPS = 1920.0  # wgmma m64n256k32 in a bare loop, one H200, November 2026
+FEW_ROWS = 8  # at most: gemv's, benchmarks.bench_gemv
+LRQ_BITS = {"w4a8": 4, "w3a8": 3, "w2a8": 2}
+PEERS = ("bf16", "fp8_row", "fp8_tensor", "int_mm")
+ABSENT = ("tinygemm", "nf4", "sdnq", "gemlite")
+EPILOGUES = ("none", "bias", "gelu", "residual")
+
+Shape = tuple[int, int, int]
+Call = Callable[[], Tensor]
+
+
+@dataclass
+class Variant:
+    """One way to compute a product: a call for each set of operands, results kept in turn."""
+
+    name: str
+    calls: list[Call]
+    bytes_per_call: int
+    samples: dict[str, list[float]] = field(default_factory=dict)  # regime -> us of each batch
+    graph: Any = None
+
+    def __post_init__(self) -> None:
+        self.results: list[Tensor | None] = [None] * len(self.calls)
+        self.turn = 0
+
+    def run(self, count: int) -> None:
+        for _ in range(count):
+            self.turn = (self.turn + 1) % len(self.calls)
+            self.results[self.turn] = self.calls[self.turn]()
+
+    def capture(self, estimate_us: float) -> None:
+        """From now on `run_batch` replays a graph of several calls."""
+        per_graph = max(1, int(GRAPH_US / max(estimate_us, 1.0)))
+        self.per_graph = per_graph
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.run(per_graph)
+
+    def run_batch(self, count: int) -> int:
+        """Runs at least `count` calls and says how many."""
+        if self.graph is None:
+            self.run(count)
+            return count
+        replays = -(-count // self.per_graph)
+        for _ in range(replays):
+            self.graph.replay()
+        return replays * self.per_graph
+
+
+def sets_for(bytes_per_call: int) -> int:
+    return max(2, -(-ROTATED_BYTES // bytes_per_call))
+
+
+# ---- what is compared ---------------------------------------------------------------------------
+
+
+def lrq_variant(
+    name: str, shape: Shape, epilogue: str, device: str, config: int | None = None
+) -> Variant:
+    """lrq::gemm to bf16, or lrq::gemm_config on a row of the planner's table."""
+    m, n, k = shape
+    bits = LRQ_BITS[name]
+    size = m * k + n * k * bits // 8 + 2 * m * n * (2 if epilogue == "residual" else 1)
+    op, extra = torch.ops.lrq.gemm.default, ()
+    if config is not None:
+        op, extra = torch.ops.lrq.gemm_config.default, (config,)
+        name = f"{name}:{_planner.gemm_configs()[config].name}"
+    problem = make_problem(m, n, k, bits, device=device)
+
+    def call() -> Call:
+        x_q, weight = problem.x_q.clone(), problem.weight.clone()
+        residual = gate = None
+        if epilogue == "residual":
+            residual = torch.randn(m, n, device=device, dtype=torch.bfloat16)
+            gate = torch.randn(1, n, device=device, dtype=torch.bfloat16)
+        arguments = (
+            x_q,
+            problem.x_scale,
+            weight,
+            problem.levels,
+            problem.weight_scale,
+            None if epilogue == "none" else problem.bias,
+            residual,
+            gate,
+            bits,
+            n,
+            "gelu_tanh" if epilogue == "gelu" else "none",
+            torch.bfloat16,
+            *extra,
+        )
+        return lambda: op(*arguments)
+
+    return Variant(name, [call() for _ in range(sets_for(size))], size)
+
+
+def peer_variant(name: str, shape: Shape, device: str) -> Variant:
+    """A plain product of torch without an epilogue."""
+    m, n, k = shape
+    x = torch.randn(m, k, device=device)
+    w = torch.randn(n, k, device=device)
+    if name == "bf16":
+        size = 2 * (m * k + n * k + m * n)
+
+        def call() -> Call:
+            a, b = x.to(torch.bfloat16), w.to(torch.bfloat16)
+            return lambda: torch.nn.functional.linear(a, b)
+    elif name == "int_mm":
+        size = m * k + n * k + 4 * m * n
+
+        def call() -> Call:
+            a, b = (x * 30).to(torch.int8), (w * 30).to(torch.int8)
+            return lambda: torch._int_mm(a, b.t())
+    else:
+        size = m * k + n * k + 2 * m * n
+        scales = (torch.ones((), device=device), torch.ones((), device=device))
+        if name == "fp8_row":
+            scales = (torch.ones(m, 1, device=device), torch.ones(1, n, device=device))
+
+        def call() -> Call:
+            a, b = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
+            return lambda: torch._scaled_mm(
+                a, b.t(), *scales, out_dtype=torch.bfloat16, use_fast_accum=True
+            )
+
+    return Variant(name, [call() for _ in range(sets_for(size))], size)
+
+
+def make_variants(
+    shape: Shape, names: list[str], epilogue: str, sweep: bool, device: str
+) -> Iterator[Variant]:
+    """Variants that run here; the others are named with the reason."""
+    for name in names:
+        if name in LRQ_BITS:
+            configs: list[int | None] = [None]
+            if sweep:
+                arch = 10 * torch.cuda.get_device_capability()[0]
+                arch += torch.cuda.get_device_capability()[1]
+                configs += [
+                    index
+                    for index, config in enumerate(_planner.gemm_configs())
+                    if config.is_legal(*shape, LRQ_BITS[name], arch)
+                ]
+            for config in configs:
+                yield lrq_variant(name, shape, epilogue, device, config)
+            continue
+        try:
+            variant = peer_variant(name, shape, device)
+            variant.run(1)
+        except (RuntimeError, AttributeError, ValueError) as error:
+            print(f"{name} skipped for {shape}: {str(error).splitlines()[0]}", flush=True)
+            continue
+        yield variant
+
+
+# ---- timing -------------------------------------------------------------------------------------
+
+
+def batch_us(variant: Variant, count: int, batches: int) -> list[float]:
+    """us of a call in each of `batches` batches that follow without a gap."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(batches + 1)]
+    events[0].record()
+    calls = 1
+    for event in events[1:]:
+        calls = variant.run_batch(count)
+        event.record()
+    torch.cuda.synchronize()
+    return [
+        1e3 * begin.elapsed_time(end) / calls
+        for begin, end in zip(events[:-1], events[1:], strict=True)
+    ]
+
+
+def prepare(variant: Variant) -> float:
+    """Warms up, estimates us of a call, and captures a graph where launching would count."""
+    variant.run(3)
+    torch.cuda.synchronize()
+    estimate = statistics.median(batch_us(variant, 10, 3))
+    if estimate < GRAPH_BELOW_US:
+        variant.capture(estimate)
+        variant.run_batch(1)
+        estimate = statistics.median(batch_us(variant, 1, 3))
+    return estimate
+
+
+def sustained(variant: Variant, estimate_us: float) -> list[float]:
+    per_batch = max(1, int(BATCH_S * 1e6 / estimate_us))
+    variant.run_batch(int(SUSTAINED_WARMUP_S * 1e6 / estimate_us) + 1)
+    batches = int(SUSTAINED_S * 1e6 / (per_batch * estimate_us)) + 1
+    return batch_us(variant, per_batch, batches)
+
+
+def burst(variant: Variant, estimate_us: float) -> list[float]:
+    torch.cuda.synchronize()
+    time.sleep(BURST_IDLE_S)
+    variant.run_batch(BURST_WARMUP)
+    return batch_us(variant, BURST_BATCH, BURST_BATCHES)
+
+
+REGIMES = {"sustained": sustained, "burst": burst}
+
+
+def copy_gbps(device: str) -> float:
+    """Bytes read and written per second by a large copy, the ceiling of gbps."""
+    source = torch.empty(1 << 29, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    variant = Variant("copy", [lambda: target.copy_(source)], 2 * source.numel())
+    variant.run(5)
+    return variant.bytes_per_call / statistics.median(batch_us(variant, 2, 15)) / 1e3
+
+
+def spread(samples: list[float]) -> float:
+    if len(samples) < 4:
+        return 0.0
+    low, middle, high = statistics.quantiles(samples, n=4)
+    return (high - low) / middle
+
+
+def rows_of(variants: list[Variant], shape: Shape, epilogue: str, ceiling: float) -> list[dict]:
+    """One row for each variant and regime, with its ratios to bf16 and to the better fp8."""
+    m, n, k = shape
+    rows = []
+    for regime in REGIMES:
+        us = {v.name: statistics.median(v.samples[regime]) for v in variants if regime in v.samples}
+        fp8 = min((us[name] for name in ("fp8_row", "fp8_tensor") if name in us), default=None)
+        for variant in variants:
+            if variant.name not in us:
+                continue
+            time_us = us[variant.name]
+            tops, gbps = 2e-6 * m * n * k / time_us, variant.bytes_per_call / time_us / 1e3
+            rows.append(
+                {
+                    "op": "gemm",
+                    "variant": variant.name,
+                    "regime": regime,
+                    "epilogue": epilogue if variant.name[:4] in LRQ_BITS else "none",
+                    "m": m,
+                    "n": n,
+                    "k": k,
+                    "us": time_us,
+                    "spread": spread(variant.samples[regime]),
+                    "tops": tops,
+                    "gbps": gbps,
+                    "roof": max(tops / INT8_TOPS, gbps / ceiling),
+                    "vs_bf16": us["bf16"] / time_us if "bf16" in us else None,
+                    "vs_fp8": fp8 / time_us if fp8 else None,
+                }
+            )
+    return rows
+
+
+def measure(
+    shape: Shape, variants: list[Variant], regimes: list[str], rounds: int
+) -> list[Variant]:
+    """Fills the samples: rounds of every variant in turn, so that clock drift meets all alike."""
+    estimates = [prepare(variant) for variant in variants]
+    for _ in range(rounds):
+        for regime in regimes:
+            for variant, estimate in zip(variants, estimates, strict=True):
+                samples = REGIMES[regime](variant, estimate)
+                variant.samples.setdefault(regime, []).extend(samples)
+    return variants
+
+
+def print_rows(rows: list[dict]) -> None:
+    for row in rows:
+        ratios = "".join(
+            f" {row[key]:6.2f}" if row[key] is not None else "      -"
+            for key in ("vs_bf16", "vs_fp8")
+        )
+        print(
+            f"{row['m']:>6} {row['n']:>6} {row['k']:>6} {row['variant']:22} {row['regime']:10}"
+            f"{row['us']:9.1f} {100 * row['spread']:4.1f}% {row['tops']:7.0f} {row['gbps']:7.0f}"
+            f" {100 * row['roof']:4.0f}%{ratios}",
+            flush=True,
+        )
+
+
+def default_shapes() -> list[Shape]:
+    shapes = [shape[1:4] for shape in (*FLUX_DEV, *PIXART_SIGMA) if shape.m > FEW_ROWS]
+    return [*dict.fromkeys(shapes), (4608, 3072, 3072), (8192, 8192, 8192)]
+
+
+def parse_shape(text: str) -> Shape:
+    m, n, k = (int(size) for size in text.split(","))
+    return m, n, k
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", type=parse_shape, metavar="M,N,K")
+    parser.add_argument("--variants", nargs="+", default=[*LRQ_BITS, *PEERS])
+    parser.add_argument("--regimes", nargs="+", choices=[*REGIMES], default=[*REGIMES])
+    parser.add_argument("--epilogue", choices=EPILOGUES, default="bias", help="of lrq alone")
+    parser.add_argument("--configs", action="store_true", help="every legal tile configuration too")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    arguments = parser.parse_args()
+    if unknown := [name for name in arguments.variants if name not in (*LRQ_BITS, *PEERS)]:
+        parser.error(f"no variant {unknown}; there are {[*LRQ_BITS, *PEERS]}")
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA GPU")
+
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    print(f"not in this benchmark yet: {', '.join(ABSENT)}")
+    ceiling = copy_gbps("cuda")
+    print(f"copy {ceiling:.0f} GB/s; int8 ceiling {INT8_TOPS:.0f} TOPS")
+    print(
+        "     M      N      K variant                regime           us   iqr    TOPS    GB/s",
+        end="",
+    )
+    print(" roof  xbf16   xfp8")
+    rows = []
+    for shape in arguments.shapes or default_shapes():
+        variants = [
+            *make_variants(shape, arguments.variants, arguments.epilogue, arguments.configs, "cuda")
+        ]
+        measure(shape, variants, arguments.regimes, arguments.rounds)
+        rows += rows_of(variants, shape, arguments.epilogue, ceiling)
+        print_rows(rows[-sum(len(variant.samples) for variant in variants) :])
+        del variants
+        torch.cuda.empty_cache()
+        if arguments.json:  # after every shape: a run cut short keeps what it has
+            arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
