@@ -11,9 +11,10 @@ GPU at its power limit differ by 15 %:
 
 Operands rotate over at least 220 MB, so that they come from DRAM; calls shorter than 40 us run in a
 CUDA graph, so that launching them is not what is measured. us is the median over batches of the
-regime and over rounds, spread the distance of their quartiles over it; tops counts 2 M N K, gbps the
-bytes of all operands and the result, each once. roof is the larger share of the two ceilings: the
-int8 rate of wgmma alone (INT8_TOPS, measured by a prototype) and the copy bandwidth of this run.
+regime and over rounds, spread the distance of their quartiles over it; tops counts 2 M N K and
+gbps the bytes of all operands and the result, each once. roof is the larger share of two ceilings:
+the int8 rate of wgmma alone (INT8_TOPS, measured by a prototype) and the copy bandwidth of this
+run.
 """
 
 from __future__ import annotations
@@ -344,11 +345,10 @@ def main() -> None:
     print(f"not in this benchmark yet: {', '.join(ABSENT)}")
     ceiling = copy_gbps("cuda")
     print(f"copy {ceiling:.0f} GB/s; int8 ceiling {INT8_TOPS:.0f} TOPS")
+    sizes = f"{'M':>6} {'N':>6} {'K':>6} {'variant':22} {'regime':10}"
     print(
-        "     M      N      K variant                regime           us   iqr    TOPS    GB/s",
-        end="",
+        f"{sizes}{'us':>9} {'iqr':>5} {'TOPS':>7} {'GB/s':>7} {'roof':>5} {'xbf16':>6} {'xfp8':>6}"
     )
-    print(" roof  xbf16   xfp8")
     rows = []
     for shape in arguments.shapes or default_shapes():
         variants = [
