@@ -1,0 +1,97 @@
+"""What the benchmark of rotate_quantize compares is comparable: peers compute the same chain, the
+candidate kernels are right and compile, rows come out where a reader looks for them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_rotate_quantize import compile_kernel, not_interpreted
+
+from benchmarks import bench_rotate_quantize as bench
+from benchmarks import timing
+from lrq_kernels import reference
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("name", ["plain-128", "none"])
+def test_compiled_chain_is_the_form(name: str) -> None:
+    """Its product is in bf16 on the GPU; in fp32 the codes must be those of the reference."""
+    form, p = bench.FORMS[name], bench.Parameters.draw(384, "cpu")
+    x = torch.randn(5, 384)
+    x_q, x_scale = bench.chain(x, p.channel_scale, p.hadamard.float() if "128" in name else None)
+    arguments = (p.channel_scale, None, None, *form.quantize_arguments)
+    expected_q, expected_scale = reference.rotate_quantize(x.double(), *arguments)
+    torch.testing.assert_close(x_scale.double(), expected_scale, rtol=1e-6, atol=0)
+    difference = (x_q.int() - expected_q.int()).abs()
+    assert int(difference.max()) <= 1 and int(difference.sum()) <= 2
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_row_quantization_restores_x(dtype: torch.dtype) -> None:
+    x = torch.randn(5, 384).bfloat16()
+    x_q, x_scale = bench.row_quantize(x, dtype)
+    assert x_q.dtype == dtype
+    error = (x_q.float() * x_scale[:, None] - x.float()).abs()
+    step = x_scale[:, None] * 0.51 if dtype is torch.int8 else x.float().abs() / 15 + 1e-3
+    assert bool((error <= step).all())
+
+
+def test_graphs_stay_short_and_run_every_call() -> None:
+    for calls, estimate in [(1, 2000.0), (2, 400.0), (7, 300.0), (40, 6.0), (136, 20.0)]:
+        plan = timing.graph_plan(calls, estimate)
+        run = [i % calls for indices in plan for i in indices]
+        assert set(run) == set(range(calls)) and len(run) % calls == 0
+        assert all(len(indices) * estimate <= max(timing.GRAPH_US, estimate) for indices in plan)
+
+
+def test_table_has_a_cell_for_each_row() -> None:
+    def row(form: str, k: int, us: float | None) -> bench.Row:
+        ratio = us / 10 if us else None
+        return {"form": form, "impl": "triton", "m": 4608, "k": k, "ratio": ratio} | {
+            "us": us,
+            "graph_us": us,
+        }
+
+    rows = [row("cast", 1152, 10.0), row("none", 1152, 11.5), row("cast", 3072, 10.0)]
+    lines = bench.table([*rows, row("plain-256", 3072, 120.4), row("none", 3072, None)]).split("\n")
+    assert lines[0].split()[-6:] == ["4608", "x", "1152", "4608", "x", "3072"]
+    assert [line.split() for line in lines[1:]] == [
+        ["cast", "triton", "10.0/10.0", "1.00", "10.0/10.0", "1.00"],
+        ["plain-256", "triton", "-", "120/120", "12.04"],
+        ["none", "triton", "11.5/11.5", "1.15", "-"],
+    ]
+
+
+def test_candidates_in_interpreter() -> None:
+    module = "benchmarks.rotate_quantize_candidates"
+    command = [sys.executable, "-m", module, "--shapes", "4096x1152"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert "19 of 19 candidates right" in result.stdout, result.stdout + result.stderr
+
+
+@not_interpreted
+@pytest.mark.parametrize("mode", ["plain", "hoist+pre", "pre+exch"])
+def test_candidates_compile(mode: str) -> None:
+    """The interpreter takes Python that the compiler does not."""
+    from benchmarks import rotate_quantize_candidates as module
+
+    candidate = next(c for c in module.candidates(1152, 128) if c.mode == mode)
+    arguments = {
+        "x_ptr": "*bf16",
+        "x_row_stride": "i32",
+        "channel_scale_ptr": "*fp32",
+        "out_ptr": "*i8",
+        "x_scale_ptr": "*fp32",
+        "step_factor": "fp32",
+        "tokens": "i32",
+        **module.kernel_constants(candidate),
+    }
+    compiled = compile_kernel(module.candidate_kernel, arguments, candidate.launch.num_warps, 90)
+    assert "convert_layout" not in compiled.asm["ttgir"]
