@@ -294,8 +294,8 @@ class TileEpilogue {
           float y[2] = {dequantize_sum(sum[0], x_scale.x, weight_scale_[row], bias_[row]),
                         dequantize_sum(sum[1], x_scale.y, weight_scale_[row], bias_[row])};
           if constexpr (kGelu) {
-            y[0] = gelu_tanh(y[0]);
-            y[1] = gelu_tanh(y[1]);
+            y[0] = gelu_tanh<Out>(y[0]);
+            y[1] = gelu_tanh<Out>(y[1]);
           }
           if constexpr (kResidual) {
             float residual[2];
