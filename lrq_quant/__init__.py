@@ -11,6 +11,7 @@ package does; deferring it would leave from_pretrained ignorant in one of two im
 from __future__ import annotations
 
 from .calibration import ActivationStats, collect_stats
+from .checkup import Checkup, check
 from .diffusers_backend import LRQConfig, LRQQuantizer, register
 from .fused_projections import fuse_projections, fused_projections, unfuse_projections
 from .pipeline import QuantizedModel, quantize_linear, quantize_model
@@ -23,6 +24,7 @@ from .twin_log import fit_twin_log, fit_twin_log_paper
 __all__ = [
     "ActivationStats",
     "CalibrationOptions",
+    "Checkup",
     "LRQConfig",
     "LRQQuantizer",
     "LinearReport",
@@ -32,6 +34,7 @@ __all__ = [
     "QuantizedModel",
     "RotationChoice",
     "SearchOptions",
+    "check",
     "choose_rotation",
     "collect_stats",
     "fit_twin_log",

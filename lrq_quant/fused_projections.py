@@ -98,6 +98,11 @@ def fused_projections(model: nn.Module) -> dict[str, list[str]]:
     }
 
 
+def fusable_attentions(model: nn.Module) -> list[str]:
+    """Full names of the attention modules that fuse_projections would change."""
+    return [name for name, module in model.named_modules() if _fusable(module)]
+
+
 def _fusable(module: nn.Module) -> dict[str, tuple[str, ...]]:
     """Groups of an attention module to fuse: all that its fused forward reads, or none."""
     if not hasattr(module, "fused_projections") or module.fused_projections:

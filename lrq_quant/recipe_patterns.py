@@ -11,7 +11,7 @@ from lrq_kernels import QuantScheme
 def matching(pattern: str, linears: Sequence[str], argument: str) -> list[str]:
     """The linears that `pattern` matches by their own name or by that of a module around them:
     "transformer_blocks.0" is all of that block. Raises ValueError when there is none."""
-    found = [name for name in linears if any(fnmatchcase(n, pattern) for n in _with_parents(name))]
+    found = [name for name in linears if matches(pattern, name)]
     if not found:
         raise ValueError(f"LRQConfig: {argument}: {pattern!r} matches no linear of the model")
     return found
@@ -28,6 +28,7 @@ def schemes_by_name(
     return tuple(by_name.items())
 
 
-def _with_parents(name: str) -> list[str]:
+def matches(pattern: str, name: str) -> bool:
+    """Whether `pattern` matches `name` or the name of a module around it."""
     parts = name.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(fnmatchcase(".".join(parts[: i + 1]), pattern) for i in range(len(parts)))

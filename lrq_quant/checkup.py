@@ -1,0 +1,220 @@
+"""check: what of a quantized pipeline is in effect, and what only seems to be.
+
+print(lrq_quant.check(pipeline)) lists the kernels that will run, the linears that are dense and
+why, fused projections and adapters. Checkup.problems holds what is silently not in effect.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import lrq_kernels
+from lrq_kernels import LRQLinear
+
+from .fused_projections import fusable_attentions, fused_projections
+from .info import MIN_CAPABILITY
+from .recipe import QuantRecipe
+
+
+@dataclass(frozen=True)
+class Checkup:
+    """lines: what was found, component by component; problems: what has no effect or the wrong one;
+    empty when all is well. str() is both."""
+
+    lines: tuple[str, ...]
+    problems: tuple[str, ...]
+
+    def __str__(self) -> str:
+        problems = [f"PROBLEM: {problem}" for problem in self.problems]
+        return "\n".join([*self.lines, *(problems or ["nothing is silently out of effect"])])
+
+
+def check(pipeline: Any) -> Checkup:
+    """Look at a diffusers pipeline, or at one model. Nothing is run and nothing is changed."""
+    if isinstance(pipeline, nn.Module):
+        components: Mapping[str, Any] = {"model": pipeline}
+    else:
+        components = getattr(pipeline, "components", None) or {}
+    models = {name: c for name, c in components.items() if isinstance(c, nn.Module)}
+    if not models:
+        raise TypeError(f"check: expected a pipeline or a model, got {type(pipeline).__name__}")
+    lines: list[str] = []
+    problems: list[str] = []
+    for name, model in models.items():
+        own = _ModelCheck(name, model)
+        lines += own.lines
+        problems += own.problems
+    if not any(isinstance(m, LRQLinear) for model in models.values() for m in model.modules()):
+        problems.append("no component holds a quantized linear")
+    return Checkup(tuple(lines), tuple(problems))
+
+
+class _ModelCheck:
+    def __init__(self, name: str, model: nn.Module) -> None:
+        self.name, self.model = name, model
+        self.lines: list[str] = []
+        self.problems: list[str] = []
+        self.quantized = {n: m for n, m in model.named_modules() if isinstance(m, LRQLinear)}
+        title = f"{name} ({type(model).__name__})"
+        if not self.quantized:
+            self.lines.append(f"{title}: not quantized")
+            if getattr(model, "is_quantized", False) and hasattr(model, "hf_quantizer"):
+                method = model.hf_quantizer.quantization_config.quant_method
+                if method == "lrq":
+                    self.problems.append(f"{name} says it is quantized and has no quantized linear")
+            return
+        schemes = Counter(linear.scheme.name for linear in self.quantized.values())
+        kinds = ", ".join(f"{count} {scheme}" for scheme, count in schemes.items())
+        self.lines.append(f"{title}: {len(self.quantized)} quantized linears ({kinds})")
+        self._kernels()
+        self._dense()
+        self._meta()
+        self._fused()
+        self._adapters()
+
+    def _say(self, text: str) -> None:
+        self.lines.append(f"  {text}")
+
+    def _kernels(self) -> None:
+        devices = Counter(linear.packed_weight.device for linear in self.quantized.values())
+        dtypes = sorted({str(linear.dtype) for linear in self.quantized.values()})
+        self._say(f"dtype of the model around them: {', '.join(dtypes)}")
+        for device, count in devices.items():
+            kernels, problem = kernels_of(device)
+            self._say(f"{count} on {device}: {kernels}")
+            if problem:
+                self.problems.append(f"{self.name}: {problem}")
+        if len(devices) > 1 and not _is_offloaded(self.model):
+            self._say("linears of one model are on several devices")
+
+    def _dense(self) -> None:
+        dense = {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear)
+            and not isinstance(module, LRQLinear)
+            and ".lora_" not in name
+        }
+        reasons = _reasons(self.model)
+        excluded = _excluded(self.model, dense)
+        counts: Counter[str] = Counter()
+        for name in dense:
+            why = reasons.get(name, "part of the family's recipe, yet dense")
+            if name in excluded:
+                why = "excluded by the quantization config"
+            elif name.endswith(".base_layer"):
+                why = "dense under an adapter"
+            counts[why] += 1
+        for why, count in counts.items():
+            self._say(f"{count} dense linears: {why}")
+
+    def _meta(self) -> None:
+        if _is_offloaded(self.model):
+            self._say("offloaded by hooks")
+            return
+        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        meta = [name for name, tensor in tensors.items() if tensor.is_meta]
+        if meta:
+            self.problems.append(f"{self.name}: on the meta device, without values: {meta[:5]}")
+
+    def _fused(self) -> None:
+        fused, open_ones = fused_projections(self.model), fusable_attentions(self.model)
+        self._say(f"{len(fused)} fused projections")
+        if open_ones:
+            self._say(
+                f"{len(open_ones)} attentions could be fused: lrq_quant.fuse_projections(model)"
+            )
+        for name, module in self.model.named_modules():
+            stray = getattr(module, "to_qkv", None) or getattr(module, "to_kv", None)
+            if isinstance(stray, nn.Linear) and not isinstance(stray, LRQLinear):
+                separate = getattr(module, "to_k", None)
+                if isinstance(separate, LRQLinear):
+                    self.problems.append(
+                        f"{self.name}: {name} runs a dense fused projection made from placeholders"
+                    )
+
+    def _adapters(self) -> None:
+        layers = {n: m for n, m in self.model.named_modules() if _is_adapter_layer(m)}
+        loaded = set(getattr(self.model, "peft_config", None) or ())
+        if not layers:
+            for adapter in sorted(loaded):
+                self.problems.append(f"{self.name}: adapter {adapter!r} is loaded and on no linear")
+            return
+        found = sorted(loaded | {name for layer in layers.values() for name in layer.lora_A})
+        for adapter in found:
+            with_it = [layer for layer in layers.values() if adapter in layer.lora_A]
+            scales = sorted({round(float(layer.scaling[adapter]), 4) for layer in with_it})
+            active = [
+                layer
+                for layer in with_it
+                if adapter in layer.active_adapters and not layer.disable_adapters
+            ]
+            self._say(f"adapter {adapter!r}: active on {len(active)} of {len(with_it)}, {scales=}")
+            if not with_it:
+                self.problems.append(f"{self.name}: adapter {adapter!r} is loaded and on no linear")
+            elif not active:
+                self.problems.append(f"{self.name}: adapter {adapter!r} is loaded and not active")
+            elif scales == [0.0]:
+                self.problems.append(f"{self.name}: adapter {adapter!r} is active with scale 0")
+        if fused_projections(self.model):
+            self.problems.append(
+                f"{self.name}: adapters and fused projections: what the adapters do to q, k and v "
+                "is lost; call lrq_quant.unfuse_projections(model) and load them again"
+            )
+
+
+def kernels_of(device: torch.device) -> tuple[str, str | None]:
+    """What runs a quantized linear on `device`, and the problem if nothing or the wrong does."""
+    if device.type == "cpu":
+        return "reference kernels in PyTorch, exact and slow", None
+    if device.type == "meta":
+        return "placed by offloading hooks", None
+    if device.type != "cuda":
+        return "no kernels", f"there are no kernels for {device}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        return "no kernels", f"{device} is sm_{capability[0]}{capability[1]}, below sm_80"
+    status = lrq_kernels.cuda_library_status()
+    if not status.startswith("loaded from"):
+        return "no CUDA kernels", f"the CUDA kernels are not there: {status}"
+    return f"CUDA and Triton kernels ({status})", None
+
+
+def _reasons(model: nn.Module) -> dict[str, str]:
+    """Linear -> why the default recipe keeps it; those that it quantizes are not in it."""
+    try:
+        plan = QuantRecipe().resolve(model)
+    except ValueError as error:  # of no known family
+        return {n: str(error) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    return {kept.name: kept.why for kept in plan.kept}
+
+
+def _excluded(model: nn.Module, dense: Mapping[str, nn.Linear]) -> set[str]:
+    """Dense linears that the configuration in config.json keeps, as far as it tells."""
+    from .recipe_patterns import matches
+
+    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    if config is None:
+        return set()
+    patterns = [*config.modules_to_not_convert]
+    patterns += [pattern for pattern, scheme in config.overrides.items() if scheme is None]
+    names = {name for name in dense if any(matches(pattern, name) for pattern in patterns)}
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    names |= {name for name in dense if kept & set(name.split("."))}
+    if config.modulation is None:
+        names |= {name for name in dense if "norm" in name or "adaln" in name}
+    return names
+
+
+def _is_adapter_layer(module: nn.Module) -> bool:
+    return hasattr(module, "base_layer") and hasattr(module, "lora_A")
+
+
+def _is_offloaded(model: nn.Module) -> bool:
+    return any(hasattr(m, "_hf_hook") or hasattr(m, "_diffusers_hook") for m in model.modules())
