@@ -7,6 +7,8 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 VENV_PYTHON := .venv/bin/python
+# Its script is in bin of the environment below when it came from there.
+CLANG_FORMAT := $(VENV_PYTHON) -c "import clang_format; clang_format.clang_format()"
 
 # Threads that spin while they wait cost more than they bring when the cores are few or busy.
 export OMP_WAIT_POLICY ?= passive
@@ -50,12 +52,12 @@ lint: .venv/lrq-lint
 	$(VENV_PYTHON) -m ruff check $(wildcard $(SOURCES))
 	$(VENV_PYTHON) -m ruff format --check $(wildcard $(SOURCES))
 	$(VENV_PYTHON) -m mypy
-	.venv/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
+	$(CLANG_FORMAT) --dry-run -Werror $(CXX_SOURCES)
 
 format: .venv/lrq-lint
 	$(VENV_PYTHON) -m ruff check --fix $(wildcard $(SOURCES))
 	$(VENV_PYTHON) -m ruff format $(wildcard $(SOURCES))
-	.venv/bin/clang-format -i $(CXX_SOURCES)
+	$(CLANG_FORMAT) -i $(CXX_SOURCES)
 
 clean:
 	rm -rf build demo *.egg-info .venv lrq_kernels/*.so .mypy_cache .pytest_cache .ruff_cache

@@ -1,7 +1,9 @@
 """What each family of diffusion transformers computes: which linears read the same tensor, what
 role they play, and what stays in the model's own precision (decision 6 of the method).
 
-A rule names linears relative to their parent module, so one rule covers every block.
+A rule names linears relative to their parent module, so one rule covers every block.  Linears share
+an input only where the model hands them one and the same tensor object: an equal copy (proj_mlp of
+a HunyuanVideo single block) would be quantized twice and the first result never given up.
 """
 
 from __future__ import annotations
@@ -34,63 +36,288 @@ class Family:
     stays: tuple[tuple[str, str], ...]
 
 
+def _inputs(parent: str, role: str, *members: str) -> tuple[SharedInput, ...]:
+    """One SharedInput for each string: the names, separated by blanks, that read one tensor."""
+    return tuple(SharedInput(parent, tuple(names.split()), role) for names in members)
+
+
+def _self_attention(parent: str) -> tuple[SharedInput, ...]:
+    return _inputs(parent, ATTENTION, "to_q to_k to_v", "to_out.0")
+
+
+def _cross_attention(parent: str) -> tuple[SharedInput, ...]:
+    """Keys and values read the caption, the queries the picture."""
+    return _inputs(parent, ATTENTION, "to_q", "to_k to_v", "to_out.0")
+
+
+def _joint_attention(parent: str) -> tuple[SharedInput, ...]:
+    """Picture and text each have their own projections and attend together."""
+    return _self_attention(parent) + _inputs(
+        parent, ATTENTION, "add_q_proj add_k_proj add_v_proj", "to_add_out"
+    )
+
+
+def _feed_forward(parent: str) -> tuple[SharedInput, ...]:
+    return _inputs(parent, FEED_FORWARD, "net.0.proj", "net.2")
+
+
+# What stays is the same in most families.
+_TIME = "timestep, guidance and text embedding"
+_PATCH, _CAPTION = "patch embedding", "caption embedding"
+_NORM_OUT, _PROJ_OUT = "modulation of the last projection", "last projection"
+
 PIXART = Family(
     "PixArtTransformer2DModel",
-    inputs=(
-        SharedInput("transformer_blocks.*", ("attn1.to_q", "attn1.to_k", "attn1.to_v"), ATTENTION),
-        SharedInput("transformer_blocks.*", ("attn1.to_out.0",), ATTENTION),
-        SharedInput("transformer_blocks.*", ("attn2.to_q",), ATTENTION),
-        # Keys and values of cross-attention read the caption, the queries the picture.
-        SharedInput("transformer_blocks.*", ("attn2.to_k", "attn2.to_v"), ATTENTION),
-        SharedInput("transformer_blocks.*", ("attn2.to_out.0",), ATTENTION),
-        SharedInput("transformer_blocks.*", ("ff.net.0.proj",), FEED_FORWARD),
-        SharedInput("transformer_blocks.*", ("ff.net.2",), FEED_FORWARD),
-        SharedInput("", ("adaln_single.linear",), MODULATION),
-    ),
+    inputs=_self_attention("transformer_blocks.*.attn1")
+    + _cross_attention("transformer_blocks.*.attn2")
+    + _feed_forward("transformer_blocks.*.ff")
+    + _inputs("adaln_single", MODULATION, "linear"),
     stays=(
         ("adaln_single.emb.*", "timestep and size embedding"),
-        ("caption_projection.*", "caption embedding"),
-        ("pos_embed.*", "patch embedding"),
-        ("proj_out", "last projection"),
+        ("caption_projection.*", _CAPTION),
+        ("pos_embed.*", _PATCH),
+        ("proj_out", _PROJ_OUT),
     ),
 )
 
+# dev, schnell, Kontext, Fill, Canny and Depth differ in in_channels and guidance only.
 FLUX = Family(
     "FluxTransformer2DModel",
-    inputs=(
-        SharedInput("transformer_blocks.*", ("attn.to_q", "attn.to_k", "attn.to_v"), ATTENTION),
-        SharedInput(
-            "transformer_blocks.*",
-            ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-            ATTENTION,
-        ),
-        SharedInput("transformer_blocks.*", ("attn.to_out.0",), ATTENTION),
-        SharedInput("transformer_blocks.*", ("attn.to_add_out",), ATTENTION),
-        SharedInput("transformer_blocks.*", ("ff.net.0.proj",), FEED_FORWARD),
-        SharedInput("transformer_blocks.*", ("ff.net.2",), FEED_FORWARD),
-        SharedInput("transformer_blocks.*", ("ff_context.net.0.proj",), FEED_FORWARD),
-        SharedInput("transformer_blocks.*", ("ff_context.net.2",), FEED_FORWARD),
-        # A single block is parallel: attention and feed-forward read the same normed tokens.
-        SharedInput(
-            "single_transformer_blocks.*",
-            ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
-            ATTENTION,
-        ),
-        SharedInput("single_transformer_blocks.*", ("proj_out",), FEED_FORWARD),
-        SharedInput("transformer_blocks.*", ("norm1.linear",), MODULATION),
-        SharedInput("transformer_blocks.*", ("norm1_context.linear",), MODULATION),
-        SharedInput("single_transformer_blocks.*", ("norm.linear",), MODULATION),
-    ),
+    inputs=_joint_attention("transformer_blocks.*.attn")
+    + _feed_forward("transformer_blocks.*.ff")
+    + _feed_forward("transformer_blocks.*.ff_context")
+    # A single block is parallel: attention and feed-forward read the same normed tokens.
+    + _inputs("single_transformer_blocks.*", ATTENTION, "attn.to_q attn.to_k attn.to_v proj_mlp")
+    + _inputs("single_transformer_blocks.*", FEED_FORWARD, "proj_out")
+    + _inputs("transformer_blocks.*", MODULATION, "norm1.linear", "norm1_context.linear")
+    + _inputs("single_transformer_blocks.*", MODULATION, "norm.linear"),
     stays=(
-        ("x_embedder", "patch embedding"),
-        ("context_embedder", "caption embedding"),
-        ("time_text_embed.*", "timestep, guidance and text embedding"),
-        ("norm_out.linear", "modulation of the last projection"),
-        ("proj_out", "last projection"),
+        ("x_embedder", _PATCH),
+        ("context_embedder", _CAPTION),
+        ("time_text_embed.*", _TIME),
+        ("norm_out.linear", _NORM_OUT),
+        ("proj_out", _PROJ_OUT),
     ),
 )
 
-FAMILIES: dict[str, Family] = {family.model_class: family for family in (PIXART, FLUX)}
+# The single block holds q, k, v and the feed-forward input in one linear; modulation is computed
+# once for all blocks.
+FLUX2 = Family(
+    "Flux2Transformer2DModel",
+    inputs=_joint_attention("transformer_blocks.*.attn")
+    + _inputs("transformer_blocks.*.ff", FEED_FORWARD, "linear_in", "linear_out")
+    + _inputs("transformer_blocks.*.ff_context", FEED_FORWARD, "linear_in", "linear_out")
+    + _inputs("single_transformer_blocks.*.attn", ATTENTION, "to_qkv_mlp_proj", "to_out")
+    + _inputs("double_stream_modulation_img", MODULATION, "linear")
+    + _inputs("double_stream_modulation_txt", MODULATION, "linear")
+    + _inputs("single_stream_modulation", MODULATION, "linear"),
+    stays=(
+        ("x_embedder", _PATCH),
+        ("context_embedder", _CAPTION),
+        ("time_guidance_embed.*", _TIME),
+        ("norm_out.linear", _NORM_OUT),
+        ("proj_out", _PROJ_OUT),
+    ),
+)
+
+# FLUX blocks whose modulation comes from one network for all blocks.
+CHROMA = Family(
+    "ChromaTransformer2DModel",
+    inputs=_joint_attention("transformer_blocks.*.attn")
+    + _feed_forward("transformer_blocks.*.ff")
+    + _feed_forward("transformer_blocks.*.ff_context")
+    + _inputs("single_transformer_blocks.*", ATTENTION, "attn.to_q attn.to_k attn.to_v proj_mlp")
+    + _inputs("single_transformer_blocks.*", FEED_FORWARD, "proj_out")
+    + _inputs("distilled_guidance_layer.layers.*", MODULATION, "linear_1", "linear_2"),
+    stays=(
+        ("x_embedder", _PATCH),
+        ("context_embedder", _CAPTION),
+        ("distilled_guidance_layer.*_proj", "timestep embedding, first and last projection"),
+        ("proj_out", _PROJ_OUT),
+    ),
+)
+
+# attn2: the second, picture-only attention of SD3.5-medium's first blocks.  The last block has no
+# to_add_out and no ff_context.
+SD3 = Family(
+    "SD3Transformer2DModel",
+    inputs=_joint_attention("transformer_blocks.*.attn")
+    + _self_attention("transformer_blocks.*.attn2")
+    + _feed_forward("transformer_blocks.*.ff")
+    + _feed_forward("transformer_blocks.*.ff_context")
+    + _inputs("transformer_blocks.*", MODULATION, "norm1.linear", "norm1_context.linear"),
+    stays=(
+        ("context_embedder", _CAPTION),
+        ("time_text_embed.*", _TIME),
+        ("norm_out.linear", _NORM_OUT),
+        ("proj_out", _PROJ_OUT),
+    ),
+)
+
+# add_k_proj and add_v_proj read the reference picture (Wan 2.1 I2V).
+WAN = Family(
+    "WanTransformer3DModel",
+    inputs=_self_attention("blocks.*.attn1")
+    + _cross_attention("blocks.*.attn2")
+    + _inputs("blocks.*.attn2", ATTENTION, "add_k_proj add_v_proj")
+    + _feed_forward("blocks.*.ffn")
+    + _inputs("condition_embedder", MODULATION, "time_proj"),
+    stays=(
+        ("condition_embedder.time_embedder.*", "timestep embedding"),
+        ("condition_embedder.text_embedder.*", _CAPTION),
+        ("condition_embedder.image_embedder.*", "picture embedding"),
+        ("proj_out", _PROJ_OUT),
+    ),
+)
+
+HUNYUAN_VIDEO = Family(
+    "HunyuanVideoTransformer3DModel",
+    inputs=_joint_attention("transformer_blocks.*.attn")
+    + _feed_forward("transformer_blocks.*.ff")
+    + _feed_forward("transformer_blocks.*.ff_context")
+    # The attention of a single block splits its input and joins it again: proj_mlp has its own.
+    + _inputs("single_transformer_blocks.*", ATTENTION, "attn.to_q attn.to_k attn.to_v")
+    + _inputs("single_transformer_blocks.*", FEED_FORWARD, "proj_mlp", "proj_out")
+    + _self_attention("*.refiner_blocks.*.attn")
+    + _feed_forward("*.refiner_blocks.*.ff")
+    + _inputs("transformer_blocks.*", MODULATION, "norm1.linear", "norm1_context.linear")
+    + _inputs("single_transformer_blocks.*", MODULATION, "norm.linear")
+    + _inputs("*.refiner_blocks.*", MODULATION, "norm_out.linear"),
+    stays=(
+        ("context_embedder.proj_in", _CAPTION),
+        ("context_embedder.time_text_embed.*", _TIME),
+        ("time_text_embed.*", _TIME),
+        ("norm_out.linear", _NORM_OUT),
+        ("proj_out", _PROJ_OUT),
+    ),
+)
+
+COGVIDEOX = Family(
+    "CogVideoXTransformer3DModel",
+    inputs=_self_attention("transformer_blocks.*.attn1")
+    + _feed_forward("transformer_blocks.*.ff")
+    + _inputs("transformer_blocks.*", MODULATION, "norm1.linear", "norm2.linear"),
+    stays=(
+        ("patch_embed.*", "patch and caption embedding"),
+        ("time_embedding.*", "timestep embedding"),
+        ("ofs_embedding.*", "frame rate embedding"),
+        ("norm_out.linear", _NORM_OUT),
+        ("proj_out", _PROJ_OUT),
+    ),
+)
+
+LTX_VIDEO = Family(
+    "LTXVideoTransformer3DModel",
+    inputs=_self_attention("transformer_blocks.*.attn1")
+    + _cross_attention("transformer_blocks.*.attn2")
+    + _feed_forward("transformer_blocks.*.ff")
+    + _inputs("time_embed", MODULATION, "linear"),
+    stays=(
+        ("proj_in", _PATCH),
+        ("time_embed.emb.*", "timestep embedding"),
+        ("caption_projection.*", _CAPTION),
+        ("proj_out", _PROJ_OUT),
+    ),
+)
+
+QWEN_IMAGE = Family(
+    "QwenImageTransformer2DModel",
+    inputs=_joint_attention("transformer_blocks.*.attn")
+    + _feed_forward("transformer_blocks.*.img_mlp")
+    + _feed_forward("transformer_blocks.*.txt_mlp")
+    + _inputs("transformer_blocks.*", MODULATION, "img_mod.1", "txt_mod.1"),
+    stays=(
+        ("img_in", _PATCH),
+        ("txt_in", _CAPTION),
+        ("time_text_embed.*", "timestep embedding"),
+        ("norm_out.linear", _NORM_OUT),
+        ("proj_out", _PROJ_OUT),
+    ),
+)
+
+# noise_refiner, context_refiner, siglip_refiner and layers hold the same blocks.
+Z_IMAGE = Family(
+    "ZImageTransformer2DModel",
+    inputs=_self_attention("*.attention")
+    + _inputs("*.feed_forward", FEED_FORWARD, "w1 w3", "w2")
+    + _inputs("*", MODULATION, "adaLN_modulation.0"),
+    stays=(
+        ("all_x_embedder.*", _PATCH),
+        ("t_embedder.*", "timestep embedding"),
+        ("cap_embedder.*", _CAPTION),
+        ("siglip_embedder.*", "picture embedding"),
+        ("all_final_layer.*", _PROJ_OUT),
+    ),
+)
+
+# The feed-forward is made of convolutions (GLUMBConv), which stay: 2/3 of a block's weights.
+SANA = Family(
+    "SanaTransformer2DModel",
+    inputs=_self_attention("transformer_blocks.*.attn1")
+    + _cross_attention("transformer_blocks.*.attn2")
+    + _inputs("time_embed", MODULATION, "linear"),
+    stays=(
+        ("time_embed.emb.*", "timestep embedding"),
+        ("time_embed.*_embedder.*", "timestep and guidance embedding"),
+        ("caption_projection.*", _CAPTION),
+        ("proj_out", _PROJ_OUT),
+    ),
+)
+
+# noise_refiner, context_refiner and layers hold the same blocks.
+LUMINA2 = Family(
+    "Lumina2Transformer2DModel",
+    inputs=_self_attention("*.attn")
+    + _inputs("*.feed_forward", FEED_FORWARD, "linear_1 linear_3", "linear_2")
+    + _inputs("*", MODULATION, "norm1.linear"),
+    stays=(
+        ("x_embedder", _PATCH),
+        ("time_caption_embed.*", "timestep and caption embedding"),
+        ("norm_out.linear_1", _NORM_OUT),
+        ("norm_out.linear_2", _PROJ_OUT),
+    ),
+)
+
+# ff_i is a mixture: experts, of which each reads its own tokens, and shared_experts; ff_t and an
+# ff_i without experts are one SwiGLU.  The gate is no linear and stays.
+HIDREAM = Family(
+    "HiDreamImageTransformer2DModel",
+    inputs=_inputs(
+        "*_blocks.*.attn1",
+        ATTENTION,
+        "to_q to_k to_v",
+        "to_q_t to_k_t to_v_t",
+        "to_out",
+        "to_out_t",
+    )
+    + _inputs("*_blocks.*.ff_*", FEED_FORWARD, "w1 w3", "w2")
+    + _inputs("*_blocks.*.block", MODULATION, "adaLN_modulation.1"),
+    stays=(
+        ("x_embedder.*", _PATCH),
+        ("t_embedder.*", "timestep embedding"),
+        ("p_embedder.*", "pooled text embedding"),
+        ("caption_projection.*", _CAPTION),
+        ("final_layer.*", _PROJ_OUT),
+    ),
+)
+
+_ALL = (
+    PIXART,
+    FLUX,
+    FLUX2,
+    CHROMA,
+    SD3,
+    WAN,
+    HUNYUAN_VIDEO,
+    COGVIDEOX,
+    LTX_VIDEO,
+    QWEN_IMAGE,
+    Z_IMAGE,
+    SANA,
+    LUMINA2,
+    HIDREAM,
+)
+FAMILIES: dict[str, Family] = {family.model_class: family for family in _ALL}
 
 
 def family_of(model: object) -> Family:
@@ -99,5 +326,7 @@ def family_of(model: object) -> Family:
         if cls.__name__ in FAMILIES:
             return FAMILIES[cls.__name__]
     raise ValueError(
-        f"lrq_quant: model must be one of {sorted(FAMILIES)}, got {type(model).__name__}"
+        f"lrq_quant: model must be one of {sorted(FAMILIES)}, got {type(model).__name__}. For any "
+        "other, lrq_quant.auto_family(model, run_one_forward) makes a family from one forward: "
+        "QuantRecipe(family=auto_family(...))"
     )

@@ -79,7 +79,8 @@ class QuantRecipe:
     that matches wins.  mode "paper" is the published method (method.md decision 2).  Of a scheme
     the recipe fixes the bits; rotation and activation scale are searched per input when there is
     calibration data and taken from the scheme when there is none.  bias_correction adds
-    (W - W^) E[x] to the bias of linears that have one (calibrated, mode "default" only)."""
+    (W - W^) E[x] to the bias of linears that have one (calibrated, mode "default" only).  family
+    describes a model that lrq_quant.families does not know."""
 
     block: QuantScheme = QuantScheme(weight_bits=4, act_bits=8)
     modulation: QuantScheme | None = QuantScheme(weight_bits=4, act_bits=16, rotation="none")
@@ -88,6 +89,7 @@ class QuantRecipe:
     overrides: tuple[tuple[str, QuantScheme | None], ...] = ()
     mode: str = "default"
     bias_correction: bool = True
+    family: Family | None = None
     search: SearchOptions = field(default_factory=SearchOptions)
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
 
@@ -107,10 +109,16 @@ class QuantRecipe:
             block = dataclasses.replace(block, scale_mode="rms", scale_factor=0.3545)
         return QuantRecipe(**{"block": block, **changes})
 
-    def resolve(self, model: nn.Module) -> QuantPlan:
-        """The plan for `model`; it may live on the meta device.  Raises ValueError on a model of an
-        unknown family and on a pattern that matches no linear of it."""
-        family = family_of(model)
+    def resolve(self, model: nn.Module, family: Family | None = None) -> QuantPlan:
+        """The plan for `model`; it may live on the meta device.  The family is the given one, the
+        recipe's or that of the model's class.  Raises ValueError on a model of an unknown family or
+        of another than the given one, and on a pattern that matches no linear of it."""
+        family = family or self.family or family_of(model)
+        if family.model_class not in {cls.__name__ for cls in type(model).__mro__}:
+            raise ValueError(
+                f"QuantRecipe: family must be of a {type(model).__name__}, as the model is, got "
+                f"one of {family.model_class}"
+            )
         linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
         self._check_patterns(linears)
         groups: list[InputGroup] = []
@@ -134,7 +142,7 @@ class QuantRecipe:
             if name not in quantized and name not in kept:
                 kept[name] = _why_kept(family, name)
         return QuantPlan(
-            family.model_class,
+            type(model).__name__,
             tuple(groups),
             tuple(KeptLinear(n, linears[n].weight.numel(), kept[n]) for n in linears if n in kept),
             sum(p.numel() for p in model.parameters()),
@@ -228,7 +236,8 @@ class QuantPlan:
         """What is quantized and what stays, one line per kind of linear."""
         lines = [
             f"{self.model_class}: {len(self.linears)} of {len(self.linears) + len(self.kept)} "
-            f"linears in {len(self.groups)} input groups, {self.coverage:.2%} of linear weights"
+            f"linears in {len(self.groups)} input groups, {self.coverage:.2%} of linear weights, "
+            f"{self.quantized_weights / max(1, self.parameters):.2%} of all parameters"
         ]
         kinds: dict[tuple[str, str, str], list[int]] = {}
         for linear in self.linears:
@@ -248,6 +257,7 @@ def _family_groups(
     family: Family, linears: dict[str, nn.Linear]
 ) -> Iterator[tuple[str, list[str]]]:
     """(role, names of the linears that read one tensor) for every block that a rule matches."""
+    ruled: set[str] = set()
     for rule in family.inputs:
         parents: dict[str, list[str]] = {}
         for member in rule.members:
@@ -257,6 +267,11 @@ def _family_groups(
                 if joined == name and fnmatchcase(parent, rule.parent):
                     parents.setdefault(parent, []).append(name)
         for names in parents.values():
+            if twice := ruled.intersection(names):
+                raise ValueError(
+                    f"Family {family.model_class}: {min(twice)} must be in one input, got several"
+                )
+            ruled.update(names)
             yield rule.role, names
 
 

@@ -1,0 +1,52 @@
+"""Every family end to end: a tiny random instance of its real class, quantized, saved, loaded."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_families import TINY_FAMILIES, Tiny, forward
+from torch import nn
+
+from lrq_kernels import load_quantized
+from lrq_kernels.testing import relative_error
+from lrq_quant import QuantRecipe, collect_stats, quantize_model
+from lrq_quant.families import family_of
+
+RECIPE = QuantRecipe.from_name("w4a8")
+# W4A8 of random weights at 32 to 128 channels; a linear left out or fed another input gives 1.
+MAX_ERROR = 0.2
+
+
+@pytest.mark.parametrize("tiny", TINY_FAMILIES.values(), ids=list(TINY_FAMILIES))
+def test_quantize_save_load_forward(tiny: Tiny, tmp_path: Path) -> None:
+    model, inputs = tiny.make(), tiny.inputs()
+    dense = forward(model, inputs)
+    path = quantize_model(model, RECIPE).save(tmp_path)
+    first = forward(load_quantized(copy.deepcopy(model), path), inputs)
+    second = forward(load_quantized(copy.deepcopy(model), path), inputs)
+    assert torch.equal(first, second)
+    assert 0 < relative_error(first, dense) < MAX_ERROR
+
+
+@pytest.mark.parametrize("tiny", TINY_FAMILIES.values(), ids=list(TINY_FAMILIES))
+def test_members_of_a_group_read_one_tensor(tiny: Tiny) -> None:
+    """collect_stats refuses a group whose members are given different tensors."""
+    model, inputs = tiny.make(), tiny.inputs()
+    groups = RECIPE.resolve(model).groups
+    stats = collect_stats(lambda _: forward(model, inputs), model, groups, ["a prompt"])
+    assert all(stats[group.name].count > 0 for group in groups)
+
+
+@pytest.mark.parametrize("tiny", TINY_FAMILIES.values(), ids=list(TINY_FAMILIES))
+def test_every_linear_is_quantized_or_stays_for_a_stated_reason(tiny: Tiny) -> None:
+    model = tiny.make()
+    plan = RECIPE.resolve(model)
+    assert (len(plan.linears), len(plan.groups)) == (tiny.linears, tiny.groups)
+    names = [linear.name for linear in plan.linears] + [kept.name for kept in plan.kept]
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    assert sorted(names) == sorted(linears)
+    reasons = dict(family_of(model).stays).values()
+    assert all(kept.why in reasons or "in_features" in kept.why for kept in plan.kept)
