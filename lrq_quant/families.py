@@ -326,7 +326,6 @@ def family_of(model: object) -> Family:
         if cls.__name__ in FAMILIES:
             return FAMILIES[cls.__name__]
     raise ValueError(
-        f"lrq_quant: model must be one of {sorted(FAMILIES)}, got {type(model).__name__}. For any "
-        "other, lrq_quant.auto_family(model, run_one_forward) makes a family from one forward: "
-        "QuantRecipe(family=auto_family(...))"
+        f"lrq_quant: model must be one of {sorted(FAMILIES)}, got {type(model).__name__}. "
+        "Describe another by a Family: QuantRecipe(family=Family(...))"
     )
