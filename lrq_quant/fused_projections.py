@@ -44,6 +44,8 @@ def fuse_projections(model: nn.Module) -> nn.Module:
                 delattr(module, name)
             module.add_module(fused_name, fused)
             module.fused_projections = fused_any = True
+            # diffusers' own unfusing would delete the fused linear, which has the only weights.
+            module._supports_qkv_fusion = False
         if getattr(module, "fused_projections", False):
             _use_processor(module, fused=True)
     if fused_any:
@@ -64,6 +66,7 @@ def unfuse_projections(model: nn.Module) -> nn.Module:
             for name, linear in zip(members, split_linear(fused), strict=True):
                 module.add_module(name, linear)
             module.fused_projections = False
+            module.__dict__.pop("_supports_qkv_fusion", None)
             _use_processor(module, fused=False)
     for name in _ADAPTER_METHODS:
         model.__dict__.pop(name, None)

@@ -6,10 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import TINY, pixart_inputs, tiny_flux, tiny_pixart
+from tiny_models import TINY, flux_inputs, linears, pixart_inputs, tiny_flux, tiny_pixart
 
 from lrq_kernels import LRQLinear, checkpoint, model_states
-from lrq_quant import QuantRecipe, fused_projections, quantize_model
+from lrq_quant import (
+    QuantRecipe,
+    fuse_projections,
+    fused_projections,
+    quantize_model,
+    unfuse_projections,
+)
 from lrq_quant.pipeline_io import load_transformer, save_transformer
 
 WEIGHTS_ONLY = QuantRecipe.from_name("w4a8")
@@ -91,3 +97,57 @@ def test_mixed_bits_of_q_k_v_are_not_fused(tmp_path: Path) -> None:
     attention = loaded.transformer_blocks[0].attn1
     assert attention.to_q.input_quantizer is attention.to_v.input_quantizer
     assert torch.isfinite(loaded(**pixart_inputs(torch.float32))[0]).all()
+
+
+@pytest.mark.parametrize("make, inputs", TINY.values(), ids=TINY.keys())
+@torch.no_grad()
+def test_unfusing_restores_every_linear(make, inputs, tmp_path: Path) -> None:
+    model = make()
+    save_transformer(model, quantize_model(model, WEIGHTS_ONLY), tmp_path)
+    separate = load_transformer(tmp_path, dtype=torch.float32, fuse=False)
+    model = load_transformer(tmp_path, dtype=torch.float32, fuse=True)
+    for _ in range(2):
+        unfuse_projections(model)
+        assert not fused_projections(model)
+        expected, found = dict(separate.named_buffers()), dict(model.named_buffers())
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        kinds = [type(getattr(m, "processor", None)) for m in separate.modules()]
+        order = dict(zip([n for n, _ in separate.named_modules()], kinds, strict=True))
+        assert all(
+            type(getattr(m, "processor", None)) is order[n] for n, m in model.named_modules()
+        )
+        readers = {n: m.input_quantizer.consumers for n, m in linears(separate).items()}
+        assert readers == {n: m.input_quantizer.consumers for n, m in linears(model).items()}
+        arguments = inputs(torch.float32)
+        assert torch.equal(model(**arguments)[0], separate(**arguments)[0])
+        fuse_projections(model)
+    unfuse_projections(separate)  # what is not fused stays
+
+
+@pytest.mark.parametrize("make", [tiny_flux, tiny_pixart])
+def test_diffusers_own_fusing_refuses(make, tmp_path: Path) -> None:
+    """Remedy: WeightPlaceholder. diffusers would build a dense layer, of zeros or dequantized."""
+    model = make()
+    save_transformer(model, quantize_model(model, WEIGHTS_ONLY), tmp_path)
+    loaded = load_transformer(tmp_path, fuse=False)
+    with pytest.raises(RuntimeError, match="lrq_quant.fuse_projections"):
+        loaded.fuse_qkv_projections()
+
+
+@torch.no_grad()
+def test_diffusers_own_unfusing_does_no_harm(tmp_path: Path) -> None:
+    """Remedy: _supports_qkv_fusion False on what is fused. diffusers would delete to_qkv, the only
+    holder of the weights."""
+    model = tiny_flux()
+    save_transformer(model, quantize_model(model, WEIGHTS_ONLY), tmp_path)
+    fused = load_transformer(tmp_path, dtype=torch.float32, fuse=True)
+    arguments = flux_inputs(torch.float32)
+    expected, names = fused(**arguments)[0], fused_projections(fused)
+    fused.unfuse_qkv_projections()
+    for module in fused.modules():
+        if hasattr(module, "unfuse_projections"):
+            module.unfuse_projections()
+    assert fused_projections(fused) == names
+    assert torch.equal(fused(**arguments)[0], expected)
+    assert torch.equal(unfuse_projections(fused)(**arguments)[0], expected)
