@@ -282,6 +282,7 @@ def time_shape(m: int, k: int, names: Iterable[str]) -> list[Row]:
 # ---- reports ------------------------------------------------------------------------------------
 
 COLUMNS = 6
+RATIO_TICKS = (1, 1.1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16)
 
 
 def _shapes_of(rows: list[Row]) -> list[Shape]:
@@ -339,6 +340,8 @@ def plot(rows: list[Row], path: Path, title: str) -> None:
     figure, axes = pyplot.subplots(figsize=(max(9.0, 0.45 * len(shapes)), 5.0))
     for index, ((form, impl), by_shape) in enumerate(_by_implementation(rows).items()):
         ratios = [by_shape.get(shape, {}).get("ratio") for shape in shapes]
+        if not any(ratios):
+            continue
         axes.plot(
             [float("nan") if ratio is None else ratio for ratio in ratios],
             marker="o" if impl == "triton" else "x",
@@ -347,7 +350,8 @@ def plot(rows: list[Row], path: Path, title: str) -> None:
             label=f"{form} ({impl})",
         )
     axes.set_yscale("log", base=2)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_yticks(RATIO_TICKS, [f"{tick:g}" for tick in RATIO_TICKS])
+    axes.set_ylim(0.95, max(1.5, *(row["ratio"] or 1.0 for row in rows)) * 1.05)
     axes.set_xticks(range(len(shapes)), [f"{m} x {k}" for m, k in shapes], rotation=60, ha="right")
     axes.set_ylabel("time / cast-only (do_bench)")
     axes.set_title(title)

@@ -250,7 +250,7 @@ Z_IMAGE = Family(
     ),
 )
 
-# The feed-forward is made of convolutions (GLUMBConv), which stay: 2/3 of a block's weights.
+# The feed-forward is made of convolutions (GLUMBConv), which stay: half of the model.
 SANA = Family(
     "SanaTransformer2DModel",
     inputs=_self_attention("transformer_blocks.*.attn1")
