@@ -54,6 +54,8 @@ _DUAL_ELEMENTS = 1 << 22
 # happens (a test asserts it). That is for speed, but also because Triton 3.6 and 3.7 miscompile
 # conversions of int8 inside a warp that reorder the bytes of a register: an earlier form of the
 # kernel swapped the codes 1 and 2 of every four that way. Correctness needs no particular layout.
+# Rows of an odd width would bring such a conversion in, as a thread's eight codes are then no
+# aligned piece: they are written to rows of a multiple of eight and copied.
 
 
 @triton.jit
@@ -216,7 +218,7 @@ def _row_kernel(
     x_row_stride,
     channel_scale_ptr,  # [K] fp32 or None
     permutation_ptr,  # [K] int32 or None
-    out_ptr,  # [M, K] int8 codes, or floating point when x_scale_ptr is None
+    out_ptr,  # [M, ceil8(K)] int8 codes, or floating point when x_scale_ptr is None
     x_scale_ptr,  # [M] fp32, or None: store the rotated row, unquantized
     step_factor,  # fp32
     K: tl.constexpr,
@@ -235,7 +237,8 @@ def _row_kernel(
     """
     token = tl.program_id(0).to(tl.int64)
     x_row = x_ptr + token * x_row_stride
-    out_row = out_ptr + token * K
+    OUT_K: tl.constexpr = (K + 7) // 8 * 8
+    out_row = out_ptr + token * OUT_K
     v = _load_scaled(x_row, channel_scale_ptr, permutation_ptr, K, N, CHUNKS)
     v = _block_hadamard(v, BLOCK)
     # The norm of H rides on the scalars of the row instead of on every element.
@@ -245,7 +248,7 @@ def _row_kernel(
             columns = ()
             for c in tl.static_range(8):
                 columns = columns + ((v[8 * group + c] * NORM).to(out_ptr.dtype.element_ty),)
-            k, mask = _piece(group, N, K)
+            k, mask = _piece(group, N, OUT_K)
             tl.store(out_row + k, _to_piece(columns), mask=mask)
     else:
         x_scale = _token_size(v, K, RMS) * NORM * step_factor
@@ -259,11 +262,11 @@ def _row_kernel(
                     if CLAMP:
                         code = tl.minimum(tl.maximum(code, _MAGIC - QMAX), _MAGIC + QMAX)
                     columns = columns + (code.to(tl.int32, bitcast=True).to(tl.int8),)
-                k, mask = _piece(group, N, K)
+                k, mask = _piece(group, N, OUT_K)
                 tl.store(out_row + k, _to_piece(columns), mask=mask)
         else:
             for group in tl.static_range(4 * CHUNKS):
-                k, mask = _piece(group, N, K)
+                k, mask = _piece(group, N, OUT_K)
                 tl.store(out_row + k, tl.zeros((N, 8), tl.int8), mask=mask)
 
 
@@ -340,12 +343,14 @@ def _launch_rows(
     tokens, in_features = x.shape
     qmax, rms, scale_factor = step
     launch = row_launch(in_features)
+    padding = -in_features % 8
+    rows = out.new_empty(tokens, in_features + padding) if padding else out
     _row_kernel[(tokens,)](
         x,
         x.stride(0),
         channel_scale,
         permutation,
-        out,
+        rows,
         x_scale,
         scale_factor if rms else scale_factor / qmax,
         K=in_features,
@@ -357,6 +362,8 @@ def _launch_rows(
         CLAMP=rms or scale_factor < 1.0,
         num_warps=launch.num_warps,
     )
+    if padding:
+        out.copy_(rows[:, :in_features])
 
 
 def _launch_dense(

@@ -31,6 +31,7 @@ LATE = {
     "unprepack": "weight",
     "dequantize": "weight",
     "gemm": "x_q",
+    "gemm_config": "x_q",
     "gemv": "x",
 }
 

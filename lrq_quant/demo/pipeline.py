@@ -74,8 +74,8 @@ class ShapesPipeline(DiffusionPipeline):
         device = self._execution_device
         guided = guidance_scale > 1
         captions = [""] * len(prompts) + prompts if guided else prompts
-        embeddings, mask = self.text_encoder.encode(captions)
-        embeddings, mask = embeddings.to(device, self.transformer.dtype), mask.to(device)
+        embeddings, mask = self.text_encoder.encode(captions, device)
+        embeddings = embeddings.to(self.transformer.dtype)
 
         # The last step goes from 1/n (before the shift) to 0; the scheduler's own default spends
         # it between 0.001 and 0.
