@@ -137,7 +137,7 @@ def by_config(index: int) -> Callable[..., Tensor]:
 
 def config_problems(config) -> list[tuple[int, int, int]]:  # type: ignore[no-untyped-def]
     """(M, N, K): tokens around tiles, k steps around stages, more tiles than SMs."""
-    tile, group = config.tile_m, 128 * config.cluster
+    tile, group = config.tile_m, config.tile_n * config.cluster
     steps = (1, 2, 3, config.stages - 1, config.stages, config.stages + 1, 2 * config.stages + 1)
     problems = [
         (max(tile * tiles + edge, 1), group - 8, 384) for tiles in (0, 1, 2) for edge in (-1, 0, 1)
@@ -158,7 +158,7 @@ def config_problems(config) -> list[tuple[int, int, int]]:  # type: ignore[no-un
     ],
 )
 def test_every_configuration(bits: int, index: int, config):
-    if not config.is_legal(1, 128 * config.cluster, 128, bits, arch()):
+    if not config.is_legal(1, config.tile_n * config.cluster, 128, bits, arch()):
         pytest.skip(f"{config.name} does not run on compute capability {arch()}")
     op = by_config(index)
     for m, n, k in config_problems(config):

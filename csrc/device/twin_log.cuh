@@ -111,6 +111,18 @@ __device__ __forceinline__ void load_slice_words(uint32_t (&words)[words_per_lan
   }
 }
 
+// Whether decode_slice of `slice` reads word `word`.
+__device__ constexpr bool slice_reads_word(int bits, int slice, int word) {
+  switch (bits) {
+    case 4:
+      return word / 2 == slice;
+    case 3:
+      return slice == 3 || word % 3 == slice;
+    default:
+      return word / 2 == slice / 2;
+  }
+}
+
 // All words of a lane.
 template <int kBits>
 __device__ __forceinline__ void load_lane_words(uint32_t (&words)[words_per_lane(kBits)],

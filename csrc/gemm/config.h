@@ -57,6 +57,8 @@ inline constexpr GemmConfig kGemmConfigs[] = {
     {"sm90_m256", 90, 256, 128, 128, 8, 1, 4, 1, 1},
     {"sm90_m224_c2", 90, 224, 128, 128, 8, 1, 4, 1, 2},
     {"sm90_m224", 90, 224, 128, 128, 8, 1, 4, 1, 1},
+    {"sm90_n192_m192_c2", 90, 192, 192, 128, 12, 1, 4, 1, 2},
+    {"sm90_n192_m192", 90, 192, 192, 128, 12, 1, 4, 1, 1},
     {"sm90_m192_c2", 90, 192, 128, 128, 8, 1, 5, 1, 2},
     {"sm90_m192", 90, 192, 128, 128, 8, 1, 5, 1, 1},
     {"sm90_m144", 90, 144, 128, 128, 8, 1, 7, 1, 1},
@@ -103,12 +105,16 @@ constexpr int config_threads(const GemmConfig& config) {
 }
 
 constexpr int stage_bytes(const GemmConfig& config, int weight_bits) {
-  return config.tile_m * config.tile_k + 2 * half_tile_words(weight_bits) * 4;
+  return config.tile_m * config.tile_k +
+         config.tile_n / kHalfTileChannels * half_tile_words(weight_bits) * 4;
 }
 
 constexpr int staging_bytes(const GemmConfig& config) {
   return config.tile_m * (config.tile_n + kStagingPad) * 4;
 }
+
+// arch 90: warpgroups that multiply.
+constexpr int sm90_consumers(const GemmConfig& config) { return config.tile_n / kHalfTileChannels; }
 
 // arch 90, bytes of one consumer warpgroup's 64 channels of output: all tokens in 16 bits, in rows
 // of the 128-byte swizzle, whose pattern repeats every kSwizzleBytes. A small tile also fits as
@@ -131,12 +137,12 @@ constexpr int sm90_staged_tokens(int tile_m) {
   return tokens;
 }
 
-// The pipeline, the staging of both warpgroups, their copies of x_scale, two barriers a stage and
-// one a warpgroup.
+// The pipeline, the staging of the consumers, their copies of x_scale, two barriers a stage and one
+// a consumer.
 constexpr int sm90_shared_bytes(const GemmConfig& config, int weight_bits) {
   const int pipeline = config.stages * (stage_bytes(config, weight_bits) + 2 * 8);
   const int warpgroup = sm90_staging_bytes(config.tile_m) + config.tile_m * 4 + 8;
-  return align_up(pipeline + 2 * warpgroup, kSwizzleBytes);
+  return align_up(pipeline + sm90_consumers(config) * warpgroup, kSwizzleBytes);
 }
 
 // Dynamic shared memory of a block. arch 80: the pipeline, then the staged accumulators in its

@@ -47,6 +47,11 @@ inline TileSchedule make_schedule(const GemmConfig& config, const GemmProblem& p
   return schedule;
 }
 
+// Tiles of one cluster's walk.
+LRQ_HOST_DEVICE int tile_count(const TileSchedule& schedule, uint32_t cluster) {
+  return static_cast<int>(ceil_div(schedule.tiles - cluster, schedule.clusters));
+}
+
 class TileWalk {
  public:
   LRQ_HOST_DEVICE TileWalk(const TileSchedule& schedule, uint32_t cluster)
