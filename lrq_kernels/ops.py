@@ -1,8 +1,11 @@
 """The torch ops `lrq::*`: schemas, checks, fakes, CPU kernels (the reference) and Triton kernels.
 
 The dispatcher is the only place that knows devices. CUDA kernels of prepack, unprepack,
-dequantize, gemm and gemv come from csrc/ops.cpp; those of rotate and rotate_quantize are Triton
-and registered here. Every op is functional and returns fresh tensors.
+dequantize, gemm, gemv and _rotate_rows come from csrc/ops.cpp; those of rotate and rotate_quantize
+are Triton and registered here. Every op is functional and returns fresh tensors.
+
+_rotate_rows is the CUDA kernel of rotate_quantize and its fused forms for the problems that
+_planner.supports_rotate_rows allows, under a name of its own.
 
 gemm_config is gemm by a named row of _planner.gemm_configs(), for tests and benchmarks alone.
 """
@@ -18,6 +21,7 @@ from .reference import TILE
 from .scheme import BLOCK_SIZES, DUAL_BLOCK_SIZE, ROTATIONS, SCALE_MODES, WEIGHT_BITS
 
 ACTIVATIONS = ("none", "gelu_tanh")
+TOKEN_NORMS = ("none", "layer", "rms")
 GEMV_MAX_ROWS = 8
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # float64 exists on the CPU only, as the oracle of the tests.
@@ -31,6 +35,9 @@ _SCHEMAS = {
     "-> (Tensor, Tensor)",
     "rotate": "(Tensor x, Tensor? channel_scale, Tensor? permutation, Tensor? matrices, "
     "str rotation, int block_size) -> Tensor",
+    "_rotate_rows": "(Tensor x, Tensor? second, Tensor? scale, Tensor? shift, str norm, float eps, "
+    "Tensor? channel_scale, int block_size, int act_bits, str scale_mode, float scale_factor) "
+    "-> (Tensor, Tensor)",
     "prepack": "(Tensor codes, int in_features, int weight_bits) -> Tensor",
     "unprepack": "(Tensor weight, int out_features, int in_features, int weight_bits) -> Tensor",
     "dequantize": "(Tensor weight, Tensor levels, Tensor weight_scale, int out_features, "
@@ -115,11 +122,72 @@ def _check_rotate(
     _check_optional(op, "matrices", matrices, f32, (2, DUAL_BLOCK_SIZE, DUAL_BLOCK_SIZE), x.device)
 
 
-def _check_quantize(act_bits: int, scale_mode: str, scale_factor: float) -> None:
-    _check_choice("rotate_quantize", "act_bits", act_bits, (4, 8))
-    _check_choice("rotate_quantize", "scale_mode", scale_mode, SCALE_MODES)
+def _check_quantize(
+    act_bits: int, scale_mode: str, scale_factor: float, op: str = "rotate_quantize"
+) -> None:
+    _check_choice(op, "act_bits", act_bits, (4, 8))
+    _check_choice(op, "scale_mode", scale_mode, SCALE_MODES)
     if not 0 < scale_factor < float("inf"):
-        _fail("rotate_quantize", "scale_factor", "positive and finite", scale_factor)
+        _fail(op, "scale_factor", "positive and finite", scale_factor)
+
+
+def _check_rotate_rows(
+    x: Tensor,
+    second: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    norm: str,
+    eps: float,
+    channel_scale: Tensor | None,
+    block_size: int,
+    act_bits: int,
+    scale_mode: str,
+    scale_factor: float,
+) -> int:
+    """Checks the arguments and returns K."""
+    op = "_rotate_rows"
+    _check_choice(op, "dtype of x", x.dtype, _ORACLE_DTYPES)
+    in_features = 0
+    for name, source in (("x", x), ("second", second)):
+        if source is None:
+            continue
+        if source.dtype != x.dtype or source.dim() not in (2, 3):
+            got = f"{source.dtype} {list(source.shape)}"
+            _fail(op, name, f"{x.dtype} [M, K] or [B, T, K]", got)
+        if source.numel() and source.stride(-1) != 1:
+            _fail(op, name, "of last stride 1", f"strides {source.stride()}")
+        if source.shape[:-1] != x.shape[:-1]:
+            expected = f"of as many rows as x, {list(x.shape)}"
+            _fail(op, name, expected, f"shape {list(source.shape)}")
+        if source.device != x.device:
+            _fail(op, name, f"on {x.device}", f"a tensor on {source.device}")
+        in_features += source.shape[-1]
+    _check_choice(op, "norm", norm, TOKEN_NORMS)
+    _check_choice(op, "block_size", block_size, BLOCK_SIZES)
+    if in_features % block_size:
+        _fail(op, "K", f"a multiple of block_size {block_size}", in_features)
+    if norm == "none" and (scale is not None or shift is not None):
+        _fail(op, "scale and shift", "given with a norm only", "norm 'none'")
+    tokens = x.shape[:-1].numel()
+    for name, vectors in (("scale", scale), ("shift", shift)):
+        if vectors is None:
+            continue
+        if vectors.dtype not in (x.dtype, torch.float32):
+            _fail(op, name, f"of dtype {x.dtype} or torch.float32", vectors.dtype)
+        shape = list(vectors.shape)
+        if len(shape) != 2 or shape[1] != in_features or shape[0] == 0 or tokens % shape[0]:
+            expected = f"[B, {in_features}] with B a divisor of M = {tokens}"
+            _fail(op, name, expected, f"shape {shape}")
+        if vectors.device != x.device:
+            _fail(op, name, f"on {x.device}", f"a tensor on {vectors.device}")
+        _check_rows(op, name, vectors)
+    if scale is not None and shift is not None:
+        of_scale, of_shift = scale.shape[0], shift.shape[0]
+        if of_scale != of_shift and 1 not in (of_scale, of_shift):
+            _fail(op, "shift", f"of as many rows as scale, {of_scale}", of_shift)
+    _check_optional(op, "channel_scale", channel_scale, torch.float32, (in_features,), x.device)
+    _check_quantize(act_bits, scale_mode, scale_factor, op)
+    return in_features
 
 
 def _weight_shape(out_features: int, in_features: int, weight_bits: int) -> tuple[int, ...]:
@@ -273,6 +341,11 @@ def _rotate_cpu(*arguments):  # type: ignore[no-untyped-def]
     return result.clone() if result.data_ptr() == arguments[0].data_ptr() else result
 
 
+def _rotate_rows_cpu(*arguments):  # type: ignore[no-untyped-def]
+    _check_rotate_rows(*arguments)
+    return reference.rotate_rows(*arguments)
+
+
 def _prepack_cpu(codes: Tensor, in_features: int, weight_bits: int) -> Tensor:
     _check_prepack(codes, in_features, weight_bits)
     return reference.prepack(codes, in_features, weight_bits)
@@ -351,6 +424,14 @@ def _rotate_fake(x, channel_scale, permutation, matrices, rotation, block_size):
     return x.new_empty(x.shape)
 
 
+def _rotate_rows_fake(*arguments):  # type: ignore[no-untyped-def]
+    in_features = _check_rotate_rows(*arguments)
+    x = arguments[0]
+    scale_dtype = torch.promote_types(x.dtype, torch.float32)
+    x_q = x.new_empty((*x.shape[:-1], in_features), dtype=torch.int8)
+    return x_q, x.new_empty(x.shape[:-1], dtype=scale_dtype)
+
+
 def _prepack_fake(codes, in_features, weight_bits):  # type: ignore[no-untyped-def]
     _check_prepack(codes, in_features, weight_bits)
     return codes.new_empty(_weight_shape(codes.shape[0], in_features, weight_bits))
@@ -386,6 +467,7 @@ def _gemv_fake(*arguments):  # type: ignore[no-untyped-def]
 _CPU = {
     "rotate_quantize": _rotate_quantize_cpu,
     "rotate": _rotate_cpu,
+    "_rotate_rows": _rotate_rows_cpu,
     "prepack": _prepack_cpu,
     "unprepack": _unprepack_cpu,
     "dequantize": _dequantize_cpu,
@@ -396,6 +478,7 @@ _CPU = {
 _FAKE = {
     "rotate_quantize": _rotate_quantize_fake,
     "rotate": _rotate_fake,
+    "_rotate_rows": _rotate_rows_fake,
     "prepack": _prepack_fake,
     "unprepack": _unprepack_fake,
     "dequantize": _dequantize_fake,
@@ -434,6 +517,35 @@ def rotate_quantize(
         permutation,
         matrices,
         rotation,
+        block_size,
+        act_bits,
+        scale_mode,
+        scale_factor,
+    )
+
+
+def _rotate_rows(
+    x: Tensor,
+    second: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    norm: str,
+    eps: float,
+    channel_scale: Tensor | None,
+    block_size: int,
+    act_bits: int,
+    scale_mode: str,
+    scale_factor: float,
+) -> tuple[Tensor, Tensor]:
+    """The CUDA kernel of rotate_quantize and its fused forms. See reference.rotate_rows."""
+    return torch.ops.lrq._rotate_rows.default(
+        x,
+        second,
+        scale,
+        shift,
+        norm,
+        eps,
+        channel_scale,
         block_size,
         act_bits,
         scale_mode,

@@ -102,6 +102,59 @@ def rotate_quantize(
     return quantize_by_scale(v, x_scale, act_bits), x_scale
 
 
+def rotated_rows(
+    x: Tensor,
+    second: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    norm: str,
+    eps: float,
+    channel_scale: Tensor | None,
+    block_size: int,
+) -> Tensor:
+    """Hadamard of (norm(concat(x, second)) * (1 + scale) + shift) * channel_scale, in fp32 or fp64.
+
+    x [M, K1] or [B, T, K1], second (optional) the same with K2, K = K1 + K2. norm over K, without
+    affine: "layer" (x - mean) / sqrt(var + eps), "rms" x / sqrt(mean x^2 + eps), or "none".
+    scale, shift [S, K] (optional, with a norm): row m belongs to sample m // (M / S).
+    """
+    v = x if second is None else torch.cat([x, second], dim=-1)
+    v = v.to(torch.promote_types(x.dtype, torch.float32))
+    if norm == "layer":
+        v = v - v.mean(dim=-1, keepdim=True)
+    if norm != "none":
+        v = v * (v.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    rows = v.reshape(x.shape[:-1].numel(), v.shape[-1])
+
+    def of_rows(vectors: Tensor) -> Tensor:
+        return vectors.to(v.dtype).repeat_interleave(rows.shape[0] // vectors.shape[0], dim=0)
+
+    if scale is not None:
+        rows = rows * (1.0 + of_rows(scale))
+    if shift is not None:
+        rows = rows + of_rows(shift)
+    return _rotate_wide(rows.view(v.shape), channel_scale, None, None, "hadamard", block_size)
+
+
+def rotate_rows(
+    x: Tensor,
+    second: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    norm: str,
+    eps: float,
+    channel_scale: Tensor | None,
+    block_size: int,
+    act_bits: int,
+    scale_mode: str,
+    scale_factor: float,
+) -> tuple[Tensor, Tensor]:
+    """rotated_rows, quantized as rotate_quantize does it: (x_q int8 [..., K], x_scale [...])."""
+    v = rotated_rows(x, second, scale, shift, norm, eps, channel_scale, block_size)
+    x_scale = token_scale(v, act_bits, scale_mode, scale_factor)
+    return quantize_by_scale(v, x_scale, act_bits), x_scale
+
+
 def token_scale(v: Tensor, act_bits: int, scale_mode: str, scale_factor: float) -> Tensor:
     """Quantization step of each token (last dimension of v), in v's dtype."""
     qmax = activation_qmax(act_bits)

@@ -40,6 +40,27 @@ def quantize_arguments(device: str, rotation: str = "hadamard", x: Any = None) -
     }
 
 
+def rotate_rows_arguments(device: str, norm: str = "layer", samples: int = 2) -> Arguments:
+    """Two sources, the second of wider rows; with a norm also modulation."""
+    dtype = torch.bfloat16
+    scale = shift = None
+    if norm != "none":
+        scale, shift = (torch.randn(samples, 2 * K).to(device) for _ in range(2))
+    return {
+        "x": torch.randn(M, K).to(device, dtype),
+        "second": torch.randn(M, K + 64).to(device, dtype)[:, :K],
+        "scale": scale,
+        "shift": None if shift is None else shift.to(dtype),
+        "norm": norm,
+        "eps": 1e-6,
+        "channel_scale": torch.randn(2 * K).to(device),
+        "block_size": 256,
+        "act_bits": 8,
+        "scale_mode": "absmax",
+        "scale_factor": 1.0,
+    }
+
+
 def gemm_arguments(
     device: str, out_dtype: torch.dtype = torch.bfloat16, rows: int = M, samples: int = 0
 ) -> Arguments:
@@ -108,6 +129,7 @@ def dequantize_arguments(device: str) -> Arguments:
 VALID: dict[str, Callable[[str], Arguments]] = {
     "rotate": rotate_arguments,
     "rotate_quantize": quantize_arguments,
+    "_rotate_rows": rotate_rows_arguments,
     "prepack": prepack_arguments,
     "unprepack": unprepack_arguments,
     "dequantize": dequantize_arguments,
@@ -127,6 +149,19 @@ def strided_rows(device: str) -> Arguments:
 
 def no_tokens(device: str) -> Arguments:
     return quantize_arguments(device, x=torch.empty(0, K, device=device))
+
+
+def batch_of_rows(device: str) -> Arguments:
+    arguments = rotate_rows_arguments(device, "rms")
+    for name in ("x", "second"):
+        arguments[name] = arguments[name].reshape(2, M // 2, K)
+    return {**arguments, "shift": None, "scale_mode": "rms", "scale_factor": 0.03}
+
+
+def no_rows(device: str) -> Arguments:
+    arguments = rotate_rows_arguments(device, "none")
+    x = torch.empty(0, K, dtype=torch.bfloat16, device=device)
+    return {**arguments, "x": x, "second": x.clone()}
 
 
 def identity(device: str) -> Arguments:
@@ -151,6 +186,8 @@ SAMPLES: list[tuple[str, str, Callable[[str], Arguments]]] = [
     ("rotate_quantize", "strided rows", strided_rows),
     ("rotate_quantize", "no tokens", no_tokens),
     ("rotate_quantize", "smoothed only", smoothed_only),
+    ("_rotate_rows", "batch", batch_of_rows),
+    ("_rotate_rows", "no tokens", no_rows),
     ("gemm", "int32", lambda device: gemm_arguments(device, torch.int32)),
     ("gemm", "gate", lambda device: gemm_arguments(device, torch.float16, samples=3)),
     ("gemm", "no tokens", lambda device: gemm_arguments(device, torch.float32, rows=0)),
