@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.dit_shapes import FLUX_DEV, PIXART_SIGMA
+from benchmarks.timing import copy_gbps
 from lrq_kernels import _planner
 from lrq_kernels.testing import make_problem
 
@@ -240,15 +241,6 @@ def burst(variant: Variant, estimate_us: float) -> list[float]:
 REGIMES = {"sustained": sustained, "burst": burst}
 
 
-def copy_gbps(device: str) -> float:
-    """Bytes read and written per second by a large copy, the ceiling of gbps."""
-    source = torch.empty(1 << 29, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    variant = Variant("copy", [lambda: target.copy_(source)], 2 * source.numel())
-    variant.run(5)
-    return variant.bytes_per_call / statistics.median(batch_us(variant, 2, 15)) / 1e3
-
-
 def spread(samples: list[float]) -> float:
     if len(samples) < 4:
         return 0.0
@@ -343,7 +335,7 @@ def main() -> None:
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     print(f"not in this benchmark yet: {', '.join(ABSENT)}")
-    ceiling = copy_gbps("cuda")
+    ceiling = copy_gbps()
     print(f"copy {ceiling:.0f} GB/s; int8 ceiling {INT8_TOPS:.0f} TOPS")
     sizes = f"{'M':>6} {'N':>6} {'K':>6} {'variant':22} {'regime':10}"
     print(
