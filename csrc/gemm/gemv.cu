@@ -173,7 +173,6 @@ template <int kBits, int kQuads>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     gemv_kernel(const __grid_constant__ GemvArgs args, const bool aligned) {
   using Shared = GemvShared<kBits, kQuads>;
-  constexpr int kTokens = Shared::kTokens;
   constexpr int kWindow = Shared::kWindow;
   constexpr int kStages = Shared::kStages;
   extern __shared__ __align__(128) unsigned char shared[];
@@ -245,43 +244,47 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   CanonicalLevels<kBits> next_levels[kRowsPerLane];
   load_levels(next_levels, 0);
 
-  // Inputs are read one k tile ahead of their conversion. Limbs of tokens past M are never written;
+  // Puts the limbs of a window into shared memory, a quad of tokens of a k tile at a time, whose
+  // inputs are read while the quad before is converted. Limbs of tokens past M are never written;
   // what they multiply to is never stored.
   const auto hold_inputs = [&](auto type_tag, int window) {
     using T = decltype(type_tag);
-    Raw4 next[kTokens];
-    const auto fetch = [&](int tile) {
-      const int k = (warp + tile * kWarps) * kTileInputs + kInputsPerLane * lane;
+    const int held_tiles = min_of(kWindow, tiles - window);
+    Raw4 next[kQuad];
+    const auto fetch = [&](int held, int quad) {
+      const int k = (warp + (window + held) * kWarps) * kTileInputs + kInputsPerLane * lane;
 #pragma unroll
-      for (int m = 0; m < kTokens; ++m) {
-        if (m < m_size && tile < tiles) {
+      for (int i = 0; i < kQuad; ++i) {
+        const int m = kQuad * quad + i;
+        if (m < m_size && held < held_tiles) {
           const auto* row = static_cast<const uint16_t*>(args.x) + m * args.x_stride;
-          next[m] = load_inputs(row, k, k_size, aligned);
+          next[i] = load_inputs(row, k, k_size, aligned);
         }
       }
     };
-    fetch(window);
+    fetch(0, 0);
     __syncwarp();  // all lanes have left the window before
-    const int held_tiles = min_of(kWindow, tiles - window);
 #pragma unroll 1
-    for (int held = 0; held < held_tiles; ++held) {
-      Raw4 inputs[kTokens];
+    for (int i = 0; i < held_tiles * kQuads; ++i) {
+      const int held = i / kQuads;
+      const int quad = i % kQuads;
+      Raw4 inputs[kQuad];
 #pragma unroll
-      for (int m = 0; m < kTokens; ++m) {
-        inputs[m] = next[m];
+      for (int token = 0; token < kQuad; ++token) {
+        inputs[token] = next[token];
       }
-      fetch(held + 1 < held_tiles ? window + held + 1 : tiles);
+      fetch((i + 1) / kQuads, (i + 1) % kQuads);
+      // Inputs 4 lane .. 4 lane + 3: slice lane / 8, register lane / 4 % 2, mma's t = lane % 4.
+      auto& target = mine.limbs[held][quad][lane / 16];
 #pragma unroll
-      for (int m = 0; m < kTokens; ++m) {
-        if (m < m_size) {
-          const LimbWords words = split_inputs<T>(inputs[m]);
-          // Inputs 4 lane .. 4 lane + 3: slice lane / 8, register lane / 4 % 2, mma's t = lane % 4.
-          auto& target = mine.limbs[held][m / kQuad][lane / 16];
-          const int column = kLimbs * (m % kQuad);
-          target[4 * column + lane % 4][lane / 4 % 4] = words.high;
-          target[4 * (column + 1) + lane % 4][lane / 4 % 4] = words.low;
+      for (int token = 0; token < kQuad; ++token) {
+        if (kQuad * quad + token < m_size) {
+          const LimbWords words = split_inputs<T>(inputs[token]);
+          const int high = kLimbs * token;  // a column of operand B
+          target[4 * high + lane % 4][lane / 4 % 4] = words.high;
+          target[4 * (high + 1) + lane % 4][lane / 4 % 4] = words.low;
           if (lane == 0) {
-            mine.step[held][m] = words.step;
+            mine.step[held][kQuad * quad + token] = words.step;
           }
         }
       }
