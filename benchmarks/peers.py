@@ -47,3 +47,6 @@ def nf4(x: Tensor, weight: Tensor) -> Call:
     bitsandbytes = package("bitsandbytes")
     packed, state = bitsandbytes.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     return lambda: bitsandbytes.matmul_4bit(x, packed.t(), quant_state=state)
+
+
+FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Call]] = {"tinygemm": tinygemm, "nf4": nf4}

@@ -377,14 +377,33 @@ def gemv(
     fp32; part = fma(that, step, part) for eight parts, block i in part i % 8, and the parts are
     added in order. For fp32 the sum is fp32 in no fixed order. The result has x's dtype.
     """
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return gemm_a16(x, weight, levels, weight_scale, bias, weight_bits, out_features)
+    w_q = weight_levels(weight, levels, out_features, x.shape[1], weight_bits)
+    total = _sum_of_blocks(*split_limbs(x), w_q)
+    if bias is None:
+        return (total * weight_scale).to(x.dtype)
+    return fused_multiply_add(total, weight_scale, bias).to(x.dtype)
+
+
+def gemm_a16(
+    x: Tensor,
+    weight: Tensor,
+    levels: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    out_features: int,
+) -> Tensor:
+    """x [M, K] (bf16, fp16, fp32) times the decoded weight: fma(sum_k x * level, scale, bias).
+
+    The sum is fp32 in no fixed order, over exact products; the result has x's dtype.
+    """
     w_q = weight_levels(weight, levels, out_features, x.shape[1], weight_bits)
     if x.dtype == torch.float64:
         y = (x @ w_q.double().T) * weight_scale.double()
         return y if bias is None else y + bias.double()
-    if x.dtype == torch.float32:
-        total = plain_matmul(x, w_q.float().T)
-    else:
-        total = _sum_of_blocks(*split_limbs(x), w_q)
+    total = plain_matmul(x.float(), w_q.float().T)
     if bias is None:
         return (total * weight_scale).to(x.dtype)
     return fused_multiply_add(total, weight_scale, bias).to(x.dtype)

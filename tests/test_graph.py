@@ -32,6 +32,7 @@ LATE = {
     "dequantize": "weight",
     "gemm": "x_q",
     "gemv": "x",
+    "gemm_a16": "x",
 }
 
 

@@ -542,3 +542,16 @@ def test_a_block_with_an_infinity_or_nan_spoils_its_row_alone():
     y = reference.gemv(x, *constants)
     assert bool(y[0].isnan().all()) and bool(y[2].isnan().all())
     assert torch.equal(y[1], clean[1])
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_gemm_a16_sums_exact_products(bits: int, dtype: torch.dtype):
+    """With inputs whose sums fp32 holds, every bit is known."""
+    problem = make_problem(1, 70, 160, bits)
+    problem.weight_scale.fill_(2.0**-8)
+    x = torch.randint(-3, 4, (20, 160)).to(dtype)
+    constants = (problem.weight, problem.levels, problem.weight_scale, problem.bias, bits, 70)
+    total = x.double() @ problem.weight_levels().double().T
+    expected = (total * 2.0**-8 + problem.bias.double()).float().to(dtype)
+    assert torch.equal(reference.gemm_a16(x, *constants), expected)

@@ -171,7 +171,7 @@ struct Walk {
 
 template <int kBits, int kQuads>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    gemv_kernel(const __grid_constant__ GemvArgs args, const bool aligned) {
+    gemv_kernel(const __grid_constant__ A16Args args, const bool aligned) {
   using Shared = GemvShared<kBits, kQuads>;
   constexpr int kWindow = Shared::kWindow;
   constexpr int kStages = Shared::kStages;
@@ -428,7 +428,7 @@ cudaError_t resident_blocks(int shared_bytes, int* blocks) {
 }
 
 template <int kBits, int kQuads>
-cudaError_t launch_instance(const GemvArgs& args, cudaStream_t stream) {
+cudaError_t launch_instance(const A16Args& args, cudaStream_t stream) {
   constexpr int kSharedBytes = sizeof(GemvShared<kBits, kQuads>);
   static_assert(kSharedBytes <= 99 * 1024, "what every architecture from 8.0 has for a block");
   const auto kernel = gemv_kernel<kBits, kQuads>;
@@ -449,14 +449,14 @@ cudaError_t launch_instance(const GemvArgs& args, cudaStream_t stream) {
 }
 
 template <int kBits>
-cudaError_t launch_tokens(const GemvArgs& args, cudaStream_t stream) {
+cudaError_t launch_tokens(const A16Args& args, cudaStream_t stream) {
   return args.problem.m <= kQuad ? launch_instance<kBits, 1>(args, stream)
                                  : launch_instance<kBits, kGemvMaxTokens / kQuad>(args, stream);
 }
 
 }  // namespace
 
-cudaError_t launch_gemv(const GemvArgs& args, cudaStream_t stream) {
+cudaError_t launch_gemv(const A16Args& args, cudaStream_t stream) {
   if (args.problem.m < 1 || args.problem.m > kGemvMaxTokens) {
     return cudaErrorInvalidValue;
   }
