@@ -1,10 +1,11 @@
-// CUDA kernels of lrq::{prepack, unprepack, dequantize, gemm, gemm_config, gemv, _rotate_rows}:
-// check, fill a struct, launch.
+// CUDA kernels of lrq::{prepack, unprepack, dequantize, gemm, gemm_config, gemv, gemm_a16,
+// _rotate_rows}: check, fill a struct, launch.
 // The only file that sees tensors. Schemas, fakes and CPU kernels are in lrq_kernels/ops.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <cmath>
 #include <optional>
 #include <string>
@@ -292,42 +293,109 @@ Tensor gemm_config(const Tensor& x_q, const Tensor& x_scale, const Tensor& weigh
                   weight_bits, out_features, activation, out_dtype, config);
 }
 
-Tensor gemv(const Tensor& x, const Tensor& weight, const Tensor& levels, const Tensor& weight_scale,
-            const std::optional<Tensor>& bias, int64_t weight_bits, int64_t out_features) {
-  constexpr const char* kOp = "gemv";
-  const Argument of_x{kOp, "x"};
-  const ScalarType dtype = x.scalar_type();
-  LRQ_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-            (Argument{kOp, "dtype of x on CUDA"}), "one of (torch.bfloat16, torch.float16)",
-            dtype_text(dtype));
-  LRQ_CHECK(x.dim() == 2 && x.size(0) <= kGemvMaxTokens, of_x,
-            "[M, K] with M at most " + std::to_string(kGemvMaxTokens),
-            "shape " + list_text(x.sizes()));
-  check_rows(of_x, x);
-  const int64_t m = x.size(0);
-  const int64_t k = x.size(1);
-  check_weight(kOp, weight, out_features, k, weight_bits, x);
-  check_codebook(kOp, levels, weight_scale, out_features, weight_bits, x);
-  check_bias(kOp, bias, out_features, x);
+// x [M, K] in 16 bits and its weight, as gemv and gemm_a16 take them.
+void check_a16(const char* op, const Tensor& x, const Tensor& weight, const Tensor& levels,
+               const Tensor& weight_scale, const std::optional<Tensor>& bias, int64_t weight_bits,
+               int64_t out_features) {
+  check_rows({op, "x"}, x);
+  check_size(op, "M", x.size(0));
+  check_weight(op, weight, out_features, x.size(1), weight_bits, x);
+  check_codebook(op, levels, weight_scale, out_features, weight_bits, x);
+  check_bias(op, bias, out_features, x);
+}
 
-  const int32_t device = x.get_device_index();
-  const DeviceGuard guard(device);
-  device_arch(kOp, device);
-  Tensor y = torch::stable::new_empty(x, {m, out_features});
-  if (y.numel() == 0) {
-    return y;
-  }
-  GemvArgs args;
-  args.problem = {m, out_features, k, static_cast<int>(weight_bits)};
+A16Args a16_args(const Tensor& x, const Tensor& weight, const Tensor& levels,
+                 const Tensor& weight_scale, const std::optional<Tensor>& bias, int64_t weight_bits,
+                 int64_t out_features) {
+  A16Args args;
+  args.problem = {x.size(0), out_features, x.size(1), static_cast<int>(weight_bits)};
   args.x = x.const_data_ptr();
   args.x_stride = x.stride(0);
   args.weight = const_pointer<uint32_t>(weight);
   args.levels = const_pointer<int8_t>(levels);
   args.weight_scale = const_pointer<float>(weight_scale);
   args.bias = const_pointer<float>(bias);
-  args.type = *out_type_of(dtype);
+  args.type = *out_type_of(x.scalar_type());
+  args.y = nullptr;
+  args.tile_m = 0;
+  return args;
+}
+
+Tensor gemv(const Tensor& x, const Tensor& weight, const Tensor& levels, const Tensor& weight_scale,
+            const std::optional<Tensor>& bias, int64_t weight_bits, int64_t out_features) {
+  constexpr const char* kOp = "gemv";
+  const ScalarType dtype = x.scalar_type();
+  LRQ_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+            (Argument{kOp, "dtype of x on CUDA"}), "one of (torch.bfloat16, torch.float16)",
+            dtype_text(dtype));
+  LRQ_CHECK(x.dim() == 2 && x.size(0) <= kGemvMaxTokens, (Argument{kOp, "x"}),
+            "[M, K] with M at most " + std::to_string(kGemvMaxTokens),
+            "shape " + list_text(x.sizes()));
+  check_a16(kOp, x, weight, levels, weight_scale, bias, weight_bits, out_features);
+
+  const int32_t device = x.get_device_index();
+  const DeviceGuard guard(device);
+  device_arch(kOp, device);
+  Tensor y = torch::stable::new_empty(x, {x.size(0), out_features});
+  if (y.numel() == 0) {
+    return y;
+  }
+  A16Args args = a16_args(x, weight, levels, weight_scale, bias, weight_bits, out_features);
   args.y = y.mutable_data_ptr();
   check_cuda(kOp, launch_gemv(args, current_stream(device)));
+  return y;
+}
+
+// torch's own product with a weight [N, K] of x's dtype.
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack = {from(x), from(weight), from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// gemv for few rows, a kernel of its own where there is one, dequantize and torch elsewhere.
+Tensor gemm_a16(const Tensor& x, const Tensor& weight, const Tensor& levels,
+                const Tensor& weight_scale, const std::optional<Tensor>& bias, int64_t weight_bits,
+                int64_t out_features, int64_t tile_m) {
+  constexpr const char* kOp = "gemm_a16";
+  const ScalarType dtype = x.scalar_type();
+  const bool wide = dtype == ScalarType::Float;
+  LRQ_CHECK(wide || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+            (Argument{kOp, "dtype of x on CUDA"}),
+            "one of (torch.bfloat16, torch.float16, torch.float32)", dtype_text(dtype));
+  LRQ_CHECK(x.dim() == 2, (Argument{kOp, "x"}), "[M, K]", "shape " + list_text(x.sizes()));
+  LRQ_CHECK(tile_m == 0 || tile_m == 64 || tile_m == 128 || tile_m == 192 || tile_m == 256,
+            (Argument{kOp, "tile_m"}), "one of (0, 64, 128, 192, 256)", std::to_string(tile_m));
+  check_a16(kOp, x, weight, levels, weight_scale, bias, weight_bits, out_features);
+  if (tile_m == 0 && !wide && x.size(0) <= kGemvMaxTokens) {
+    return gemv(x, weight, levels, weight_scale, bias, weight_bits, out_features);
+  }
+
+  const int32_t device = x.get_device_index();
+  const DeviceGuard guard(device);
+  const int arch = device_arch(kOp, device);
+  A16Args args = a16_args(x, weight, levels, weight_scale, bias, weight_bits, out_features);
+  args.tile_m = static_cast<int>(tile_m);
+  const bool has_kernel = !wide && has_gemm_a16(args, arch);
+  LRQ_CHECK(has_kernel || tile_m == 0, (Argument{kOp, "tile_m"}),
+            "0 where dtype, alignment or GPU leave no kernel", std::to_string(tile_m));
+  if (!has_kernel) {
+    const Tensor dense =
+        dequantize(weight, levels, weight_scale, out_features, x.size(1), weight_bits, dtype);
+    std::optional<Tensor> narrow_bias;
+    if (bias.has_value()) {
+      narrow_bias = torch::stable::to(*bias, dtype);
+    }
+    return linear(x, dense, narrow_bias);
+  }
+  Tensor y = torch::stable::new_empty(x, {x.size(0), out_features});
+  if (y.numel() == 0) {
+    return y;
+  }
+  args.y = y.mutable_data_ptr();
+  check_cuda(kOp, launch_gemm_a16(args, current_stream(device)));
   return y;
 }
 
@@ -525,5 +593,6 @@ STABLE_TORCH_LIBRARY_IMPL(lrq, CUDA, m) {
   m.impl("gemm", TORCH_BOX(&lrq::gemm));
   m.impl("gemm_config", TORCH_BOX(&lrq::gemm_config));
   m.impl("gemv", TORCH_BOX(&lrq::gemv));
+  m.impl("gemm_a16", TORCH_BOX(&lrq::gemm_a16));
   m.impl("_rotate_rows", TORCH_BOX(&lrq::rotate_rows));
 }

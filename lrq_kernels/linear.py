@@ -15,7 +15,6 @@ import weakref
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
@@ -194,7 +193,7 @@ class LRQLinear(nn.Linear):
     Buffers: packed_weight (int32, device layout of lrq::prepack), levels (int8 [N, 2^b]),
     weight_scale and bias_bits (fp32 [N] as int32). x is [..., K] in bf16, fp16 or fp32; y has x's
     dtype. act_bits 8 and 4 take two launches: rotate_quantize and gemm. act_bits 16 rotates, then
-    runs gemv for at most 8 rows, and above that dequantizes the weight and calls torch.
+    runs gemm_a16.
 
     It is an nn.Linear, so that PEFT and offloading take it for one: weight is a placeholder without
     values, of the dtype that the model around it has (dtype), and bias is float32. state_dict holds
@@ -321,19 +320,15 @@ class LRQLinear(nn.Linear):
         return y.view(*x.shape[:-1], self.out_features)
 
     def _forward_a16(self, rows: Tensor) -> Tensor:
-        bias = self.bias
-        if rows.shape[0] <= ops.GEMV_MAX_ROWS:
-            return ops.gemv(
-                rows.contiguous(),
-                self.packed_weight,
-                self.levels,
-                self.weight_scale.view(torch.float32),
-                bias,
-                self.scheme.weight_bits,
-                self.out_features,
-            )
-        weight = self.dequantize(rows.dtype)
-        return F.linear(rows, weight, None if bias is None else bias.to(rows.dtype))
+        return ops.gemm_a16(
+            _with_last_stride_1(rows),
+            self.packed_weight,
+            self.levels,
+            self.weight_scale.view(torch.float32),
+            self.bias,
+            self.scheme.weight_bits,
+            self.out_features,
+        )
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight in the model's own domain, [N, K]: smoothing and rotation undone."""

@@ -1,8 +1,8 @@
 """The torch ops `lrq::*`: schemas, checks, fakes, CPU kernels (the reference) and Triton kernels.
 
 The dispatcher is the only place that knows devices. CUDA kernels of prepack, unprepack,
-dequantize, gemm, gemv and _rotate_rows come from csrc/ops.cpp; those of rotate and rotate_quantize
-are Triton and registered here. Every op is functional and returns fresh tensors.
+dequantize, gemm, gemv, gemm_a16 and _rotate_rows come from csrc/ops.cpp; those of rotate and
+rotate_quantize are Triton and registered here. Every op is functional and returns fresh tensors.
 
 _rotate_rows is the CUDA kernel of rotate_quantize and its fused forms for the problems that
 _planner.supports_rotate_rows allows, under a name of its own.
@@ -23,6 +23,7 @@ from .scheme import BLOCK_SIZES, DUAL_BLOCK_SIZE, ROTATIONS, SCALE_MODES, WEIGHT
 ACTIVATIONS = ("none", "gelu_tanh")
 TOKEN_NORMS = ("none", "layer", "rms")
 GEMV_MAX_ROWS = 8
+A16_TILES = (0, 64, 128, 192, 256)  # tile_m of gemm_a16; 0: chosen for the problem
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # float64 exists on the CPU only, as the oracle of the tests.
 _ORACLE_DTYPES = (*FLOAT_DTYPES, torch.float64)
@@ -50,6 +51,8 @@ _SCHEMAS = {
     "int out_features, str activation, ScalarType out_dtype, int config) -> Tensor",
     "gemv": "(Tensor x, Tensor weight, Tensor levels, Tensor weight_scale, Tensor? bias, "
     "int weight_bits, int out_features) -> Tensor",
+    "gemm_a16": "(Tensor x, Tensor weight, Tensor levels, Tensor weight_scale, Tensor? bias, "
+    "int weight_bits, int out_features, int tile_m=0) -> Tensor",
 }
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
@@ -288,10 +291,39 @@ def _check_gemv(
     weight_bits: int,
     out_features: int,
 ) -> None:
-    op = "gemv"
-    _check_choice(op, "dtype of x", x.dtype, _ORACLE_DTYPES)
+    _check_choice("gemv", "dtype of x", x.dtype, _ORACLE_DTYPES)
     if x.dim() != 2 or x.shape[0] > GEMV_MAX_ROWS:
-        _fail(op, "x", f"[M, K] with M at most {GEMV_MAX_ROWS}", f"shape {list(x.shape)}")
+        _fail("gemv", "x", f"[M, K] with M at most {GEMV_MAX_ROWS}", f"shape {list(x.shape)}")
+    _check_a16("gemv", x, weight, levels, weight_scale, bias, weight_bits, out_features)
+
+
+def _check_gemm_a16(
+    x: Tensor,
+    weight: Tensor,
+    levels: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    out_features: int,
+    tile_m: int = 0,
+) -> None:
+    _check_choice("gemm_a16", "dtype of x", x.dtype, _ORACLE_DTYPES)
+    if x.dim() != 2:
+        _fail("gemm_a16", "x", "[M, K]", f"shape {list(x.shape)}")
+    _check_choice("gemm_a16", "tile_m", tile_m, A16_TILES)
+    _check_a16("gemm_a16", x, weight, levels, weight_scale, bias, weight_bits, out_features)
+
+
+def _check_a16(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    levels: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    out_features: int,
+) -> None:
     _check_rows(op, "x", x)
     _check_weight(op, weight, out_features, x.shape[1], weight_bits)
     if weight.device != x.device:
@@ -374,6 +406,12 @@ def _gemm_config_cpu(*arguments):  # type: ignore[no-untyped-def]
 def _gemv_cpu(*arguments):  # type: ignore[no-untyped-def]
     _check_gemv(*arguments)
     return reference.gemv(*arguments)
+
+
+def _gemm_a16_cpu(*arguments):  # type: ignore[no-untyped-def]
+    _check_gemm_a16(*arguments)
+    few = arguments[0].shape[0] <= GEMV_MAX_ROWS
+    return (reference.gemv if few else reference.gemm_a16)(*arguments[:7])
 
 
 # ---- Triton kernels, imported on the first CUDA call --------------------------------------------
@@ -464,6 +502,11 @@ def _gemv_fake(*arguments):  # type: ignore[no-untyped-def]
     return arguments[0].new_empty(arguments[0].shape[0], arguments[6])
 
 
+def _gemm_a16_fake(*arguments):  # type: ignore[no-untyped-def]
+    _check_gemm_a16(*arguments)
+    return arguments[0].new_empty(arguments[0].shape[0], arguments[6])
+
+
 _CPU = {
     "rotate_quantize": _rotate_quantize_cpu,
     "rotate": _rotate_cpu,
@@ -474,6 +517,7 @@ _CPU = {
     "gemm": _gemm_cpu,
     "gemm_config": _gemm_config_cpu,
     "gemv": _gemv_cpu,
+    "gemm_a16": _gemm_a16_cpu,
 }
 _FAKE = {
     "rotate_quantize": _rotate_quantize_fake,
@@ -485,6 +529,7 @@ _FAKE = {
     "gemm": _gemm_fake,
     "gemm_config": _gemm_config_fake,
     "gemv": _gemv_fake,
+    "gemm_a16": _gemm_a16_fake,
 }
 for _name in _SCHEMAS:
     _library.impl(_name, _CPU[_name], "CPU")
@@ -635,4 +680,25 @@ def gemv(
     """Weight-only linear for at most 8 rows, x [M, K] in 16 bits. See reference.gemv."""
     return torch.ops.lrq.gemv.default(
         x, weight, levels, weight_scale, bias, weight_bits, out_features
+    )
+
+
+def gemm_a16(
+    x: Tensor,
+    weight: Tensor,
+    levels: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    out_features: int,
+    tile_m: int = 0,
+) -> Tensor:
+    """Weight-only linear for any number of rows, x [M, K] -> [M, N] of x's dtype.
+
+    gemv for at most 8 rows of 16 bits; above that a kernel that decodes into the product on Hopper,
+    dequantize and torch's linear elsewhere and for fp32. tile_m, tokens of a tile of that kernel,
+    is for tests and benchmarks; there the kernel runs for few rows too. See reference.gemm_a16.
+    """
+    return torch.ops.lrq.gemm_a16.default(
+        x, weight, levels, weight_scale, bias, weight_bits, out_features, tile_m
     )

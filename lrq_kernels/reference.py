@@ -392,6 +392,29 @@ def gemm(
     return out
 
 
+GEMV_WARPS = 8  # the sum over K has this many parts
+
+
+def split_limbs(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [M, K] in bf16 or fp16 as integers: (q int32 [M, tiles, 128], step fp32 [M, tiles]).
+
+    A block of 128 inputs has the least power of two as its step for which |q| <= 32639, so that
+    q = 256 high + low in two int8 values; not below 2^-126. NaN where the block holds inf or NaN.
+    """
+    padded = F.pad(x, (0, -x.shape[1] % TILE)).float()
+    blocks = padded.view(x.shape[0], padded.shape[1] // TILE, TILE)
+    largest = blocks.abs().amax(dim=-1)
+    finite = torch.isfinite(largest)
+    bits = torch.where(finite, largest, torch.zeros_like(largest)).view(torch.int32)
+    # largest = c 2^e with 1 <= c < 2: 2^(e - 14), or twice that where c 2^14 could exceed 32639.
+    exponent = ((bits + 0x10000) >> 23).clamp(min=15)
+    inverse = ((268 - exponent) << 23).view(torch.float32)
+    step = ((exponent - 14) << 23).view(torch.float32)
+    step = torch.where(finite, step, torch.full_like(step, torch.nan))
+    q = torch.where(finite[..., None], blocks, torch.zeros_like(blocks)) * inverse[..., None]
+    return q.round().to(torch.int32), step
+
+
 def gemv(
     x: Tensor,
     weight: Tensor,
@@ -403,7 +426,31 @@ def gemv(
 ) -> Tensor:
     """x [M, K] (bf16, fp16, fp32) times the decoded weight: fma(sum_k x * level, scale, bias).
 
-    The sum is fp32 in no fixed order; the result has x's dtype.
+    The sum over a block of 128 inputs is exact over the integers of split_limbs, then rounded to
+    fp32; part = fma(that, step, part) for eight parts, block i in part i % 8, and the parts are
+    added in order. For fp32 the sum is fp32 in no fixed order. The result has x's dtype.
+    """
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return gemm_a16(x, weight, levels, weight_scale, bias, weight_bits, out_features)
+    w_q = weight_levels(weight, levels, out_features, x.shape[1], weight_bits)
+    total = _sum_of_blocks(*split_limbs(x), w_q)
+    if bias is None:
+        return (total * weight_scale).to(x.dtype)
+    return fused_multiply_add(total, weight_scale, bias).to(x.dtype)
+
+
+def gemm_a16(
+    x: Tensor,
+    weight: Tensor,
+    levels: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    out_features: int,
+) -> Tensor:
+    """x [M, K] (bf16, fp16, fp32) times the decoded weight: fma(sum_k x * level, scale, bias).
+
+    The sum is fp32 in no fixed order, over exact products; the result has x's dtype.
     """
     w_q = weight_levels(weight, levels, out_features, x.shape[1], weight_bits)
     if x.dtype == torch.float64:
@@ -413,3 +460,23 @@ def gemv(
     if bias is None:
         return (total * weight_scale).to(x.dtype)
     return fused_multiply_add(total, weight_scale, bias).to(x.dtype)
+
+
+def _sum_of_blocks(q: Tensor, step: Tensor, w_q: Tensor) -> Tensor:
+    """fp32 [M, N] of q int32 [M, tiles, 128], step fp32 [M, tiles] and w_q int8 [N, K]."""
+    m, tiles, _ = q.shape
+    low = ((q + 128) & 255) - 128
+    high = (q - low) >> 8
+    parts = torch.zeros(GEMV_WARPS, m, w_q.shape[0], device=q.device)
+    for tile in range(tiles):
+        levels = w_q[:, tile * TILE : (tile + 1) * TILE].float().T
+        inputs = torch.cat([high[:, tile], low[:, tile]])[:, : levels.shape[0]].float()
+        # Both products are exact in fp32.
+        sums = plain_matmul(inputs, levels).to(torch.int32)
+        exact = 256 * sums[:m] + sums[m:]
+        part = tile % GEMV_WARPS
+        parts[part] = fused_multiply_add(exact.float(), step[:, tile, None], parts[part])
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total

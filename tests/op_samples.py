@@ -103,6 +103,10 @@ def gemv_arguments(device: str, rows: int = 2) -> Arguments:
     }
 
 
+def gemm_a16_arguments(device: str, rows: int = 20) -> Arguments:
+    return {**gemv_arguments(device, rows), "tile_m": 0}
+
+
 def prepack_arguments(device: str) -> Arguments:
     codes = torch.randint(-(2**31), 2**31, (N, K // 32 * 3), dtype=torch.int64)
     return {"codes": codes.to(device, torch.int32), "in_features": K, "weight_bits": 3}
@@ -136,6 +140,7 @@ VALID: dict[str, Callable[[str], Arguments]] = {
     "gemm": gemm_arguments,
     "gemm_config": gemm_config_arguments,
     "gemv": gemv_arguments,
+    "gemm_a16": gemm_a16_arguments,
 }
 
 
@@ -193,6 +198,8 @@ SAMPLES: list[tuple[str, str, Callable[[str], Arguments]]] = [
     ("gemm", "no tokens", lambda device: gemm_arguments(device, torch.float32, rows=0)),
     ("gemm", "gelu", gelu),
     ("gemv", "no tokens", lambda device: gemv_arguments(device, rows=0)),
+    ("gemm_a16", "few tokens", lambda device: gemm_a16_arguments(device, rows=3)),
+    ("gemm_a16", "no tokens", lambda device: gemm_a16_arguments(device, rows=0)),
 ]
 
 

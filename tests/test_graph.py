@@ -33,6 +33,7 @@ LATE = {
     "gemm": "x_q",
     "gemm_config": "x_q",
     "gemv": "x",
+    "gemm_a16": "x",
 }
 
 

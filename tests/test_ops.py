@@ -261,35 +261,37 @@ ERRORS: list[tuple[str, Change, str, str, str]] = [
     ("prepack", put(in_features=K + 1), "codes", f"torch.int32 [{N}, 15]",
      f"torch.int32 [{N}, 12]"),
     ("prepack", put(codes=columns_first), "codes", "contiguous", "strides"),
-    ("prepack unprepack dequantize gemm gemv", put(weight_bits=5), "weight_bits",
+    ("prepack unprepack dequantize gemm gemv gemm_a16", put(weight_bits=5), "weight_bits",
      "one of (2, 3, 4)", "5"),
-    ("unprepack dequantize gemm gemv", put(weight_bits=3), "weight", "torch.int32 [1, 1, 2, 768]",
-     "torch.int32 [1, 1, 2, 1024]"),
-    ("unprepack dequantize gemm gemv", put(out_features=129), "weight",
+    ("unprepack dequantize gemm gemv gemm_a16", put(weight_bits=3), "weight",
+     "torch.int32 [1, 1, 2, 768]", "torch.int32 [1, 1, 2, 1024]"),
+    ("unprepack dequantize gemm gemv gemm_a16", put(out_features=129), "weight",
      "torch.int32 [2, 1, 2, 1024]", "torch.int32 [1, 1, 2, 1024]"),
     ("unprepack dequantize", put(in_features=K + 1), "weight", "torch.int32 [1, 2, 2, 1024]",
      "torch.int32 [1, 1, 2, 1024]"),
-    ("unprepack dequantize gemm gemv", put(weight=lambda w: w.long()), "weight", "torch.int32",
-     "torch.int64"),
-    ("unprepack dequantize gemm gemv", put(weight=every_other), "weight", "contiguous", "strides"),
-    ("gemm gemv", elsewhere("weight"), "weight", "on ", "a tensor on"),
-    ("dequantize", put(out_dtype=torch.int32), "out_dtype", "one of", "torch.int32"),
-    ("dequantize gemm gemv", put(levels=lambda t: t.to(torch.int32)), "levels",
-     f"torch.int8 [{N}, 16]", f"torch.int32 [{N}, 16]"),
-    ("dequantize gemm gemv", put(levels=lambda t: t[:, :8].contiguous()), "levels",
-     f"torch.int8 [{N}, 16]", f"torch.int8 [{N}, 8]"),
-    ("dequantize gemm gemv", put(levels=columns_first), "levels", "contiguous", "strides"),
-    ("dequantize gemm gemv", elsewhere("levels"), "levels", "on ", "a tensor on"),
-    ("dequantize gemm gemv", put(weight_scale=lambda t: t.half()), "weight_scale",
-     f"torch.float32 [{N}]", f"torch.float16 [{N}]"),
-    ("dequantize gemm gemv", put(weight_scale=every_other), "weight_scale", "contiguous",
+    ("unprepack dequantize gemm gemv gemm_a16", put(weight=lambda w: w.long()), "weight",
+     "torch.int32", "torch.int64"),
+    ("unprepack dequantize gemm gemv gemm_a16", put(weight=every_other), "weight", "contiguous",
      "strides"),
-    ("dequantize gemm gemv", elsewhere("weight_scale"), "weight_scale", "on ", "a tensor on"),
-    ("gemm gemv", put(bias=lambda t: t.bfloat16()), "bias", f"torch.float32 [{N}]",
+    ("gemm gemv gemm_a16", elsewhere("weight"), "weight", "on ", "a tensor on"),
+    ("dequantize", put(out_dtype=torch.int32), "out_dtype", "one of", "torch.int32"),
+    ("dequantize gemm gemv gemm_a16", put(levels=lambda t: t.to(torch.int32)), "levels",
+     f"torch.int8 [{N}, 16]", f"torch.int32 [{N}, 16]"),
+    ("dequantize gemm gemv gemm_a16", put(levels=lambda t: t[:, :8].contiguous()), "levels",
+     f"torch.int8 [{N}, 16]", f"torch.int8 [{N}, 8]"),
+    ("dequantize gemm gemv gemm_a16", put(levels=columns_first), "levels", "contiguous", "strides"),
+    ("dequantize gemm gemv gemm_a16", elsewhere("levels"), "levels", "on ", "a tensor on"),
+    ("dequantize gemm gemv gemm_a16", put(weight_scale=lambda t: t.half()), "weight_scale",
+     f"torch.float32 [{N}]", f"torch.float16 [{N}]"),
+    ("dequantize gemm gemv gemm_a16", put(weight_scale=every_other), "weight_scale", "contiguous",
+     "strides"),
+    ("dequantize gemm gemv gemm_a16", elsewhere("weight_scale"), "weight_scale", "on ",
+     "a tensor on"),
+    ("gemm gemv gemm_a16", put(bias=lambda t: t.bfloat16()), "bias", f"torch.float32 [{N}]",
      f"torch.bfloat16 [{N}]"),
-    ("gemm gemv", put(bias=lambda t: t[:-1]), "bias", f"torch.float32 [{N}]",
+    ("gemm gemv gemm_a16", put(bias=lambda t: t[:-1]), "bias", f"torch.float32 [{N}]",
      f"torch.float32 [{N - 1}]"),
-    ("gemm gemv", elsewhere("bias"), "bias", "on ", "a tensor on"),
+    ("gemm gemv gemm_a16", elsewhere("bias"), "bias", "on ", "a tensor on"),
     ("gemm", put(x_q=lambda x: x.to(torch.int32)), "x_q", "torch.int8 [M, K]",
      f"torch.int32 [{M}, {K}]"),
     ("gemm", put(x_q=lambda x: x[None]), "x_q", "torch.int8 [M, K]", f"torch.int8 [1, {M}, {K}]"),
@@ -335,7 +337,10 @@ ERRORS: list[tuple[str, Change, str, str, str]] = [
     ("gemv", put(x=lambda x: x.to(torch.int8)), "dtype of x", "one of", "torch.int8"),
     ("gemv", put(x=lambda x: x.repeat(5, 1)), "x", "[M, K] with M at most 8", f"shape [10, {K}]"),
     ("gemv", put(x=lambda x: x[0]), "x", "[M, K] with M at most 8", f"shape [{K}]"),
-    ("gemv", put(x=columns_first), "x", "of last stride 1", "strides"),
+    ("gemv gemm_a16", put(x=columns_first), "x", "of last stride 1", "strides"),
+    ("gemm_a16", put(x=lambda x: x.to(torch.int8)), "dtype of x", "one of", "torch.int8"),
+    ("gemm_a16", put(x=lambda x: x[0]), "x", "[M, K]", f"shape [{K}]"),
+    ("gemm_a16", put(tile_m=32), "tile_m", "one of (0, 64, 128, 192, 256)", "32"),
 ]  # fmt: skip
 CASES = [
     pytest.param(op, *case, id=f"{op}-{case[1]}-{index}")
@@ -391,7 +396,7 @@ def test_checks_of_the_cuda_library_without_a_gpu(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("op", ["rotate", "rotate_quantize", "gemv"])
+@pytest.mark.parametrize("op", ["rotate", "rotate_quantize", "gemv", "gemm_a16"])
 def test_float64_is_for_the_cpu_alone(op: str):
     arguments = VALID[op]("cuda")
     arguments["x"] = arguments["x"].double()
@@ -400,7 +405,7 @@ def test_float64_is_for_the_cpu_alone(op: str):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("op", ["gemm", "gemv"])
+@pytest.mark.parametrize("op", ["gemm", "gemv", "gemm_a16"])
 def test_addresses_that_the_kernels_cannot_read_are_refused(op: str):
     arguments = VALID[op]("cuda")
     shifted = torch.empty(arguments["levels"].numel() + 16, dtype=torch.int8, device="cuda")

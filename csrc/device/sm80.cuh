@@ -18,6 +18,11 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global,
                : "memory");
 }
 
+// Copies 8 bytes to shared memory (PTX ISA 9.7.9.25.3.1, cp.async).
+__device__ __forceinline__ void cp_async_8(uint32_t shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared), "l"(global) : "memory");
+}
+
 // Closes the group of this thread's copies (PTX ISA 9.7.9.25.3.2, cp.async.commit_group).
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
