@@ -70,6 +70,7 @@ void bind_gemm(py::module_& m) {
       .def_readonly("stages", &GemmConfig::stages)
       .def_readonly("blocks_per_sm", &GemmConfig::blocks_per_sm)
       .def_readonly("cluster", &GemmConfig::cluster)
+      .def_readonly("split_k", &GemmConfig::split_k)
       .def(
           "shared_bytes",
           [](const GemmConfig& config, int weight_bits) {
@@ -96,7 +97,7 @@ void bind_gemm(py::module_& m) {
         return select_gemm_config({m, n, k, weight_bits}, arch, sm90);
       },
       py::arg("m"), py::arg("n"), py::arg("k"), py::arg("weight_bits"), py::arg("arch"),
-      py::arg("sm90") = kSelectSm90,
+      py::arg("sm90") = true,
       "The configuration that lrq::gemm runs. arch is 10 * major + minor; sm90 says whether rows "
       "of the Hopper kernel are considered. ValueError where none can.");
   m.def(
@@ -107,7 +108,6 @@ void bind_gemm(py::module_& m) {
       py::arg("config"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("weight_bits"));
   m.def("max_shared_bytes", &max_shared_bytes, py::arg("arch"));
   m.attr("OLDEST_ARCH") = kOldestArch;
-  m.attr("SELECT_SM90") = kSelectSm90;
   m.attr("GEMV_MAX_TOKENS") = kGemvMaxTokens;
 }
 

@@ -11,6 +11,7 @@ class GemmConfig:
     stages: int
     blocks_per_sm: int
     cluster: int
+    split_k: int
     def shared_bytes(self, weight_bits: int) -> int: ...
     def is_legal(self, m: int, n: int, k: int, weight_bits: int, arch: int) -> bool: ...
 
@@ -25,7 +26,6 @@ class RotateRowsPlan:
     def threads(self) -> int: ...
 
 OLDEST_ARCH: int
-SELECT_SM90: bool
 GEMV_MAX_TOKENS: int
 TILE_CHANNELS: int
 TILE_INPUTS: int

@@ -19,6 +19,7 @@
 
 #include <cuda.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <type_traits>
 
@@ -33,11 +34,12 @@ namespace lrq {
 enum class TileStore : int { kPlain, kTensor };
 
 // Where tensor stores apply. Activation together with a residual, which no transformer asks for,
-// and samples so short that one tile meets three of them take the plain way.
-inline TileStore choose_store(const GemmArgs& args, int tile_m, bool aligned_octets) {
-  const bool samples_fit = args.gate == nullptr || args.tokens_per_sample >= tile_m;
+// samples so short that one tile meets three of them, and blocks that split K take the plain way.
+inline TileStore choose_store(const GemmArgs& args, const GemmConfig& config, bool aligned_octets) {
+  const bool samples_fit = args.gate == nullptr || args.tokens_per_sample >= config.tile_m;
   const bool one_extra = args.residual == nullptr || args.activation == Activation::kNone;
-  return aligned_octets && out_type_bytes(args.out_type) == 2 && samples_fit && one_extra
+  return config.split_k == 1 && aligned_octets && out_type_bytes(args.out_type) == 2 &&
+                 samples_fit && one_extra
              ? TileStore::kTensor
              : TileStore::kPlain;
 }
@@ -84,6 +86,29 @@ __device__ __forceinline__ void widen_pair(float (&value)[2], uint32_t bits) {
   value[0] = to_float(pair.value[0]);
   value[1] = to_float(pair.value[1]);
 }
+
+// Sums of a tile that the blocks of a cluster have staged at the same offset, from token `first` on.
+struct ClusterSums {
+  uint32_t staging;
+  int first;
+  int blocks;
+
+  template <int kCount>
+  __device__ __forceinline__ Pack<int, kCount> load(int token, int channel) const {
+    static_assert(kCount == 4, "one piece of 16 bytes");
+    const uint32_t own = staging + 4 * token_channel_to_staging(first + token, channel,
+                                                                kHalfTileChannels);
+    int4 sum = {};
+    for (int block = 0; block < blocks; ++block) {
+      const int4 part = load_cluster_16(cluster_address(own, block));
+      sum.x += part.x;
+      sum.y += part.y;
+      sum.z += part.z;
+      sum.w += part.w;
+    }
+    return {sum.x, sum.y, sum.z, sum.w};
+  }
+};
 
 // Shared is the block's shared memory, in which every warpgroup has its own
 //     staging        sm90_staging_bytes, in the swizzle
@@ -185,6 +210,28 @@ class TileEpilogue {
     }
   }
 
+  // Split K: the warpgroup's sums of the whole tile as int32, where stages and staging were.
+  __device__ __forceinline__ void stage_sums(const int (&acc)[kTileM / 2]) {
+    const WarpgroupThread self;
+    int* const staging = split_staging(self);
+#pragma unroll
+    for (int i = 0; i < kTileM / 2; ++i) {
+      const int token = i / 4 * 8 + self.token + i % 2;
+      const int channel = self.channel + i % 4 / 2 * 8;
+      staging[token_channel_to_staging(token, channel, kHalfTileChannels)] = acc[i];
+    }
+  }
+
+  // Writes this block's share of the tokens, adding up what all blocks of the cluster have staged.
+  __device__ __forceinline__ void store_split(int split_k, int k_rank, bool aligned) {
+    const WarpgroupThread self;
+    const int first = kTileM * k_rank / split_k;
+    const int last = kTileM * (k_rank + 1) / split_k;
+    store_tile_as<kHalfTileChannels, kWarpgroupThreads, 4>(
+        ClusterSums{shared_address(split_staging(self)), first, split_k}, args_, m0_ + first, n0_,
+        last - first, self.thread, aligned);
+  }
+
   // After the last tile: shared memory must outlive the stores that read it.
   __device__ __forceinline__ void finish() {
     const WarpgroupThread self;
@@ -197,6 +244,12 @@ class TileEpilogue {
  private:
   __device__ __forceinline__ static void synchronize(const WarpgroupThread& self) {
     named_barrier(1 + self.warpgroup, kWarpgroupThreads);
+  }
+
+  __device__ __forceinline__ int* split_staging(const WarpgroupThread& self) const {
+    static_assert(offsetof(Shared, x) == 0 && offsetof(Shared, staging) == sizeof(Shared::x),
+                  "one piece of memory");
+    return reinterpret_cast<int*>(&shared_) + self.warpgroup * kTileM * (kStagedTokenBytes / 4);
   }
 
   __device__ __forceinline__ uint32_t part_address(const WarpgroupThread& self, int part) const {
@@ -225,8 +278,9 @@ class TileEpilogue {
         }
       }
       synchronize(self);
-      store_tile_as<kStagedTokens, kHalfTileChannels, kWarpgroupThreads, 4>(
-          staging, args_, m0_ + part * kStagedTokens, n0_, self.thread, aligned);
+      store_tile_as<kHalfTileChannels, kWarpgroupThreads, 4>(
+          StagedSums<kHalfTileChannels>{staging}, args_, m0_ + part * kStagedTokens, n0_,
+          kStagedTokens, self.thread, aligned);
       synchronize(self);
     }
   }

@@ -19,11 +19,11 @@ cudaError_t launch_instance_sm90(const TensorMaps& maps, const GemmSm90Params& p
   }
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = params.cluster;
+  attribute.val.clusterDim.x = params.cluster * params.split_k;
   attribute.val.clusterDim.y = 1;
   attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t launch = {};
-  launch.gridDim = dim3(params.schedule.clusters * params.cluster);
+  launch.gridDim = dim3(params.schedule.clusters * params.cluster * params.split_k);
   launch.blockDim = dim3(Gemm::kThreads);
   launch.dynamicSmemBytes = kSharedBytes;
   launch.stream = stream;
@@ -32,7 +32,8 @@ cudaError_t launch_instance_sm90(const TensorMaps& maps, const GemmSm90Params& p
   return cudaLaunchKernelEx(&launch, kernel, maps.x, maps.y, maps.residual, params);
 }
 
-// True for the first row of a tile: rows that differ in the cluster share its kernel.
+// True for the first row of a tile: rows that differ in the cluster or
+// in split_k share its kernel.
 constexpr bool has_own_kernel(int index) {
   const GemmConfig& config = kGemmConfigs[index];
   for (int i = 0; i < index; ++i) {
@@ -83,8 +84,9 @@ cudaError_t launch_gemm_sm90_bits(const TensorMaps& maps, const GemmArgs& args,
   params.args = args;
   params.schedule = make_schedule(config, args.problem, sms);
   params.cluster = config.cluster;
+  params.split_k = config.split_k;
   params.aligned = has_aligned_octets(args);
-  params.store = choose_store(args, config.tile_m, params.aligned);
+  params.store = choose_store(args, config, params.aligned);
   return launch_tile_sm90<kBits>(maps, params, config, stream);
 }
 
