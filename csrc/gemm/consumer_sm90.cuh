@@ -66,9 +66,11 @@ class ConsumerBase {
     return swizzled_descriptor(shared_address(shared_.x[slot]));
   }
 
+  // To every block that shares X; a block that splits K has its stages to itself.
   __device__ __forceinline__ void release_slot(int slot) {
     if (self_.lane < params_.cluster) {
-      mbarrier_arrive_cluster(cluster_address(shared_address(&shared_.empty[slot]), self_.lane));
+      const uint32_t block = params_.split_k > 1 ? cluster_rank() : self_.lane;
+      mbarrier_arrive_cluster(cluster_address(shared_address(&shared_.empty[slot]), block));
     }
   }
 
