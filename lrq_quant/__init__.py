@@ -10,9 +10,11 @@ package does; deferring it would leave from_pretrained ignorant in one of two im
 
 from __future__ import annotations
 
+from .auto_family import auto_family
 from .calibration import ActivationStats, collect_stats
 from .checkup import Checkup, check
 from .diffusers_backend import LRQConfig, LRQQuantizer, register
+from .families import Family, SharedInput, register_family
 from .fused_projections import fuse_projections, fused_projections, unfuse_projections
 from .pipeline import QuantizedModel, quantize_linear, quantize_model
 from .recipe import CalibrationOptions, QuantPlan, QuantRecipe, SearchOptions
@@ -25,6 +27,7 @@ __all__ = [
     "ActivationStats",
     "CalibrationOptions",
     "Checkup",
+    "Family",
     "LRQConfig",
     "LRQQuantizer",
     "LinearReport",
@@ -34,6 +37,8 @@ __all__ = [
     "QuantizedModel",
     "RotationChoice",
     "SearchOptions",
+    "SharedInput",
+    "auto_family",
     "check",
     "choose_rotation",
     "collect_stats",
@@ -43,6 +48,7 @@ __all__ = [
     "fused_projections",
     "quantize_linear",
     "quantize_model",
+    "register_family",
     "smooth_scale",
     "unfuse_projections",
 ]

@@ -119,7 +119,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
     from lrq_kernels import QuantScheme
 
     from . import QuantRecipe
-    from .pipeline_io import check_writable, load_pipeline, quantize_pipeline
+    from .pipeline_io import check_writable, load_pipeline, quantize_pipeline, recipe_for
 
     prompts = _read_prompts(arguments)
     modulation = None
@@ -134,6 +134,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
     check_writable(arguments.out)
     device, dtype = _device(arguments), getattr(torch, arguments.dtype)
     pipeline = load_pipeline(arguments.model, device=device, dtype=dtype)
+    recipe = recipe_for(pipeline, recipe, _call_options(arguments))
     print(recipe.resolve(pipeline.transformer).summary())
     with ProgressBar() as bar:
         report = quantize_pipeline(

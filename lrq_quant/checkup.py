@@ -17,6 +17,7 @@ from torch import nn
 import lrq_kernels
 from lrq_kernels import LRQLinear
 
+from .families import find_family
 from .fused_projections import fusable_attentions, fused_projections
 from .info import MIN_CAPABILITY
 from .recipe import QuantRecipe
@@ -188,10 +189,10 @@ def kernels_of(device: torch.device) -> tuple[str, str | None]:
 
 def _reasons(model: nn.Module) -> dict[str, str]:
     """Linear -> why the default recipe keeps it; those that it quantizes are not in it."""
-    try:
-        plan = QuantRecipe().resolve(model)
-    except ValueError as error:  # of no known family
-        return {n: str(error) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    if find_family(model) is None:
+        why = "the class is of no known family"
+        return {n: why for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    plan = QuantRecipe().resolve(model)
     return {kept.name: kept.why for kept in plan.kept}
 
 

@@ -26,6 +26,8 @@ from lrq_kernels import InputQuantizer, LRQLinear, QuantScheme, checkpoint, mode
 from lrq_kernels.checkpoint import FIELDS, CheckpointError, Header
 from lrq_kernels.loader import build_linears, check_model
 
+from .auto_family import family_by_names
+from .families import find_family
 from .fused_projections import unfuse_projections
 from .pipeline import quantize_linear
 from .recipe import InputGroup, LinearPlan, QuantPlan, QuantRecipe
@@ -141,6 +143,15 @@ class LRQConfig(QuantizationConfigMixin):
         """The recipe for `model`, patterns resolved to names. keep: names of modules, anywhere in
         a path, that stay as well. Raises ValueError for a pattern that matches no linear."""
         linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+        family = find_family(model)
+        if family is None:
+            family = family_by_names(model)
+            logger.warning(
+                "lrq: %s is of no known family: its blocks are taken from its structure, and no "
+                "two linears share a quantized input. lrq_quant.register_family("
+                "lrq_quant.auto_family(model, run)) does better",
+                type(model).__name__,
+            )
         kept = set(keep)
         exclude = [name for name in linears if kept & set(name.split("."))]
         for pattern in self.modules_to_not_convert:
@@ -150,6 +161,7 @@ class LRQConfig(QuantizationConfigMixin):
             modulation=self.modulation,
             exclude=tuple(dict.fromkeys(exclude)),
             overrides=schemes_by_name(self.overrides, linears),
+            family=family,
         )
 
     def plan(self, model: nn.Module) -> QuantPlan:

@@ -320,12 +320,25 @@ _ALL = (
 FAMILIES: dict[str, Family] = {family.model_class: family for family in _ALL}
 
 
+def find_family(model: object) -> Family | None:
+    """The family of a model by the name of its class or of a base."""
+    names = (cls.__name__ for cls in type(model).__mro__)
+    return next((FAMILIES[name] for name in names if name in FAMILIES), None)
+
+
 def family_of(model: object) -> Family:
-    """The family of a model by the name of its class or of a base; ValueError when unknown."""
-    for cls in type(model).__mro__:
-        if cls.__name__ in FAMILIES:
-            return FAMILIES[cls.__name__]
-    raise ValueError(
-        f"lrq_quant: model must be one of {sorted(FAMILIES)}, got {type(model).__name__}. "
-        "Describe another by a Family: QuantRecipe(family=Family(...))"
-    )
+    """The family of a model; ValueError when unknown."""
+    family = find_family(model)
+    if family is None:
+        raise ValueError(
+            f"lrq_quant: model must be one of {sorted(FAMILIES)}, got {type(model).__name__}. "
+            "Watch another with register_family(auto_family(model, run)), or describe it by "
+            "QuantRecipe(family=Family(...))"
+        )
+    return family
+
+
+def register_family(family: Family) -> Family:
+    """Make `family` known by the name of its model class, in place of one of that name."""
+    FAMILIES[family.model_class] = family
+    return family

@@ -7,7 +7,7 @@ share one quantized input), and every linear that stays with the reason.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -123,7 +123,7 @@ class QuantRecipe:
         self._check_patterns(linears)
         groups: list[InputGroup] = []
         kept: dict[str, str] = {}
-        for role, names in _family_groups(family, linears):
+        for role, names in family_groups(family, linears):
             # Members with another activation width cannot share one quantized input.
             by_input: dict[int, list[LinearPlan]] = {}
             for name in names:
@@ -253,10 +253,9 @@ class QuantPlan:
         return "\n".join(lines)
 
 
-def _family_groups(
-    family: Family, linears: dict[str, nn.Linear]
-) -> Iterator[tuple[str, list[str]]]:
-    """(role, names of the linears that read one tensor) for every block that a rule matches."""
+def family_groups(family: Family, linears: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+    """(role, names of the linears that read one tensor) for every block that a rule matches.
+    Raises ValueError for a linear in two inputs."""
     ruled: set[str] = set()
     for rule in family.inputs:
         parents: dict[str, list[str]] = {}
