@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from lrq_kernels.scheme import QuantScheme
+from lrq_kernels.scheme import BLOCK_SIZES, QuantScheme
 
 from .families import MODULATION, Family, family_of
 
@@ -239,12 +239,13 @@ class QuantPlan:
             f"linears in {len(self.groups)} input groups, {self.coverage:.2%} of linear weights, "
             f"{self.quantized_weights / max(1, self.parameters):.2%} of all parameters"
         ]
-        kinds: dict[tuple[str, str, str], list[int]] = {}
+        kinds: dict[tuple[str, str, str, str], list[int]] = {}
         for linear in self.linears:
-            key = (_kind(linear.name), linear.role, linear.scheme.name)
+            key = (_kind(linear.name), linear.role, linear.scheme.name, _small_block(linear))
             kinds.setdefault(key, []).append(linear.out_features * linear.in_features)
-        for (kind, role, scheme), sizes in kinds.items():
-            lines.append(f"  {scheme:<6} {role:<13} {len(sizes):>4} x {kind}  {_millions(sizes)}")
+        for (kind, role, scheme, note), sizes in kinds.items():
+            line = f"  {scheme:<6} {role:<13} {len(sizes):>4} x {kind}  {_millions(sizes)}"
+            lines.append(line + note)
         stays: dict[tuple[str, str], list[int]] = {}
         for kept in self.kept:
             stays.setdefault((_kind(kept.name), kept.why), []).append(kept.weights)
@@ -290,6 +291,14 @@ def _kind(name: str) -> str:
     parent, _, rest = name.partition(".")
     index, _, tail = rest.partition(".")
     return f"{parent}.*.{tail}" if index.isdigit() and tail else name
+
+
+def _small_block(linear: LinearPlan) -> str:
+    """Said where the width has no block of 128, the least that calibration would choose."""
+    k = linear.in_features
+    if k % 128 == 0 or linear.scheme.rotation == "none":
+        return ""
+    return f", rotated in blocks of {max(size for size in BLOCK_SIZES if k % size == 0)}"
 
 
 def _millions(sizes: list[int]) -> str:
