@@ -21,6 +21,7 @@ from .recipe import CalibrationOptions, QuantPlan, QuantRecipe, SearchOptions
 from .report import LinearReport, QuantReport
 from .rotation_search import RotationChoice, choose_rotation
 from .smoothing import smooth_scale
+from .step_precision import act_bits_by_step
 from .twin_log import fit_twin_log, fit_twin_log_paper
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "RotationChoice",
     "SearchOptions",
     "SharedInput",
+    "act_bits_by_step",
     "auto_family",
     "check",
     "choose_rotation",

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import lrq_kernels
-from lrq_kernels import LRQLinear
+from lrq_kernels import LRQLinear, get_act_bits
 
 from .families import find_family
 from .fused_projections import fusable_attentions, fused_projections
@@ -73,6 +73,8 @@ class _ModelCheck:
         schemes = Counter(linear.scheme.name for linear in self.quantized.values())
         kinds = ", ".join(f"{count} {scheme}" for scheme, count in schemes.items())
         self.lines.append(f"{title}: {len(self.quantized)} quantized linears ({kinds})")
+        if (act_bits := get_act_bits(self.model)) is not None:
+            self._say(f"activations run at {act_bits} bits for now (lrq_act_bits)")
         self._kernels()
         self._dense()
         self._meta()

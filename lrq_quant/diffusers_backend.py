@@ -17,12 +17,21 @@ from enum import Enum
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from lrq_kernels import InputQuantizer, LRQLinear, QuantScheme, checkpoint, model_states
+from lrq_kernels import (
+    InputQuantizer,
+    LRQLinear,
+    QuantScheme,
+    checkpoint,
+    get_act_bits,
+    model_states,
+    set_act_bits,
+)
 from lrq_kernels.checkpoint import FIELDS, CheckpointError, Header
 from lrq_kernels.loader import build_linears, check_model
 
@@ -47,9 +56,11 @@ class LRQMethod(str, Enum):
 
 
 def register() -> None:
-    """Make diffusers know "lrq" in config.json and LRQConfig in from_pretrained."""
+    """Make diffusers know "lrq" in config.json and LRQConfig in from_pretrained, and give its
+    models lrq_act_bits."""
     auto.AUTO_QUANTIZER_MAPPING[checkpoint.FORMAT] = LRQQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[checkpoint.FORMAT] = LRQConfig
+    ModelMixin.lrq_act_bits = property(get_act_bits, set_act_bits)
 
 
 # ---- configuration ------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ def _has_fused_forward(module: nn.Module) -> bool:
     processor = getattr(module, "processor", None)
     if isinstance(processor, AttnProcessor2_0):
         return True
-    call = getattr(type(processor), "__call__", None)
+    call = type(processor).__call__
     return isinstance(module, AttentionModuleMixin) and _names(call, "fused_projections")
 
 
