@@ -26,13 +26,17 @@ def load_quantized(
 
     The model is the unquantized one, of the class that the checkpoint names; its parameters may
     be on the meta device. Quantized and dense tensors land on `device`; floating dense tensors are
-    cast to `dtype` when it is given. Everything is checked before the model is changed: raises
+    cast to `dtype` when it is given, those of modules named in the model's _keep_in_fp32_modules
+    to fp32, as diffusers does. Everything is checked before the model is changed: raises
     CheckpointError naming what is missing, extra or of another shape. Returns the model.
     """
     loaded = checkpoint.load(path, device=device, verify=verify)
     _check_dense(model, loaded)
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     dense = {
-        name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        name: tensor.to(torch.float32 if kept & set(name.split(".")) else dtype)
+        if dtype is not None and tensor.is_floating_point()
+        else tensor
         for name, tensor in loaded.dense.items()
     }
     floats = (tensor.dtype for tensor in dense.values() if tensor.is_floating_point())

@@ -10,10 +10,12 @@ diffusers knows a backend by two tables; importing lrq_quant enters this one (re
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
+from types import MethodType
 from typing import Any
 
 import torch
@@ -389,6 +391,8 @@ class LRQQuantizer(DiffusersQuantizer):
                 raise CheckpointError(f"the checkpoint holds no tensors of {name}")
         self._dense_loader = None
         self._model = weakref.ref(model)
+        if hasattr(model, "enable_group_offload"):
+            model.enable_group_offload = MethodType(_group_offload_to_memory, model)
 
     # -- afterwards
 
@@ -439,6 +443,19 @@ class LRQQuantizer(DiffusersQuantizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_model": None}
+
+
+def _group_offload_to_memory(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """enable_group_offload of the model's class, without the way that loses tensors."""
+    call = inspect.signature(type(self).enable_group_offload).bind(self, *args, **kwargs)
+    if call.arguments.get("offload_to_disk_path") is not None:
+        # A group writes its tensors when it is made and frees them. What two linears share, the
+        # second group would write after the first has freed it.
+        raise ValueError(
+            "lrq: offload_to_disk_path loses tensors that linears share, such as the rotation of "
+            "q, k and v; offload to memory instead"
+        )
+    return type(self).enable_group_offload(self, *args, **kwargs)
 
 
 def _dense_linear(linear: LRQLinear) -> nn.Linear:

@@ -30,7 +30,11 @@ def sharing(states: dict[str, checkpoint.LinearState]) -> set[frozenset[str]]:
     return {frozenset(group) for group in groups.values()}
 
 
-@pytest.mark.parametrize("make, inputs", TINY.values(), ids=TINY.keys())
+# SD3's attention has no fused forward that normalizes queries and keys.
+WITH_FUSED = {kind: entry for kind, entry in TINY.items() if kind != "sd3"}
+
+
+@pytest.mark.parametrize("make, inputs", WITH_FUSED.values(), ids=WITH_FUSED.keys())
 @torch.no_grad()
 def test_fused_projections_are_lossless(make, inputs, tmp_path: Path) -> None:
     model = make()
