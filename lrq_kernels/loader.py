@@ -93,9 +93,12 @@ def check_model(
     model_class: str,
     linears: Mapping[str, tuple[int, int, bool]],
     dense: Collection[str],
+    *,
+    meta_buffers: bool = False,
 ) -> None:
     """Raise CheckpointError unless a checkpoint of this content is one of `model`: its class, its
-    linears (out_features, in_features, bias) and the names of the dense tensors."""
+    linears (out_features, in_features, bias) and the names of the dense tensors. meta_buffers:
+    whoever loads fills buffers that are in no checkpoint."""
     if model_class != type(model).__name__:
         raise CheckpointError(
             f"the checkpoint is of a {model_class}, the model is a {type(model).__name__}"
@@ -119,6 +122,8 @@ def check_model(
         raise CheckpointError(
             f"dense tensors do not fit the model: missing {missing[:5]}, extra {extra[:5]}"
         )
+    if meta_buffers:
+        return
     # Non-persistent buffers are in no checkpoint; on meta they would stay empty without a word.
     for name, buffer in model.named_buffers():
         if buffer.is_meta and name not in dense and not name.startswith(replaced):

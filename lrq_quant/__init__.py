@@ -3,17 +3,20 @@
 QuantRecipe says what is quantized and how, quantize_model does it; collect_stats, choose_rotation
 and fit_twin_log are its three steps.
 
-Importing it makes "lrq" a quantization method of diffusers: from_pretrained loads quantized folders
-and takes quantization_config=LRQConfig("w4a8"). That imports diffusers, which costs more than this
-package does; deferring it would leave from_pretrained ignorant in one of two import orders.
+Importing it makes "lrq" a quantization method of diffusers and transformers: from_pretrained loads
+quantized folders and takes quantization_config=LRQConfig("w4a8"). That imports both, which costs
+more than this package does; deferring it would leave from_pretrained ignorant in one of two import
+orders.
 """
 
 from __future__ import annotations
 
+from . import diffusers_backend, transformers_backend
 from .auto_family import auto_family
 from .calibration import ActivationStats, collect_stats
 from .checkup import Checkup, check
-from .diffusers_backend import LRQConfig, LRQQuantizer, register
+from .config import LRQConfig
+from .diffusers_backend import LRQQuantizer
 from .families import Family, SharedInput, register_family
 from .fused_projections import fuse_projections, fused_projections, unfuse_projections
 from .pipeline import QuantizedModel, quantize_linear, quantize_model
@@ -55,4 +58,5 @@ __all__ = [
     "unfuse_projections",
 ]
 
-register()
+diffusers_backend.register()
+transformers_backend.register()

@@ -320,10 +320,27 @@ _ALL = (
 FAMILIES: dict[str, Family] = {family.model_class: family for family in _ALL}
 
 
+# Text encoders of transformers name the linears of a block in one of these ways; embeddings, heads
+# and vision towers, which name theirs otherwise, stay.
+_TEXT_ENCODER = (
+    _inputs("*.SelfAttention", ATTENTION, "q k v", "o")  # T5
+    + _inputs("*.DenseReluDense", FEED_FORWARD, "wi_0 wi_1", "wi", "wo")
+    + _inputs("*.self_attn", ATTENTION, "q_proj k_proj v_proj", "qkv_proj", "o_proj", "out_proj")
+    + _inputs("*.mlp", FEED_FORWARD, "gate_proj up_proj", "gate_up_proj", "down_proj", "fc1", "fc2")
+)
+
+
 def find_family(model: object) -> Family | None:
-    """The family of a model by the name of its class or of a base."""
-    names = (cls.__name__ for cls in type(model).__mro__)
-    return next((FAMILIES[name] for name in names if name in FAMILIES), None)
+    """The family of a model by the name of its class or of a base; models of the transformers
+    package are text encoders."""
+    classes = type(model).__mro__
+    for cls in classes:
+        if cls.__name__ in FAMILIES:
+            return FAMILIES[cls.__name__]
+    if any(cls.__module__.startswith("transformers.models.") for cls in classes):
+        stays = (("*", "embedding, head or vision tower"),)
+        return Family(type(model).__name__, _TEXT_ENCODER, stays)
+    return None
 
 
 def family_of(model: object) -> Family:

@@ -25,7 +25,7 @@ from lrq_kernels.checkpoint import CheckpointError
 
 from .auto_family import with_family
 from .calibration import Progress
-from .diffusers_backend import LRQConfig
+from .config import LRQConfig
 from .fused_projections import fuse_projections
 from .pipeline import QuantizedModel, quantize_model
 from .recipe import QuantRecipe

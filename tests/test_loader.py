@@ -53,7 +53,8 @@ class Toy(nn.Module):
         self.blocks = nn.ModuleList([Attention(), Attention()])
         self.norm = nn.LayerNorm(WIDTH)
         self.register_buffer("steps", torch.arange(5))
-        self.register_buffer("positions", torch.linspace(0, 1, WIDTH), persistent=False)
+        # Not linspace: after transformers has loaded a model, torch.device does not reach it.
+        self.register_buffer("positions", torch.arange(WIDTH) / WIDTH, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
