@@ -49,6 +49,7 @@ class InputQuantizer(nn.Module):
 
     Buffers: channel_scale (fp32 [K] as int32: smoothing and signs in the order of lrq::rotate),
     permutation (int32 [K]), matrices (fp32 [2, 128, 128] as int32); each may be None.
+    act_bits: the scheme's, or what set_act_bits made of it.
     """
 
     channel_scale: Tensor | None
@@ -221,8 +222,7 @@ class LRQLinear(nn.Linear):
     Buffers: packed_weight (int32, device layout of lrq::prepack), levels (int8 [N, 2^b]),
     weight_scale and bias_bits (fp32 [N] as int32). x is [..., K] in bf16, fp16 or fp32; y has x's
     dtype. act_bits 8 and 4 take two launches: rotate_quantize and gemm. act_bits 16 rotates, then
-    runs gemv for at most 8 rows, and above that dequantizes the weight and calls torch. The scheme
-    says which; set_act_bits changes it while the model runs.
+    runs gemv for at most 8 rows, and above that dequantizes the weight and calls torch.
 
     It is an nn.Linear, so that PEFT and offloading take it for one: weight is a placeholder without
     values, of the dtype that the model around it has (dtype), and bias is float32. state_dict holds
