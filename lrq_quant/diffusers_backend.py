@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from lrq_kernels import LRQLinear, checkpoint, get_act_bits, model_states, set_act_bits
 from lrq_kernels.checkpoint import FIELDS, CheckpointError, Header
-from lrq_kernels.loader import build_linears, check_model
+from lrq_kernels.loader import check_model
 
 from .config import DTYPES, LRQConfig
 from .fused_projections import unfuse_projections
-from .loading import DenseLoader, PendingLinear, dense_linear
+from .loading import DenseLoader, PendingLinear, build_linears_on, dense_linear
 
 logger = logging.getLogger(__name__)
 
@@ -192,10 +192,8 @@ class LRQQuantizer(DiffusersQuantizer):
         names = [name for member in members for name in header.fields(member).values()]
         if not all(name in self._arrived for name in names):
             return
-        states = {
-            name: checkpoint.layer_state(name, header, self._arrived).to(device) for name in members
-        }
-        for name, linear in build_linears(states, dtype).items():
+        states = {name: checkpoint.layer_state(name, header, self._arrived) for name in members}
+        for name, linear in build_linears_on(states, dtype, device).items():
             model.set_submodule(name, linear)
         for name in names:
             del self._arrived[name]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from lrq_kernels import InputQuantizer, LRQLinear
-from lrq_kernels.checkpoint import FIELDS, CheckpointError, Header
+from lrq_kernels.checkpoint import FIELDS, CheckpointError, Header, LinearState
+from lrq_kernels.loader import build_linears
 
 from .pipeline import quantize_linear
 from .recipe import InputGroup, LinearPlan, QuantPlan
@@ -25,6 +28,23 @@ class PendingLinear(nn.Module):
             spec = FIELDS[field]
             empty = torch.empty(spec.shape(*sizes), dtype=spec.dtype, device="meta")
             self.register_buffer(field, empty)
+
+
+def build_linears_on(
+    states: Mapping[str, LinearState], dtype: torch.dtype, device: torch.device
+) -> dict[str, LRQLinear]:
+    """build_linears for a model that lives on `device`."""
+    work = working_device(device)
+    linears = build_linears({name: state.to(work) for name, state in states.items()}, dtype)
+    return {name: linear.to(device) for name, linear in linears.items()}
+
+
+def working_device(device: torch.device) -> torch.device:
+    """Where to fit and to pack what is to live on `device`: a GPU is a hundred times faster, also
+    when the model waits in host memory to be offloaded."""
+    if device.type != "cuda" and torch.cuda.is_available():
+        return torch.device("cuda")
+    return device
 
 
 def dense_linear(linear: LRQLinear) -> nn.Linear:
@@ -70,8 +90,7 @@ class DenseLoader:
                 f"{name}.weight must be {[linear.out_features, linear.in_features]} as in the "
                 f"model, the checkpoint has {list(weight.shape)}"
             )
-        # The fit is a hundred times faster there, wherever the result is to live.
-        work = torch.device("cuda") if torch.cuda.is_available() else device
+        work = working_device(device)
         choice, shared = self._input(group, device)
         choice = choice.to(work)
         try:
@@ -80,10 +99,10 @@ class DenseLoader:
                 None if bias is None else bias.to(work),
                 choice.scheme(linear.scheme),
                 rotation=choice.rotation,
-            ).to(device)
+            )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        model.set_submodule(name, LRQLinear.from_state(state, shared, name, dtype))
+        model.set_submodule(name, LRQLinear.from_state(state, shared, name, dtype).to(device))
 
     def _input(
         self, group: InputGroup, device: torch.device

@@ -20,10 +20,10 @@ from transformers.quantizers.base import HfQuantizer
 
 from lrq_kernels import LRQLinear, checkpoint, model_states
 from lrq_kernels.checkpoint import FIELDS, CheckpointError, Header
-from lrq_kernels.loader import build_linears, check_model
+from lrq_kernels.loader import check_model
 
 from .config import DTYPES, LRQConfig
-from .loading import DenseLoader, PendingLinear, dense_linear
+from .loading import DenseLoader, PendingLinear, build_linears_on, dense_linear
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +141,8 @@ class LRQHfQuantizer(HfQuantizer):
             if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
                 raise CheckpointError(f"the checkpoint holds no {empty[0]}")
             states = {name: checkpoint.layer_state(name, header, tensors) for name in members}
-            for name, linear in build_linears(states, self._dtype).items():
+            device = states[members[0]].codes.device
+            for name, linear in build_linears_on(states, self._dtype, device).items():
                 model.set_submodule(name, linear)
 
     # -- afterwards
