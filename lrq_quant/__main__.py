@@ -3,6 +3,7 @@
 lrq quantize MODEL OUT --scheme w4a8 --prompts prompts.txt
 lrq generate OUT --prompt "..." --out picture.png
 lrq inspect OUT
+lrq card OUT --base HUB_ID
 lrq demo --out demo
 lrq info
 """
@@ -63,6 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("model", type=Path, help="quantized pipeline or transformer folder")
     add.add_argument("--json", action="store_true", help="print the report as JSON")
     add.set_defaults(command=_inspect)
+
+    add = commands.add_parser("card", help="write README.md, the model card, of a quantized folder")
+    add.add_argument("model", type=Path, help="quantized pipeline or transformer folder")
+    add.add_argument("--base", required=True, help="hub id of the model it was quantized from")
+    add.set_defaults(command=_card)
 
     add = commands.add_parser("demo", help="quantize the bundled model and compare pictures")
     add.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results")
@@ -229,6 +235,17 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     report = load_report(arguments.model)
     print(json.dumps(report.to_dict(), indent=1) if arguments.json else report.table())
+    return 0
+
+
+def _card(arguments: argparse.Namespace) -> int:
+    from .model_card import model_card
+
+    file = arguments.model / "README.md"
+    if file.exists():
+        raise FileExistsError(f"{file} exists already")
+    file.write_text(model_card(arguments.model, arguments.base))
+    print(file)
     return 0
 
 
