@@ -129,14 +129,22 @@ class LRQQuantizer(DiffusersQuantizer):
 
     def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         # Here, because dense tensors are cast before any other hook sees them.
-        if self._header is None:
-            return state_dict
-        for name, tensor in state_dict.items():
-            self._header.verify(name, tensor)
+        if self._header is not None:
+            for name, tensor in state_dict.items():
+                self._header.verify(name, tensor)
         # Views of the file lie on odd addresses, for which matrix products on the CPU round
         # differently, and lose their contents when the model is saved over the file.
-        dense = self._header.dense()
-        return {n: t.clone() if n in dense else t for n, t in state_dict.items()}
+        return {
+            name: tensor if self._is_of_quantized(name) else tensor.clone()
+            for name, tensor in state_dict.items()
+        }
+
+    def _is_of_quantized(self, name: str) -> bool:
+        """Whether a tensor of the file becomes part of a quantized linear."""
+        layer, _, leaf = name.rpartition(".")
+        if self._header is not None:
+            return layer in self._header.layers and leaf in FIELDS
+        return self._dense_loader is not None and layer in self._dense_loader.linears
 
     def check_if_quantized_param(
         self,
@@ -146,10 +154,7 @@ class LRQQuantizer(DiffusersQuantizer):
         state_dict: dict[str, Any],
         **kwargs: Any,
     ) -> bool:
-        layer, _, leaf = param_name.rpartition(".")
-        if self._header is not None:
-            return layer in self._header.layers and leaf in FIELDS
-        return self._dense_loader is not None and layer in self._dense_loader.linears
+        return self._is_of_quantized(param_name)
 
     def check_quantized_param_shape(
         self, param_name: str, current_param: Tensor, loaded_param: Tensor

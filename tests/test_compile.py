@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.fx.experimental import _config as symbolic_config
 
 from lrq_kernels import load_quantized
+from lrq_kernels.testing import relative_error
 from lrq_quant import QuantRecipe, fuse_projections, fused_projections, quantize_model
 
 pytestmark = pytest.mark.slow
@@ -255,3 +256,40 @@ def test_export_saves_loads_and_runs(kind: str, made: Callable):
         other = {**MODELS[kind][1](4), "return_dict": False}
         got: tuple[Tensor, ...] = again(**other)
         assert torch.equal(got[0], model(**other)[0])
+
+
+# ---- on a GPU -----------------------------------------------------------------------------------
+
+
+def on_gpu(value: Any) -> Any:
+    return value.to("cuda", torch.bfloat16) if isinstance(value, Tensor) else value
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["flux", "pixart"])
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_inductor_and_cuda_graphs(kind: str, mode: str, made: Callable):
+    """Inductor fuses what is between the linears and rounds it otherwise, so codes may turn."""
+    model = made(kind).to("cuda", torch.bfloat16)
+    fast = torch.compile(model, fullgraph=True, mode=mode)
+    for _ in range(3):
+        given = {name: on_gpu(x) for name, x in MODELS[kind][1](8).items()}
+        torch.compiler.cudagraph_mark_step_begin()
+        got = forward(fast, given).clone()
+        assert relative_error(got.float(), forward(model, given).float()) < 0.05
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("use_stream", [False, True])
+def test_compiled_blocks_under_group_offload(use_stream: bool, made: Callable):
+    """In the shape of diffusers' test of compilation with group offloading."""
+    model = made("flux").to(torch.bfloat16)
+    given = {name: on_gpu(x) for name, x in flux_inputs(8).items()}
+    expected = forward(copy.deepcopy(model).to("cuda"), given)
+    model.enable_group_offload(
+        onload_device=torch.device("cuda"), offload_type="leaf_level", use_stream=use_stream
+    )
+    with torch._dynamo.config.patch(cache_size_limit=10000):
+        fast = torch.compile(model)
+        for _ in range(2):
+            assert relative_error(forward(fast, given).float(), expected.float()) < 0.05

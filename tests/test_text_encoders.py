@@ -264,7 +264,13 @@ def test_renamed_tensors_are_not_saved(folder: Path, tmp_path: Path):
 # ---- in a pipeline ------------------------------------------------------------------------------
 
 
-def test_transformer_and_text_encoder_of_a_pipeline(tmp_path: Path):
+MAPPING = {"transformer": LRQConfig("w4a8"), "text_encoder_2": LRQConfig("w4a16")}
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_transformer_and_text_encoder_of_a_pipeline(by_name: bool, tmp_path: Path):
+    """By backend name too: both libraries know one class, so the signatures that diffusers compares
+    are equal."""
     parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "tokenizer_2"))
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
@@ -273,8 +279,13 @@ def test_transformer_and_text_encoder_of_a_pipeline(tmp_path: Path):
         **parts,
     )
     pipeline.save_pretrained(tmp_path / "dense")
-    mapping = {"transformer": LRQConfig("w4a8"), "text_encoder_2": LRQConfig("w4a16")}
-    config = PipelineQuantizationConfig(quant_mapping=mapping)
+    config = PipelineQuantizationConfig(quant_mapping=MAPPING)
+    if by_name:
+        config = PipelineQuantizationConfig(
+            quant_backend="lrq",
+            quant_kwargs={"scheme": "w4a16"},
+            components_to_quantize=list(MAPPING),
+        )
     parts |= dict.fromkeys(("feature_extractor", "image_encoder"))
     loaded = FluxPipeline.from_pretrained(
         tmp_path / "dense", quantization_config=config, torch_dtype=BF16, **parts
