@@ -241,7 +241,8 @@ void bind_rotate(py::module_& m) {
       .def_readonly("tokens_per_block", &RotateRowsPlan::tokens_per_block)
       .def_readonly("blocks_per_sample", &RotateRowsPlan::blocks_per_sample)
       .def_readonly("threads", &RotateRowsPlan::threads)
-      .def_readonly("stay", &RotateRowsPlan::stay);
+      .def_readonly("stay", &RotateRowsPlan::stay)
+      .def_readonly("shared_bytes", &RotateRowsPlan::shared_bytes);
   m.def(
       "plan_rotate_rows",
       [](int features, bool norm, int64_t samples, int64_t tokens, int sms) {

@@ -21,6 +21,7 @@ class RotateRowsPlan:
     blocks_per_sample: int
     threads: int
     stay: bool
+    shared_bytes: int
 
 OLDEST_ARCH: int
 SELECT_SM90: bool

@@ -130,6 +130,7 @@ def test_every_plan_gives_each_token_to_one_group_of_lanes(norm: bool, device: s
             slots = np.arange(plan.tokens_per_block)
             if plan.stay:
                 assert plan.tokens_per_block == 1 and not norm
+                assert plan.shared_bytes == 64 * plan.threads
                 assert plan.threads * plan.blocks_per_sample * samples <= max(
                     1024 * sms, plan.threads * samples
                 )

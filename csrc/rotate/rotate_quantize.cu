@@ -7,25 +7,26 @@ namespace {
 
 constexpr int64_t kMaxGridRows = 65535;
 
-// Fewer and the compiler spills, on one GPU or another.
-constexpr int kPlainRegisters = 48;
-constexpr int kNormRegisters = 72;
+// Fewer and the compiler spills for one GPU or another.
+template <bool kNorm, bool kShareWarps>
+constexpr int kRegisters = !kNorm        ? 48
+                           : kShareWarps ? 80
+                                         : 72;
 
-template <typename T, NormForm kForm, bool kShareWarps, bool kStay, int kRegisters>
+template <typename T, NormForm kForm, bool kShareWarps, Stay kStay, int kMaxRegisters>
 cudaError_t launch_instance(const RotateRowsArgs& args, const RotateRowsPlan& plan,
                             cudaStream_t stream) {
   const int64_t rows = min_of(args.samples, kMaxGridRows);
   const dim3 grid(plan.blocks_per_sample, static_cast<unsigned>(rows),
                   static_cast<unsigned>(ceil_div(args.samples, rows)));
-  rotate_rows_kernel<T, kForm, kShareWarps, kStay, kRegisters>
-      <<<grid, plan.threads, 0, stream>>>(args, plan);
+  rotate_rows_kernel<T, kForm, kShareWarps, kStay, kMaxRegisters>
+      <<<grid, plan.threads, plan.shared_bytes, stream>>>(args, plan);
   return cudaGetLastError();
 }
 
 template <typename T, NormForm kForm>
 cudaError_t launch_form(const RotateRowsArgs& args, cudaStream_t stream) {
   constexpr bool kNorm = kForm != NormForm::kNone;
-  constexpr int kRegisters = kNorm ? kNormRegisters : kPlainRegisters;
   int device = 0;
   int sms = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -39,12 +40,14 @@ cudaError_t launch_form(const RotateRowsArgs& args, cudaStream_t stream) {
       plan_rotate_rows(args.features, kNorm, args.samples, args.tokens, sms);
   if constexpr (!kNorm) {
     if (plan.stay) {
-      return launch_instance<T, kForm, false, true, kRotateStayRegisters>(args, plan, stream);
+      return launch_instance<T, kForm, false, Stay::kYes, kRotateStayRegisters>(args, plan, stream);
     }
   }
   return plan.tokens_per_block > 1
-             ? launch_instance<T, kForm, true, false, kRegisters>(args, plan, stream)
-             : launch_instance<T, kForm, false, false, kRegisters>(args, plan, stream);
+             ? launch_instance<T, kForm, true, Stay::kNo, kRegisters<kNorm, true>>(args, plan,
+                                                                                   stream)
+             : launch_instance<T, kForm, false, Stay::kNo, kRegisters<kNorm, false>>(args, plan,
+                                                                                     stream);
 }
 
 bool is_aligned(const SampleVectors& vectors, OutType type) {

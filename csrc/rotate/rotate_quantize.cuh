@@ -2,13 +2,16 @@
 // the registers of a group of lanes (rotate_quantize.h). Bound by memory: 3 bytes of an element, in
 // whose time an H200 at full bandwidth issues 21 instructions of a lane.
 //
-// Every stage of the transform is fp32 additions. Tensor cores do four stages in one mma, but their
-// operands are tf32: a value goes in as hi + lo, and splitting costs what the stages cost
-// (measured: 20 instructions per element in all, and 20 % slower). bf16 x itself would be exact,
-// but the channel scale comes first and differs from block to block. Instructions per element:
+// Every stage of the transform is fp32 additions. Tensor cores do four stages in one mma, but only
+// on parts of a value: as tf32 it goes in as hi + lo, and splitting costs what the stages cost (20
+// instructions an element in all, and 64 registers). bf16 x itself would be exact, but the channel
+// scale comes first, so the matrix would differ from block to block. Instructions per element:
 //
-//     unpack   scale, bit 0   bits 1 2 5 6 3   shuffles   bit 4   max  fma  bytes   memory
-//       1          1.5              5            1.5        1      1    1   0.75    0.44       13.2
+//     unpack   scale, bit 0   5 stages, 1 exchange   bit 4   max  fma  bytes   memory   rest
+//       1          1.5                5.5              2       1    1   0.75 0.44    4.4     17.6
+//
+// The L1 cache and the shuffles of its unit come next to memory as a limit: 160 cycles for 1024
+// elements, 64 of them for the channel scale, that pass at 128 bytes a cycle at best.
 #pragma once
 
 #include <type_traits>
@@ -389,14 +392,17 @@ __device__ __forceinline__ uint4 encode(const float (&even)[kChunkElements],
 // Whether a norm comes first, and whether its scale and shift are as load_vector likes them.
 enum class NormForm { kNone, kAligned, kAny };
 
-// kStay: a thread block takes token after token, plan.blocks_per_sample apart, and loads the next
-// under the arithmetic of the one at hand.
-template <typename T, NormForm kForm, bool kShareWarps, bool kStay, int kRegisters>
+// Whether a thread block stays for lot after lot of tokens, plan.blocks_per_sample lots apart. It
+// then loads the next one under the arithmetic of the one at hand, and may keep the channel scale
+// in registers.
+enum class Stay { kNo, kYes, kWithScale };
+
+template <typename T, NormForm kForm, bool kShareWarps, Stay kStay, int kRegisters>
 __global__ void __maxnreg__(kRegisters)
     rotate_rows_kernel(const __grid_constant__ RotateRowsArgs args,
                        const __grid_constant__ RotateRowsPlan plan) {
-  static_assert(!(kShareWarps && kStay), "a lane is active for all of its tokens or none");
   constexpr bool kNorm = kForm != NormForm::kNone;
+  constexpr bool kStays = kStay != Stay::kNo;
   __shared__ RotateShared shared;
   const int tokens = static_cast<int>(args.tokens);
   const int sample = blockIdx.y + gridDim.y * blockIdx.z;
@@ -407,48 +413,77 @@ __global__ void __maxnreg__(kRegisters)
   const int unit = threadIdx.x / kUnitLanes;
   int unit_of_token = unit;
   int token = blockIdx.x;
+  int step = plan.blocks_per_sample;
+  int lot_left = tokens - token;  // from the first token of the lot on
   TokenLanes<kShareWarps> lanes = {lane, unit / kWarpUnits, 0, plan.threads / 32};
   if constexpr (kShareWarps) {
     const int slot = unit * plan.units_reciprocal >> 16;
     unit_of_token = unit - slot * plan.units;
-    token = blockIdx.x * plan.tokens_per_block + slot;
+    step *= plan.tokens_per_block;
+    token *= plan.tokens_per_block;
+    lot_left = tokens - token;
+    token += slot;
     lanes = {lane % kUnitLanes, unit, slot * plan.units, plan.units};
   }
-  // Lanes past K, and those of a token past the last, are idle. Nothing leads from lane to lane
-  // but within a token, so what they compute need not be defined.
-  const bool active = unit_of_token < plan.units && (!kShareWarps || token < tokens);
+  // Lanes past the lot, and those of a token past the last, are idle. Nothing leads from lane to
+  // lane but within a token, so what they compute need not be defined.
+  const bool in_token = unit < plan.units * plan.tokens_per_block;
+  const auto is_active = [&](int of) { return in_token && (!kShareWarps || of < tokens); };
   const int k = kTransform * unit_of_token + kChunkElements * (lane % kUnitLanes);
   const bool in_first = k < args.first.features;
   const RowSource& source = in_first ? args.first : args.second;
   const T* x = static_cast<const T*>(source.data) + sample * source.sample_stride +
                int64_t{token} * source.token_stride + (in_first ? k : k - args.first.features);
-  const float* const channel_scale = args.channel_scale + (active ? k : 0);
+  const int vector_k = in_token ? k : 0;
+  const float* const channel_scale = args.channel_scale + vector_k;
 
-  // The next token's chunks, of a thread for itself.
-  __shared__ uint4 next[kStay ? kChunks : 1][kStay ? kRotateMaxThreads : 1];
+  // Of a thread block that stays: the chunks of the next token, of a thread for itself.
+  extern __shared__ __align__(16) uint4 dynamic_shared[];
+  uint4* const next = dynamic_shared + threadIdx.x;
   constexpr int kChunkFeatures = lane_chunk_to_k(0, 1);
   const auto request = [&](bool wanted) {
 #pragma unroll
     for (int chunk = 0; wanted && chunk < kChunks; ++chunk) {
-      cp_async_16(shared_address(&next[chunk][threadIdx.x]), x + chunk * kChunkFeatures, 16);
+      cp_async_16(shared_address(next + chunk * plan.threads), x + chunk * kChunkFeatures, 16);
     }
     cp_async_commit();
   };
-  if constexpr (kStay) {
-    request(active);
+  if constexpr (kStays) {
+    request(is_active(token));
+  }
+  float scale[kChunks][kChunkElements];
+  const auto load_scale = [&] {
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      load_chunk(scale[chunk], channel_scale + lane_chunk_to_k(0, chunk));
+    }
+  };
+  if constexpr (kStay == Stay::kWithScale) {
+    if (args.channel_scale != nullptr) {
+      load_scale();
+    } else {
+#pragma unroll
+      for (int chunk = 0; chunk < kChunks; ++chunk) {
+#pragma unroll
+        for (int e = 0; e < kChunkElements; ++e) {
+          scale[chunk][e] = 1.0f;
+        }
+      }
+    }
   }
   int turn = 0;
 #pragma unroll 1
   do {
+    const bool active = is_active(token);
     RawChunks raw;
-    if constexpr (kStay) {
+    if constexpr (kStays) {
       cp_async_wait<0>();
 #pragma unroll
       for (int chunk = 0; chunk < kChunks; ++chunk) {
-        raw[chunk] = next[chunk][threadIdx.x];
+        raw[chunk] = next[chunk * plan.threads];
       }
-      x += int64_t{plan.blocks_per_sample} * source.token_stride;
-      request(active && token + plan.blocks_per_sample < tokens);
+      x += int64_t{step} * source.token_stride;
+      request(lot_left > step && is_active(token + step));
     } else if (active) {
       raw[0] = load_global_once_16<0>(x);
       raw[1] = load_global_once_16<2 * kChunkFeatures>(x);
@@ -466,15 +501,13 @@ __global__ void __maxnreg__(kRegisters)
       unpack_all();
       normalize(v, unit, plan.units, lanes, shared.moments, args);
       if (args.scale.data != nullptr || args.shift.data != nullptr) {
-        modulate<T, kForm == NormForm::kAligned>(v, args, sample, active ? k : 0);
+        modulate<T, kForm == NormForm::kAligned>(v, args, sample, vector_k);
       }
     }
     const auto scale_all = [&](auto with_scale) {
       constexpr bool kScale = decltype(with_scale)::value;
-      float scale[kChunks][kChunkElements];
-#pragma unroll
-      for (int chunk = 0; kScale && chunk < kChunks; ++chunk) {
-        load_chunk(scale[chunk], channel_scale + lane_chunk_to_k(0, chunk));
+      if constexpr (kScale && kStay != Stay::kWithScale) {
+        load_scale();
       }
       if constexpr (!kNorm) {  // here, so that the loads of scale need not wait for those of x
         unpack_all();
@@ -484,7 +517,7 @@ __global__ void __maxnreg__(kRegisters)
         scale_chunk<kScale>(v[chunk], scale[chunk]);
       }
     };
-    if (args.channel_scale != nullptr) {
+    if (kStay == Stay::kWithScale || args.channel_scale != nullptr) {
       scale_all(std::true_type());
     } else {
       scale_all(std::false_type());
@@ -519,9 +552,10 @@ __global__ void __maxnreg__(kRegisters)
         args.x_scale[row] = x_scale;
       }
     }
-    token += plan.blocks_per_sample;
+    token += step;
+    lot_left -= step;
     turn ^= 1;
-  } while (kStay && token < tokens);
+  } while (kStays && lot_left > 0);
 }
 
 }  // namespace lrq

@@ -99,12 +99,15 @@ struct RotateRowsPlan {
   int tokens_per_block;
   int blocks_per_sample;
   int threads;
-  bool stay;  // from a thread block's token to its next: blocks_per_sample
+  bool stay;         // from a thread block's token to its next: blocks_per_sample
+  int shared_bytes;  // dynamic
 };
 
 constexpr int kRotateStayUnits = 64;
 constexpr int kRotateStayRegisters = 64;
 constexpr int kRegistersPerSm = 65536;
+constexpr int kLaneBytes = 2 * kChunks * kChunkElements;
+static_assert(kRotateMaxThreads * kLaneBytes + 2048 <= 48 * 1024, "what needs no leave to be used");
 
 // features, samples and tokens are at least 1.
 constexpr RotateRowsPlan plan_rotate_rows(int features, bool norm, int64_t samples, int64_t tokens,
@@ -123,6 +126,7 @@ constexpr RotateRowsPlan plan_rotate_rows(int features, bool norm, int64_t sampl
   if (plan.stay) {
     const int64_t resident = sms * (kRegistersPerSm / kRotateStayRegisters / plan.threads);
     blocks = min_of(blocks, max_of<int64_t>(1, resident / samples));
+    plan.shared_bytes = plan.threads * kLaneBytes;
   }
   plan.blocks_per_sample = static_cast<int>(blocks);
   return plan;
