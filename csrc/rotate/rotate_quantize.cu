@@ -51,9 +51,8 @@ cudaError_t launch_form(const RotateRowsArgs& args, cudaStream_t stream) {
 }
 
 bool is_aligned(const SampleVectors& vectors, OutType type) {
-  return vectors.data == nullptr ||
-         (vectors.type == type &&
-          (reinterpret_cast<uintptr_t>(vectors.data) | 2 * vectors.sample_stride) % 16 == 0);
+  return vectors.data != nullptr && vectors.type == type &&
+         (reinterpret_cast<uintptr_t>(vectors.data) | 2 * vectors.sample_stride) % 16 == 0;
 }
 
 template <typename T>
@@ -61,7 +60,8 @@ cudaError_t launch_type(const RotateRowsArgs& args, cudaStream_t stream) {
   if (args.norm == TokenNorm::kNone) {
     return launch_form<T, NormForm::kNone>(args, stream);
   }
-  return is_aligned(args.scale, args.type) && is_aligned(args.shift, args.type)
+  const bool neither = args.scale.data == nullptr && args.shift.data == nullptr;
+  return neither || (is_aligned(args.scale, args.type) && is_aligned(args.shift, args.type))
              ? launch_form<T, NormForm::kAligned>(args, stream)
              : launch_form<T, NormForm::kAny>(args, stream);
 }

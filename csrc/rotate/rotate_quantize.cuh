@@ -8,10 +8,11 @@
 // scale comes first, so the matrix would differ from block to block. Instructions per element:
 //
 //     unpack   scale, bit 0   5 stages, 1 exchange   bit 4   max  fma  bytes   memory   rest
-//       1          1.5                5.5              2       1    1   0.75 0.44    4.4     17.6
+//       1          1.5                5.5              2       1    1   0.75     0.44    4.4
 //
-// The L1 cache and the shuffles of its unit come next to memory as a limit: 160 cycles for 1024
-// elements, 64 of them for the channel scale, that pass at 128 bytes a cycle at best.
+// Next to memory, the L1 cache and the shuffles, which share a unit, are the limit: about 160
+// cycles for 1024 elements (8 for each load or store of a warp, for it touches 8 lines; 1 for a
+// shuffle), of which 64 go to the channel scale.
 #pragma once
 
 #include <type_traits>
@@ -94,6 +95,7 @@ struct TokenLanes {
     __syncthreads();
     float all = 0.0f;
     if constexpr (kShareWarps) {
+#pragma unroll 1
       for (int i = lane; i < groups; i += kLanes) {
         const float one = exchange[first_group + i];
         all = kMax ? max_or_nan(all, one) : all + one;
@@ -182,12 +184,14 @@ __device__ __forceinline__ void normalize(LaneValues& v, int unit, int units,
   const UnitMoments* const of_token = moments + (kShareWarps ? token.first_group : 0);
   float mean = 0.0f;
   if (args.norm == TokenNorm::kLayer) {
+#pragma unroll 1
     for (int i = token.lane; i < units; i += Lanes::kLanes) {
       mean += of_token[i].mean;
     }
     mean = lanes_sum<Lanes::kLanes>(mean) * (kTransform * args.inverse_features);
   }
   float squares = 0.0f;
+#pragma unroll 1
   for (int i = token.lane; i < units; i += Lanes::kLanes) {
     const UnitMoments one = of_token[i];
     const float deviation = one.mean - mean;
@@ -210,36 +214,33 @@ __device__ __forceinline__ float sample_value(const SampleVectors& vectors, int6
   }
 }
 
-// Eight neighbours of a vector, zeros where there is none. kAligned: they are of x's type T and lie
-// on 16 bytes.
+// v = v (1 + scale) + shift. kAligned: both are there, of x's type T, and lie on 16 bytes.
 template <typename T, bool kAligned>
-__device__ __forceinline__ void load_vector(float (&values)[kChunkElements],
-                                            const SampleVectors& vectors, int64_t sample, int k) {
-  const int64_t at = sample * vectors.sample_stride + k;
-  if constexpr (kAligned) {
-    uint4 raw = make_uint4(0, 0, 0, 0);
-    if (vectors.data != nullptr) {
-      raw = __ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(vectors.data) + at));
-    }
-    unpack_chunk<T>(values, raw);
-  } else {
-#pragma unroll
-    for (int e = 0; e < kChunkElements; ++e) {
-      values[e] = vectors.data == nullptr ? 0.0f : sample_value(vectors, at + e);
-    }
-  }
-}
-
-// v = v (1 + scale) + shift
-template <typename T, bool kAligned>
-__device__ __forceinline__ void modulate(LaneValues& v, const RotateRowsArgs& args, int64_t sample,
+__device__ __forceinline__ void modulate(LaneValues& v, const RotateRowsArgs& args, int sample,
                                          int k) {
+  const int64_t scale_at = sample * args.scale.sample_stride + k;
+  const int64_t shift_at = sample * args.shift.sample_stride + k;
+  const T* const scales = static_cast<const T*>(args.scale.data) + scale_at;
+  const T* const shifts = static_cast<const T*>(args.shift.data) + shift_at;
 #pragma unroll
   for (int chunk = 0; chunk < kChunks; ++chunk) {
-    float scale[kChunkElements];
-    float shift[kChunkElements];
-    load_vector<T, kAligned>(scale, args.scale, sample, k + lane_chunk_to_k(0, chunk));
-    load_vector<T, kAligned>(shift, args.shift, sample, k + lane_chunk_to_k(0, chunk));
+    const int offset = lane_chunk_to_k(0, chunk);
+    float scale[kChunkElements] = {};
+    float shift[kChunkElements] = {};
+    if constexpr (kAligned) {
+      unpack_chunk<T>(scale, __ldg(reinterpret_cast<const uint4*>(scales + offset)));
+      unpack_chunk<T>(shift, __ldg(reinterpret_cast<const uint4*>(shifts + offset)));
+    } else {
+#pragma unroll
+      for (int e = 0; e < kChunkElements; ++e) {
+        if (args.scale.data != nullptr) {
+          scale[e] = sample_value(args.scale, scale_at + offset + e);
+        }
+        if (args.shift.data != nullptr) {
+          shift[e] = sample_value(args.shift, shift_at + offset + e);
+        }
+      }
+    }
 #pragma unroll
     for (int e = 0; e < kChunkElements; ++e) {
       v[chunk][e] = fmaf(v[chunk][e], scale[e], v[chunk][e] + shift[e]);
@@ -389,7 +390,8 @@ __device__ __forceinline__ uint4 encode(const float (&even)[kChunkElements],
 
 // ---- kernel -------------------------------------------------------------------------------------
 
-// Whether a norm comes first, and whether its scale and shift are as load_vector likes them.
+// Whether a norm comes first, and whether its scale and shift, if any, are as `modulate` likes
+// them.
 enum class NormForm { kNone, kAligned, kAny };
 
 // Whether a thread block stays for lot after lot of tokens, plan.blocks_per_sample lots apart. It
