@@ -548,15 +548,17 @@ std::tuple<Tensor, Tensor> rotate_rows(const Tensor& x, const std::optional<Tens
     addresses |= reinterpret_cast<uintptr_t>(source.const_data_ptr()) |
                  static_cast<uint64_t>(2 * token_stride) | static_cast<uint64_t>(2 * sample_stride);
     row_stride = max_of(row_stride, token_stride);
-    return RowSource{source.const_data_ptr(), sample_stride, token_stride,
+    return RowSource{source.const_data_ptr(), sample_stride, static_cast<int>(token_stride),
                      static_cast<int>(source.size(source.dim() - 1))};
   };
   args.first = row_source(x, rows);
   if (second.has_value()) {
     args.second = row_source(*second, second_rows);
   }
-  LRQ_CHECK(supports_rotate_rows(first_features, features - first_features, block_size, with_norm,
-                                 row_stride, addresses),
+  args.channel_scale = const_pointer<float>(channel_scale);
+  addresses |= reinterpret_cast<uintptr_t>(args.channel_scale);
+  LRQ_CHECK(supports_rotate_rows(first_features, features - first_features, block_size, row_stride,
+                                 addresses),
             (Argument{kOp, "the problem"}), "one that _planner.supports_rotate_rows allows",
             tensor_text(x) + " with " + strides_text(x) + ", block_size " +
                 std::to_string(block_size) + " and " + std::to_string(features) + " features");
@@ -568,7 +570,6 @@ std::tuple<Tensor, Tensor> rotate_rows(const Tensor& x, const std::optional<Tens
   args.eps = static_cast<float>(eps);
   args.scale = sample_vectors(scale);
   args.shift = sample_vectors(shift);
-  args.channel_scale = const_pointer<float>(channel_scale);
   args.block_size = static_cast<int>(block_size);
   args.hadamard_norm = static_cast<float>(1.0 / std::sqrt(static_cast<double>(block_size)));
   args.inverse_features = static_cast<float>(1.0 / static_cast<double>(features));

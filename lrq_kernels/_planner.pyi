@@ -16,14 +16,13 @@ class GemmConfig:
     def is_legal(self, m: int, n: int, k: int, weight_bits: int, arch: int) -> bool: ...
 
 class RotateRowsPlan:
-    warps_per_token: int
+    units: int
+    units_reciprocal: int
     tokens_per_block: int
     blocks_per_sample: int
-    token_step: int
-    vectors: int
+    threads: int
+    stay: bool
     shared_bytes: int
-    @property
-    def threads(self) -> int: ...
 
 OLDEST_ARCH: int
 GEMV_MAX_TOKENS: int
@@ -35,7 +34,6 @@ SLICES: int
 ROWS_PER_LANE: int
 POSITIONS: int
 ROTATE_MAX_FEATURES: int
-ROTATE_MAX_NORM_FEATURES: int
 
 def cuda_archs() -> list[str]: ...
 def gemm_configs() -> list[GemmConfig]: ...
@@ -57,18 +55,10 @@ def half_tile_to_nk(half_tile: int, k_tiles: int) -> tuple[int, int]: ...
 def canonical_to_device_code(weight_bits: int, code: int) -> int: ...
 def device_to_canonical_code(weight_bits: int, code: int) -> int: ...
 def supports_rotate_rows(
-    first: int, second: int, block_size: int, norm: bool, row_stride: int, addresses: int
+    first: int, second: int, block_size: int, row_stride: int, addresses: int
 ) -> bool: ...
 def plan_rotate_rows(
-    features: int,
-    norm: bool,
-    samples: int,
-    tokens: int,
-    sms: int,
-    shared_bytes_per_sm: int,
-    shared_bytes_per_block: int,
+    features: int, norm: bool, samples: int, tokens: int, sms: int
 ) -> RotateRowsPlan: ...
 def lane_chunk_to_k(lane: int, chunk: int) -> int: ...
-def lane_result_to_k(lane: int, column: int, upper: int) -> int: ...
-def mma_row_to_line(row: int) -> int: ...
-def mma_column_to_line(step: int, column: int) -> int: ...
+def lane_result_to_k(lane: int, chunk: int) -> int: ...
