@@ -35,7 +35,7 @@ from benchmarks import peers
 from benchmarks.dit_shapes import FLUX_DEV, PIXART_SIGMA
 from benchmarks.timing import copy_gbps
 from lrq_kernels import _planner
-from lrq_kernels.ops import A16_TILES
+from lrq_kernels.ops import A16_TILES, GEMV_MAX_ROWS
 from lrq_kernels.testing import make_problem
 
 ROTATED_BYTES = 220_000_000
@@ -43,7 +43,6 @@ GRAPH_BELOW_US, GRAPH_US = 40.0, 900.0
 SUSTAINED_WARMUP_S, SUSTAINED_S, BATCH_S = 0.2, 0.3, 0.003
 BURST_IDLE_S, BURST_WARMUP, BURST_BATCH, BURST_BATCHES = 0.4, 4, 4, 7
 INT8_TOPS = 1920.0  # wgmma m64n256k32 in a bare loop, one H200, November 2026
-FEW_ROWS = 8  # at most: gemv's, benchmarks.bench_gemv
 LRQ_BITS = {"w4a8": 4, "w3a8": 3, "w2a8": 2}
 LRQ_A16_BITS = {"w4a16": 4, "w3a16": 3, "w2a16": 2}
 PEERS = ("bf16", "fp8_row", "fp8_tensor", "int_mm", "tinygemm", "nf4")
@@ -340,7 +339,7 @@ def print_rows(rows: list[dict]) -> None:
 
 
 def default_shapes() -> list[Shape]:
-    shapes = [shape[1:4] for shape in (*FLUX_DEV, *PIXART_SIGMA) if shape.m > FEW_ROWS]
+    shapes = [shape[1:4] for shape in (*FLUX_DEV, *PIXART_SIGMA) if shape.m > GEMV_MAX_ROWS]
     return [*dict.fromkeys(shapes), (4608, 3072, 3072), (8192, 8192, 8192)]
 
 

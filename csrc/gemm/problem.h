@@ -53,6 +53,6 @@ struct A16Args {
   int tile_m;    // tokens of a tile of the GEMM; 0: chosen for the problem
 };
 
-constexpr int kGemvMaxTokens = 8;
+constexpr int kGemvMaxTokens = 16;
 
 }  // namespace lrq
