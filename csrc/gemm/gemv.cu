@@ -73,7 +73,7 @@ struct Gemv {
     uint32_t limbs[kWindow * kParts][kQuads][kSlices / 2][32][4];
     float step[kWindow * kParts][kTokens];
     float sum[kTeams][kBatch][kQuads][kRowsPerLane][kParts][32];
-    CanonicalLevels<kBits> levels[kTeams][kBatch][kChannels];
+    LevelTable<kBits> tables[kTeams][kBatch][kChannels];
     float weight_scale[kTeams][kBatch][kChannels];
     float bias[kTeams][kBatch][kChannels];
   };
@@ -220,19 +220,21 @@ __global__ void __launch_bounds__(G::kThreads, kOverlaps ? G::kBlocksThatFit : 1
     return static_cast<int>(blockIdx.x + of_team * gridDim.x) + i * team_groups;
   };
   const int groups = ceil_div(all_groups - group_of(team, 0), team_groups);
-  const int most_groups = ceil_div(all_groups - group_of(0, 0), team_groups);  // of a team
-  const int tiles = part < k_tiles ? ceil_div(k_tiles - part, kParts) : 0;     // of this warp
+  const int tiles = part < k_tiles ? ceil_div(k_tiles - part, kParts) : 0;  // of this warp
 
   struct Source {
     const uint32_t* words;  // the lane's 0..3
     int others;             // from there
   };
   const auto source_of = [&](const Walk<G>& walk) -> Source {
-    const int n0 = group_of(team, walk.group) * kChannels;
-    const int64_t k0 = (part + walk.tile * int64_t{kParts}) * kTileInputs;
-    const int half_tile_lane = n0 % kHalfTileChannels / kChannels * 32 + lane;
+    // nk_to_half_tile of the group's first channel, in 32 bits as far as it goes.
+    constexpr int kGroupsOfHalf = kHalfTileChannels / kChannels;
+    const int group = group_of(team, walk.group);
+    const int half_tile = (group / (2 * kGroupsOfHalf) * k_tiles + walk.tile * kParts + part) * 2 +
+                          group / kGroupsOfHalf % 2;
+    const int half_tile_lane = group % kGroupsOfHalf * 32 + lane;
     const int first = lane_word_to_offset(kBits, half_tile_lane, 0);
-    return {args.weight + nk_to_half_tile(n0, k0, k_tiles) * half_tile_words(kBits) + first,
+    return {args.weight + static_cast<int64_t>(half_tile) * half_tile_words(kBits) + first,
             lane_word_to_offset(kBits, half_tile_lane, 4) - first};
   };
 
@@ -282,14 +284,14 @@ __global__ void __launch_bounds__(G::kThreads, kOverlaps ? G::kBlocksThatFit : 1
 
   // What channels need, of all groups whose sums will be held; past N that of the last channel.
   const auto hold_constants = [&](int batch) {
-    const int i = threadIdx.x;
+    const int i = static_cast<int>(read_thread_index());
     if (i < G::kTeams * G::kBatch * kChannels) {
       const int of_team = i / (G::kBatch * kChannels);
       const int held = i / kChannels % G::kBatch;
       const int channel = i % kChannels;
       const int n = min_of(group_of(of_team, batch + held) * kChannels + channel, n_size - 1);
-      shared.levels[of_team][held][channel] =
-          load_canonical_levels<kBits>(args.levels + (static_cast<int64_t>(n) << kBits));
+      shared.tables[of_team][held][channel] =
+          load_level_table<kBits>(args.levels + (static_cast<int64_t>(n) << kBits));
       shared.weight_scale[of_team][held][channel] = __ldg(args.weight_scale + n);
       // fma(a, b, -0) is rn(a * b) in every case, sign of zero included.
       shared.bias[of_team][held][channel] = args.bias == nullptr ? -0.0f : __ldg(args.bias + n);
@@ -386,8 +388,8 @@ __global__ void __launch_bounds__(G::kThreads, kOverlaps ? G::kBlocksThatFit : 1
   // Adds the parts of one team's sums and stores the results.
   const auto store_sums = [&](int batch, int batch_groups) {
 #pragma unroll 1
-    for (int i = threadIdx.x % kTeamThreads; i < batch_groups * kChannels << token_bits;
-         i += kTeamThreads) {
+    for (int i = static_cast<int>(read_thread_index()) % kTeamThreads;
+         i < batch_groups * kChannels << token_bits; i += kTeamThreads) {
       const int channel = i % kChannels;
       const int m = i / kChannels & ((1 << token_bits) - 1);
       const int held = i / kChannels >> token_bits;
@@ -414,7 +416,7 @@ __global__ void __launch_bounds__(G::kThreads, kOverlaps ? G::kBlocksThatFit : 1
   };
 
 #pragma unroll 1
-  for (int batch = 0; batch < most_groups; batch += G::kBatch) {
+  for (int batch = 0; group_of(0, batch) < all_groups; batch += G::kBatch) {  // of any team
     const int batch_groups = max_of(min_of(G::kBatch, groups - batch), 0);
     int window = 0;
     do {  // once without tiles, for the zeros
@@ -437,7 +439,7 @@ __global__ void __launch_bounds__(G::kThreads, kOverlaps ? G::kBlocksThatFit : 1
         LevelTable<kBits> tables[kRowsPerLane];
 #pragma unroll
         for (int row = 0; row < kRowsPerLane; ++row) {
-          tables[row] = make_level_table<kBits>(shared.levels[team][group][lane / 4 + 8 * row]);
+          tables[row] = shared.tables[team][group][lane / 4 + 8 * row];
         }
 #pragma unroll
         for (int quad = 0; quad < kQuads; ++quad) {
