@@ -14,6 +14,7 @@
 
 #include "gemm/config.h"
 #include "gemm/launch.h"
+#include "gemm/plan_a16.h"
 #include "gemm/problem.h"
 #include "layout/packed_weight.h"
 #include "layout/prepack.h"
@@ -355,7 +356,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// gemv for few rows, a kernel of its own where there is one, dequantize and torch elsewhere.
+// gemv for few rows; for more a kernel of its own where there is one and it is the quicker way,
+// dequantize and torch elsewhere.
 Tensor gemm_a16(const Tensor& x, const Tensor& weight, const Tensor& levels,
                 const Tensor& weight_scale, const std::optional<Tensor>& bias, int64_t weight_bits,
                 int64_t out_features, int64_t tile_m) {
@@ -377,11 +379,14 @@ Tensor gemm_a16(const Tensor& x, const Tensor& weight, const Tensor& levels,
   const DeviceGuard guard(device);
   const int arch = device_arch(kOp, device);
   A16Args args = a16_args(x, weight, levels, weight_scale, bias, weight_bits, out_features);
-  args.tile_m = static_cast<int>(tile_m);
   const bool has_kernel = !wide && has_gemm_a16(args, arch);
   LRQ_CHECK(has_kernel || tile_m == 0, (Argument{kOp, "tile_m"}),
             "0 where dtype, alignment or GPU leave no kernel", std::to_string(tile_m));
-  if (!has_kernel) {
+  args.tile_m = static_cast<int>(tile_m);
+  if (has_kernel && tile_m == 0) {
+    args.tile_m = choose_a16_tile(args.problem, multiprocessors(kOp, device));
+  }
+  if (!has_kernel || args.tile_m == kA16Dequantize) {
     const Tensor dense =
         dequantize(weight, levels, weight_scale, out_features, x.size(1), weight_bits, dtype);
     std::optional<Tensor> narrow_bias;

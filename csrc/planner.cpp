@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "gemm/config.h"
+#include "gemm/plan_a16.h"
 #include "layout/packed_weight.h"
 #include "rotate/rotate_quantize.h"
 
@@ -109,6 +110,14 @@ void bind_gemm(py::module_& m) {
   m.def("max_shared_bytes", &max_shared_bytes, py::arg("arch"));
   m.attr("OLDEST_ARCH") = kOldestArch;
   m.attr("GEMV_MAX_TOKENS") = kGemvMaxTokens;
+  m.def(
+      "a16_tile",
+      [](int64_t m, int64_t n, int64_t k, int weight_bits, int sms) {
+        return choose_a16_tile({m, n, k, weight_bits}, sms);
+      },
+      py::arg("m"), py::arg("n"), py::arg("k"), py::arg("weight_bits"), py::arg("sms"),
+      "tile_m that lrq::gemm_a16 takes on Hopper for more than GEMV_MAX_TOKENS rows, 0 where it "
+      "dequantizes the weight instead.");
 }
 
 void bind_layout(py::module_& m) {

@@ -22,7 +22,7 @@ from .scheme import BLOCK_SIZES, DUAL_BLOCK_SIZE, ROTATIONS, SCALE_MODES, WEIGHT
 
 ACTIVATIONS = ("none", "gelu_tanh")
 TOKEN_NORMS = ("none", "layer", "rms")
-GEMV_MAX_ROWS = 8
+GEMV_MAX_ROWS = 16
 A16_TILES = (0, 64, 128, 192, 256)  # tile_m of gemm_a16; 0: chosen for the problem
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # float64 exists on the CPU only, as the oracle of the tests.
@@ -677,7 +677,7 @@ def gemv(
     weight_bits: int,
     out_features: int,
 ) -> Tensor:
-    """Weight-only linear for at most 8 rows, x [M, K] in 16 bits. See reference.gemv."""
+    """Weight-only linear for at most 16 rows, x [M, K] in 16 bits. See reference.gemv."""
     return torch.ops.lrq.gemv.default(
         x, weight, levels, weight_scale, bias, weight_bits, out_features
     )
@@ -695,9 +695,10 @@ def gemm_a16(
 ) -> Tensor:
     """Weight-only linear for any number of rows, x [M, K] -> [M, N] of x's dtype.
 
-    gemv for at most 8 rows of 16 bits; above that a kernel that decodes into the product on Hopper,
-    dequantize and torch's linear elsewhere and for fp32. tile_m, tokens of a tile of that kernel,
-    is for tests and benchmarks; there the kernel runs for few rows too. See reference.gemm_a16.
+    gemv for at most 16 rows of 16 bits; above that a kernel that decodes into the product on
+    Hopper, dequantize and torch's linear elsewhere, for fp32, and where _planner.a16_tile finds it
+    quicker. tile_m, tokens of a tile of that kernel, is for tests and benchmarks; there the kernel
+    runs for few rows too. See reference.gemm_a16.
     """
     return torch.ops.lrq.gemm_a16.default(
         x, weight, levels, weight_scale, bias, weight_bits, out_features, tile_m

@@ -96,3 +96,25 @@ def test_impossible_problem_is_named(problem: tuple[int, int, int, int]) -> None
     m, n, k, bits = problem
     with pytest.raises(ValueError, match=f"M={m}, N={n}, K={k}, weight_bits={bits}"):
         planner.select(*problem, 90)
+
+
+@pytest.mark.parametrize(
+    ("problem", "tile"),
+    [
+        ((4608, 12288, 3072), 256),  # products bound it
+        ((64, 12288, 3072), 64),  # bytes do: no larger tile than the tokens fill
+        ((300, 2304, 1152), 64),  # larger ones would leave SMs idle
+        ((4096, 1152, 4608), 0),  # a small weight, tiles that fill one wave and a half
+    ],
+)
+def test_way_of_16_bit_activations(problem: tuple[int, int, int], tile: int) -> None:
+    assert planner.a16_tile(*problem, 4, 132) == tile
+
+
+@pytest.mark.parametrize("bits", (2, 3, 4))
+def test_ways_of_16_bit_activations_exist_and_few_tokens_do_not_dequantize(bits: int) -> None:
+    """Writing a large weight in 16 bits costs more than few tokens are worth."""
+    for n, k in ((1152, 1152), (3072, 3072), (18432, 3072)):
+        tiles = {planner.a16_tile(m, n, k, bits, 132) for m in range(17, 9000, 61)}
+        assert tiles <= {0, 64, 128, 192, 256}
+    assert all(planner.a16_tile(m, 18432, 3072, bits, 132) > 0 for m in range(17, 600))

@@ -34,6 +34,27 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Asks for the line of L2 at an address (PTX ISA 9.7.9.19, prefetch).
+__device__ __forceinline__ void prefetch_l2(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
+// Waits until the kernel in front, which this one may overlap, is done and what it wrote is seen;
+// before 9.0 none overlaps (PTX ISA 9.7.13.14, griddepcontrol.wait).
+__device__ __forceinline__ void grid_dependency_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the kernel behind start once every block has said so (PTX ISA 9.7.13.14,
+// griddepcontrol.launch_dependents).
+__device__ __forceinline__ void grid_dependency_trigger() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Loads four 8 x 16-byte matrices, row addresses from lanes 8i..8i+7 for matrix i; lane l receives
 // bytes 4(l%4)..+3 of row l/4 of each (PTX ISA 9.7.14.5.15, ldmatrix).
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&matrix)[4], uint32_t row_address) {
