@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import shutil
 import zlib
@@ -30,6 +31,8 @@ from .fused_projections import fuse_projections
 from .pipeline import QuantizedModel, quantize_model
 from .recipe import QuantRecipe
 from .report import QuantReport
+
+logger = logging.getLogger(__name__)
 
 TRANSFORMER = "transformer"
 REPORT_FILE = "lrq_report.json"
@@ -157,6 +160,12 @@ def quantize_pipeline(
     `out` is taken or cannot be written, and what quantize_model raises, before anything is written.
     """
     out = check_writable(out)
+    for name, component in pipeline.components.items():  # of Wan 2.2, for example
+        if name != TRANSFORMER and type(component) is type(pipeline.transformer):
+            logger.warning(
+                "lrq: %s stays dense; quantize it while it loads, with LRQConfig in quant_mapping",
+                name,
+            )
     run = _runner(pipeline, call_options)
     recipe = recipe_for(pipeline, recipe, call_options)
     # Statistics of other steps, guidance or sizes must not be continued from.

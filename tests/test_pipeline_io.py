@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,14 @@ def test_cpu_and_gpu_load_the_same_model(tmp_path: Path) -> None:
     moved = {n: v.cuda() if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
     expected, got = on_cpu(**inputs)[0].float(), on_gpu(**moved)[0].float().cpu()
     assert float((expected - got).norm() / expected.norm()) < 0.05
+
+
+def test_a_second_transformer_that_stays_dense_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = tiny_pipeline()
+    parts = {**pipeline.components, "transformer_2": tiny_pixart()}
+    monkeypatch.setattr(type(pipeline), "components", parts)
+    with caplog.at_level(logging.WARNING):
+        quantize_pipeline(pipeline, QuantRecipe.from_name("w4a8"), None, tmp_path / "q")
+    assert "transformer_2 stays dense" in caplog.text
