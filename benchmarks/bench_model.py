@@ -100,7 +100,7 @@ def quantized(name: str, scheme: str, device: str) -> tuple[torch.nn.Module, dic
 def time_forward(model: torch.nn.Module, inputs: dict[str, Any]) -> float:
     """Median milliseconds of one forward."""
     times = []
-    with torch.inference_mode():
+    with torch.no_grad():
         for step in range(WARMUP + REPEATS):
             begin, end = torch.cuda.Event(True), torch.cuda.Event(True)
             begin.record()
@@ -123,7 +123,7 @@ def measure(name: str, variant: str, inputs: dict[str, Any], device: str) -> dic
         model, facts = quantized(name, scheme, device)
     weights = tensor_bytes(model) / 1e9
     torch.cuda.reset_peak_memory_stats()
-    with torch.inference_mode():
+    with torch.no_grad():
         output = model(**inputs, return_dict=False)[0]
     if not bool(torch.isfinite(output).all()):
         raise RuntimeError(f"bench_model: {variant} gave NaN or inf")

@@ -10,6 +10,14 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// This thread's number in its block, read where it is asked for instead of
+// kept in a register (PTX ISA 10.1, %tid).
+__device__ __forceinline__ int thread_of_block() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // Copies 16 bytes to shared memory past L1, of which the first `valid_bytes` are read and the rest
 // are zeros (PTX ISA 9.7.9.25.3.1, cp.async).
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, int valid_bytes) {

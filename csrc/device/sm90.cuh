@@ -185,13 +185,6 @@ __device__ __forceinline__ void acquire_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// This thread's number in its block, read where it is asked for (PTX ISA 10.1, %tid).
-__device__ __forceinline__ int thread_of_block() {
-  int thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
-}
-
 // Barrier `id` (1..15) of `threads` threads, whole warps (PTX ISA 9.7.13.1, barrier).
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

@@ -284,7 +284,7 @@ __global__ void __launch_bounds__(G::kThreads, kOverlaps ? G::kBlocksThatFit : 1
 
   // What channels need, of all groups whose sums will be held; past N that of the last channel.
   const auto hold_constants = [&](int batch) {
-    const int i = static_cast<int>(read_thread_index());
+    const int i = thread_of_block();
     if (i < G::kTeams * G::kBatch * kChannels) {
       const int of_team = i / (G::kBatch * kChannels);
       const int held = i / kChannels % G::kBatch;
@@ -388,7 +388,7 @@ __global__ void __launch_bounds__(G::kThreads, kOverlaps ? G::kBlocksThatFit : 1
   // Adds the parts of one team's sums and stores the results.
   const auto store_sums = [&](int batch, int batch_groups) {
 #pragma unroll 1
-    for (int i = static_cast<int>(read_thread_index()) % kTeamThreads;
+    for (int i = thread_of_block() % kTeamThreads;
          i < batch_groups * kChannels << token_bits; i += kTeamThreads) {
       const int channel = i % kChannels;
       const int m = i / kChannels & ((1 << token_bits) - 1);
