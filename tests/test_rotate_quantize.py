@@ -114,7 +114,12 @@ def launch(op: str, *arguments: object) -> torch.Tensor | tuple[torch.Tensor, to
 
 
 def assert_codes_within_tie_budget(
-    x_q: torch.Tensor, x_scale: torch.Tensor, tensors: Tensors, case: Case
+    x_q: torch.Tensor,
+    x_scale: torch.Tensor,
+    tensors: Tensors,
+    case: Case,
+    tie_rate: float = TIE_RATE,
+    scale_error: float = SCALE_ERROR,
 ) -> None:
     """x_scale to fp32 accuracy; codes equal float64's but for a few, by 1, at ties."""
     wide = (tensors[0].double(), *tensors[1:])
@@ -123,9 +128,9 @@ def assert_codes_within_tie_budget(
     assert x_scale.dtype == torch.float32 and x_scale.shape == tensors[0].shape[:-1]
     if x_q.numel() == 0:
         return
-    scale_error = (x_scale.double() - expected_scale).abs() / expected_scale.clamp(min=1e-300)
-    worst = float(scale_error.max())
-    assert worst <= SCALE_ERROR, f"x_scale is off by {worst:.2e} of itself"
+    errors = (x_scale.double() - expected_scale).abs() / expected_scale.clamp(min=1e-300)
+    worst = float(errors.max())
+    assert worst <= scale_error, f"x_scale is off by {worst:.2e} of itself"
 
     difference = (x_q.int() - expected_q.int()).abs()
     assert int(difference.max()) <= 1, f"codes differ by up to {int(difference.max())}"
@@ -133,15 +138,20 @@ def assert_codes_within_tie_budget(
     differing = steps[difference == 1]
     to_half = ((differing - differing.floor()) - 0.5).abs()
     assert not (to_half > TIE_DISTANCE).any(), f"{float(to_half.max()):.2e} from a half, not a tie"
-    budget = math.ceil(TIE_RATE * x_q.numel()) + SMALL_SAMPLE
+    budget = math.ceil(tie_rate * x_q.numel()) + SMALL_SAMPLE
     assert len(differing) <= budget, f"{len(differing)} ties in {x_q.numel()} codes, over {budget}"
 
 
 def assert_rotated_within_rounding(y: torch.Tensor, tensors: Tensors, case: Case) -> None:
     """y is the float64 rotation, rounded once to its dtype (and fp32 error before that)."""
     wide = (tensors[0].double(), *tensors[1:])
-    expected = reference.rotate(*wide, *case.rotate_arguments)
-    assert y.dtype == tensors[0].dtype and y.shape == tensors[0].shape and y.is_contiguous()
+    assert y.dtype == tensors[0].dtype
+    assert_rounded_once(y, reference.rotate(*wide, *case.rotate_arguments))
+
+
+def assert_rounded_once(y: torch.Tensor, expected: torch.Tensor) -> None:
+    """y is float64's value, rounded to y's dtype (and fp32 error before that)."""
+    assert y.shape == expected.shape and y.is_contiguous()
     half_unit = expected.abs() * torch.finfo(y.dtype).eps / 2
     row = expected.abs().amax(-1, keepdim=True) if expected.numel() else expected
     excess = (y.double() - expected).abs() - half_unit - ROTATION_ERROR * row
@@ -219,15 +229,31 @@ def test_interpreted_special_rows(rotation: str) -> None:
 
 
 @in_interpreter
-def test_interpreted_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of more values than threads, and tokens of several chunks: rare at real widths."""
+@pytest.mark.parametrize(
+    "num_warps, values, in_features, block_size",
+    [
+        (1, 60, 1920, 128),  # a chunk of every size: 32, 16, 8, 4
+        (1, 60, 1664, 128),  # padded inside the chunk of 8, which leaves that of 4 empty
+        (1, 48, 1536, 512),  # the largest block that a chunk of 16 holds
+        (1, 40, 1280, 256),  # and that a chunk of 8 holds
+        (2, 32, 2048, 1024),  # more than one warp
+        (2, 20, 1184, 32),
+        (2, 12, 768, 64),
+        (1, 12, 333, 1),  # a mask inside a thread's columns
+    ],
+)
+def test_interpreted_layouts(
+    monkeypatch: pytest.MonkeyPatch, num_warps: int, values: int, in_features: int, block_size: int
+) -> None:
     from lrq_kernels import rotate_quantize as kernels
 
-    for launch_as in (kernels.RowLaunch(32, 2, 1), kernels.RowLaunch(64, 1, 1)):
-        monkeypatch.setattr(kernels, "row_launch", lambda _, launch_as=launch_as: launch_as)
-        for case in (Case(), Case(block_size=1024), Case("none", act_bits=4)):
-            check_quantize(draw(2, 2048, torch.float32, case, permuted=True), case)
-            check_rotate(draw(2, 2048, torch.float32, case), case)
+    launch_as = kernels.RowLaunch(num_warps, values)
+    monkeypatch.setattr(kernels, "row_launch", lambda *_: launch_as)
+    case = Case("none") if block_size == 1 else Case(block_size=block_size)
+    for permuted in (False, True):
+        tensors = draw(2, in_features, torch.float32, case, permuted=permuted)
+        check_quantize(tensors, case)
+        check_rotate(tensors, case)
 
 
 @in_interpreter
@@ -243,7 +269,7 @@ def test_interpreted_strides_and_empty_input() -> None:
 def test_interpreted_dual_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     from lrq_kernels import rotate_quantize as kernels
 
-    monkeypatch.setattr(kernels, "_DUAL_ELEMENTS", 2 * 128)  # 2 + 2 + 1 tokens
+    monkeypatch.setattr(kernels, "_PART_ELEMENTS", 2 * 128)  # 2 + 2 + 1 tokens
     case = Case(rotation="dual")
     tensors = draw(5, 128, torch.float32, case, permuted=True)
     check_quantize(tensors, case)
@@ -256,15 +282,26 @@ not_interpreted = pytest.mark.skipif(INTERPRETED, reason="the interpreter does n
 
 
 @not_interpreted
-def test_launch_covers_the_token() -> None:
-    from lrq_kernels.rotate_quantize import row_launch
+@pytest.mark.parametrize("block_size", [1, 32, 64, 128, 256, 512, 1024])
+def test_launch_covers_the_token(block_size: int) -> None:
+    from lrq_kernels.rotate_quantize import _MAX_VALUES, row_launch
 
     for in_features in (*WIDTHS, 1, 64, 192, 1000, 1025, 4104, 21504):
-        launch = row_launch(in_features)
-        assert 32 * launch.elements * launch.chunks >= in_features
-        assert launch.elements & (launch.elements - 1) == 0, "a tile's size is a power of two"
-        assert launch.elements % 32 == 0, "32 neighbours of a tile sit in one warp"
+        launch = row_launch(in_features, block_size)
+        assert 32 * launch.num_warps * launch.values >= in_features
         assert launch.num_warps in (1, 2, 4, 8, 16)
+        assert 0 < launch.values <= _MAX_VALUES, "more would spill"
+        # A block must fit the lanes of one warp in every chunk.
+        assert launch.values % max(4, block_size // 32) == 0
+
+
+@not_interpreted
+@pytest.mark.parametrize("in_features", [1152, 1536, 3072, 4608, 5120, 6144, 12288])
+def test_token_of_a_real_width_has_no_padding(in_features: int) -> None:
+    from lrq_kernels.rotate_quantize import row_launch
+
+    launch = row_launch(in_features, 128)
+    assert 32 * launch.num_warps * launch.values == in_features
 
 
 def compile_kernel(kernel, arguments: dict[str, object], num_warps: int, arch: int):
@@ -273,13 +310,13 @@ def compile_kernel(kernel, arguments: dict[str, object], num_warps: int, arch: i
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    types = ("*", "i32", "fp32")
+    types = ("*", "i32", "i64", "fp32")
     signature, constants, aligned = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         value = arguments[name]
         if isinstance(value, str) and value.startswith(types):
             signature[name] = value
-            if value.startswith("*") or name == "x_row_stride":
+            if value.startswith("*") or name.endswith("_stride"):
                 aligned[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "constexpr"
@@ -291,31 +328,45 @@ def compile_kernel(kernel, arguments: dict[str, object], num_warps: int, arch: i
     )
 
 
-def row_kernel(in_features: int, case: Case, dtype: str, arch: int, *, quantize: bool = True):
+def shared_arguments(
+    in_features: int, case: Case, dtype: str, *, permuted: bool = False, quantize: bool = True
+) -> tuple[dict[str, object], int]:
+    """The arguments that the kernels of a token share, and num_warps."""
     from lrq_kernels import rotate_quantize as kernels
 
     block_size = case.block_size if case.rotation == "hadamard" else 1
-    launch = kernels.row_launch(in_features)
+    launch = kernels.row_launch(in_features, block_size)
     arguments = {
         "x_ptr": f"*{dtype}",
         "x_row_stride": "i32",
         "channel_scale_ptr": "*fp32",
-        "permutation_ptr": "*i32" if case.scale_mode == "rms" else None,
+        "permutation_ptr": "*i32" if permuted else None,
         "out_ptr": "*i8" if quantize else f"*{dtype}",
         "x_scale_ptr": "*fp32" if quantize else None,
         "step_factor": "fp32",
         "K": in_features,
-        "N": launch.elements,
-        "CHUNKS": launch.chunks,
+        "N": 32 * launch.num_warps,
+        "VALUES": launch.values,
         "BLOCK": block_size,
         "QMAX": case.qmax,
         "RMS": case.scale_mode == "rms",
         "CLAMP": case.scale_mode == "rms",
     }
-    return compile_kernel(kernels._row_kernel, arguments, launch.num_warps, arch)
+    return arguments, launch.num_warps
+
+
+def row_kernel(in_features: int, case: Case, dtype: str, arch: int, *, split: int = 0, **options):
+    """split > 0: two sources, the first of that width."""
+    from lrq_kernels import rotate_kernels
+
+    arguments, num_warps = shared_arguments(in_features, case, dtype, **options)
+    arguments["second_ptr"] = f"*{dtype}" if split else None
+    arguments |= {"second_row_stride": "i32", "SPLIT": split or in_features}
+    return compile_kernel(rotate_kernels.row_kernel, arguments, num_warps, arch)
 
 
 def dense_kernel(in_features: int, dtype: str, arch: int, *, first: bool):
+    from lrq_kernels import rotate_kernels
     from lrq_kernels import rotate_quantize as kernels
 
     arguments = {
@@ -329,7 +380,7 @@ def dense_kernel(in_features: int, dtype: str, arch: int, *, first: bool):
         "K": in_features,
         "ROWS": kernels._DENSE_ROWS,
     }
-    return compile_kernel(kernels._block_dense_kernel, arguments, kernels._DENSE_WARPS, arch)
+    return compile_kernel(rotate_kernels.block_dense_kernel, arguments, kernels._DENSE_WARPS, arch)
 
 
 def assert_no_spills(compiled) -> None:
@@ -354,11 +405,7 @@ def test_compiles_ahead_of_time(arch: int) -> None:
     rms = Case(block_size=1024, scale_mode="rms", scale_factor=0.03)
     variants = [
         row_kernel(3072, Case(), "bf16", arch),
-        row_kernel(15360, rms, "fp16", arch),  # widest
-        row_kernel(192, Case(block_size=64, act_bits=4), "fp32", arch),
-        row_kernel(4608, Case(rotation="none"), "bf16", arch),
-        row_kernel(1152, Case(), "bf16", arch, quantize=False),
-        row_kernel(1001, Case(rotation="none"), "bf16", arch),
+        row_kernel(15360, rms, "fp16", arch, permuted=True),  # widest
         dense_kernel(1152, "bf16", arch, first=True),
         dense_kernel(1152, "bf16", arch, first=False),
     ]
@@ -367,14 +414,67 @@ def test_compiles_ahead_of_time(arch: int) -> None:
 
 
 @not_interpreted
+def test_every_variant_compiles_for_hopper() -> None:
+    variants = [
+        row_kernel(12288, Case(), "bf16", 90),  # most values a thread
+        row_kernel(15360, Case(), "bf16", 90, split=3072),
+        row_kernel(192, Case(block_size=64, act_bits=4), "fp32", 90),
+        row_kernel(4608, Case(rotation="none"), "bf16", 90),
+        row_kernel(1152, Case(), "bf16", 90, quantize=False),
+        row_kernel(1001, Case(rotation="none"), "bf16", 90),
+    ]
+    for compiled in variants:
+        assert_no_spills(compiled)
+
+
+def lane_shuffles(values: int, block_size: int) -> int:
+    """Of the butterflies between lanes that a thread takes part in; see token_tiles.py."""
+    total = 0
+    for chunk in [32] * (values // 32) + [size for size in (16, 8, 4) if values & size]:
+        columns, lanes = min(chunk, 8), 128 // chunk
+        bits = range(block_size.bit_length() - 1)
+        total += chunk * sum(columns <= 1 << bit < columns * lanes or bit >= 7 for bit in bits)
+    return total
+
+
+def assert_nothing_moves(compiled, num_warps: int, shuffles: int, reductions: int = 1) -> None:
+    """Between threads only butterflies and reductions; int8 keeps its place in its registers."""
+    assert compiled.metadata.shared <= 4 * num_warps, "only reductions over warps"
+    moved = compiled.asm["ptx"].count("shfl.sync")
+    assert shuffles <= moved <= shuffles + 10 * reductions
+    code = compiled.asm["ttgir"]
+    layouts = dict(re.findall(r"(#\w+) = (#ttg\..*)", code))
+    for source, result in re.findall(
+        r"convert_layout .* : tensor<\w+xi8, (#\w+)> -> tensor<\w+, (#\w+)>", code
+    ):
+        columns = re.search(
+            r"sizePerThread = \[1, ([48])\], threadsPerWarp = \[32, 1\]", layouts[result]
+        )
+        registers = ", ".join(f"[0, {1 << bit}]" for bit in range(3 if columns[1] == "8" else 2))
+        lanes = ", ".join(f"[{1 << bit}, 0]" for bit in range(5))
+        assert f"register = [{registers}], lane = [{lanes}]" in layouts[source]
+
+
+@not_interpreted
 @pytest.mark.parametrize("quantize", [True, False])
 @pytest.mark.parametrize("block_size", [64, 128, 1024])
 def test_values_stay_where_they_were_loaded(block_size: int, quantize: bool) -> None:
     """No layout conversion through shared memory: they made earlier forms two to three times
-    slower, and Triton gets some conversions of int8 wrong (see "a token in registers")."""
+    slower, and Triton gets some conversions of int8 wrong (see token_tiles.py)."""
     compiled = row_kernel(3072, Case(block_size=block_size), "bf16", 90, quantize=quantize)
-    assert "convert_layout" not in compiled.asm["ttgir"]
-    assert compiled.metadata.shared <= 4 * 32, "only the reduction over warps"
+    assert_nothing_moves(compiled, 1, lane_shuffles(96, block_size), int(quantize))
+
+
+@not_interpreted
+@pytest.mark.parametrize(
+    "in_features, num_warps, values, split",
+    [(1152, 1, 36, 0), (9728, 4, 76, 0), (15360, 8, 64, 3072)],
+)
+def test_values_stay_in_chunks_of_every_size(
+    in_features: int, num_warps: int, values: int, split: int
+) -> None:
+    compiled = row_kernel(in_features, Case(), "bf16", 90, split=split)
+    assert_nothing_moves(compiled, num_warps, lane_shuffles(values, 128))
 
 
 # ---- GPU ----------------------------------------------------------------------------------------
@@ -448,10 +548,10 @@ def test_tie_rate_at_size() -> None:
 @pytest.mark.gpu
 def test_dual_in_chunks() -> None:
     """More tokens than one fp32 intermediate holds."""
-    from lrq_kernels.rotate_quantize import _DUAL_ELEMENTS
+    from lrq_kernels.rotate_quantize import _PART_ELEMENTS
 
     case = Case("dual")
-    tokens = _DUAL_ELEMENTS // 15360 + 77
+    tokens = _PART_ELEMENTS // 15360 + 77
     check_quantize(draw(tokens, 15360, torch.bfloat16, case, permuted=True, device="cuda"), case)
 
 
