@@ -17,6 +17,7 @@ validated by ops.py; the functions here trust them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -70,6 +71,7 @@ def values_a_thread(in_features: int, block_size: int, num_warps: int) -> int:
     return min(enough, key=_instructions)
 
 
+@functools.cache
 def row_launch(in_features: int, block_size: int) -> RowLaunch:
     """Launch of a token of in_features: as few warps as hold it, since their barriers cost time."""
     for num_warps in (1, 2, 4, 8):
