@@ -6,8 +6,8 @@
 
 A token stays in the registers of one program from load to store, so x is read once.
 
-The "dual" rotation needs whole-row permutation between two dense products: it runs as separate
-launches with an fp32 intermediate that stays in the L2 cache. A fused form in front of it costs one
+The "dual" rotation needs whole-row permutation between two dense products: it runs as two launches
+with an fp32 intermediate that stays in the L2 cache. A fused form in front of it costs one
 launch more, which writes y: the dense product sees blocks of many tokens and no token whole, so a
 norm cannot be fused into it. One launch more is also what keeping y costs where it is permuted.
 
@@ -25,7 +25,13 @@ import torch
 import triton
 from torch import Tensor
 
-from .rotate_kernels import activation_kernel, block_dense_kernel, norm_kernel, row_kernel
+from .rotate_kernels import (
+    activation_kernel,
+    block_dense_kernel,
+    block_dense_quantize_kernel,
+    norm_kernel,
+    row_kernel,
+)
 from .scheme import activation_qmax
 from .token_tiles import chunk_size
 
@@ -35,6 +41,8 @@ _WIDTH = 128
 # spill on sm_80.
 _DENSE_ROWS = 64
 _DENSE_WARPS = 8
+# The same of the one that also quantizes: it takes whole tokens.
+_QUANTIZE_ROWS = (64, 128)
 # Elements of an fp32 intermediate, 16 MiB: two or three of them fit the 50 MB L2 of an H200.
 _PART_ELEMENTS = 1 << 22
 # Values of a token that a thread holds at most: with 96, 128 registers and 16 warps an SM.
@@ -91,6 +99,11 @@ class _Step(NamedTuple):
     @staticmethod
     def of(act_bits: int, scale_mode: str, scale_factor: float) -> _Step:
         return _Step(activation_qmax(act_bits), scale_mode == "rms", scale_factor)
+
+    @property
+    def clamps(self) -> bool:
+        """Whether codes may reach past qmax."""
+        return self.rms or self.scale_factor < 1.0
 
     @property
     def factor(self) -> float:
@@ -196,7 +209,7 @@ def _launch_rows(
         BLOCK=rotation.block_size,
         QMAX=step.qmax,
         RMS=step.rms,
-        CLAMP=step.rms or step.scale_factor < 1.0,
+        CLAMP=step.clamps,
         num_warps=launch.num_warps,
         **options,
     )
@@ -222,6 +235,40 @@ def _launch_dense(
         num_rows,
         K=in_features,
         ROWS=_DENSE_ROWS,
+        num_warps=_DENSE_WARPS,
+    )
+
+
+def _launch_dense_quantize(
+    x: Tensor,
+    permutation: Tensor | None,
+    matrix: Tensor,
+    out: Tensor,
+    x_scale: Tensor,
+    step: _Step,
+) -> None:
+    """Run `block_dense_quantize_kernel`: x fp32 [M, K], contiguous -> out int8 [M, K], x_scale [M].
+
+    Of _QUANTIZE_ROWS the one that whole tokens fill best, the smaller if both do.
+    """
+    num_tokens, in_features = x.shape
+    blocks = in_features // _WIDTH
+    rows = max(_QUANTIZE_ROWS, key=lambda rows: (rows // blocks * blocks / rows, -rows))
+    tokens = rows // blocks
+    block_dense_quantize_kernel[(triton.cdiv(num_tokens, tokens),)](
+        x,
+        permutation,
+        matrix,
+        out.view(torch.int32),
+        x_scale,
+        step.factor,
+        num_tokens,
+        K=in_features,
+        TOKENS=tokens,
+        ROWS=rows,
+        QMAX=step.qmax,
+        RMS=step.rms,
+        CLAMP=step.clamps,
         num_warps=_DENSE_WARPS,
     )
 
@@ -255,7 +302,9 @@ def _launch_dual(
     _launch_dense(y, rotation.channel_scale, None, matrices[0], first)
     if x_scale is None:
         _launch_dense(first, None, rotation.permutation, matrices[1], out)
-    else:
+    elif y.shape[1] <= _WIDTH * max(_QUANTIZE_ROWS):
+        _launch_dense_quantize(first, rotation.permutation, matrices[1], out, x_scale, step)
+    else:  # a token that no program holds
         second = torch.empty_like(first)
         _launch_dense(first, None, rotation.permutation, matrices[1], second)
         _launch_rows(_plain(second), _UNROTATED, out, x_scale, step)

@@ -266,14 +266,17 @@ def test_interpreted_strides_and_empty_input() -> None:
 
 
 @in_interpreter
-def test_interpreted_dual_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", [(4, 8), (2,)])
+def test_interpreted_dual_in_parts(monkeypatch: pytest.MonkeyPatch, rows: tuple[int, ...]) -> None:
+    """Several parts of M, several tokens a program and rows left over; tokens too wide for one."""
     from lrq_kernels import rotate_quantize as kernels
 
-    monkeypatch.setattr(kernels, "_PART_ELEMENTS", 2 * 128)  # 2 + 2 + 1 tokens
-    case = Case(rotation="dual")
-    tensors = draw(5, 128, torch.float32, case, permuted=True)
-    check_quantize(tensors, case)
-    check_rotate(tensors, case)
+    monkeypatch.setattr(kernels, "_PART_ELEMENTS", 3 * 384)  # 3 + 2 tokens
+    monkeypatch.setattr(kernels, "_QUANTIZE_ROWS", rows)
+    for case in (Case("dual"), Case("dual", 128, 4, "rms", 0.35)):
+        tensors = draw(5, 384, torch.float32, case, permuted=True)
+        check_quantize(tensors, case)
+        check_rotate(tensors, case)
 
 
 # ---- launch parameters and ahead-of-time compilation, CPU ---------------------------------------
@@ -383,6 +386,29 @@ def dense_kernel(in_features: int, dtype: str, arch: int, *, first: bool):
     return compile_kernel(rotate_kernels.block_dense_kernel, arguments, kernels._DENSE_WARPS, arch)
 
 
+def dense_quantize_kernel(in_features: int, tokens: int, rows: int, case: Case, arch: int):
+    from lrq_kernels import rotate_kernels
+    from lrq_kernels import rotate_quantize as kernels
+
+    arguments = {
+        "x_ptr": "*fp32",
+        "permutation_ptr": "*i32",
+        "matrix_ptr": "*fp32",
+        "out_ptr": "*i32",
+        "x_scale_ptr": "*fp32",
+        "step_factor": "fp32",
+        "num_tokens": "i32",
+        "K": in_features,
+        "TOKENS": tokens,
+        "ROWS": rows,
+        "QMAX": case.qmax,
+        "RMS": case.scale_mode == "rms",
+        "CLAMP": case.scale_mode == "rms",
+    }
+    kernel = rotate_kernels.block_dense_quantize_kernel
+    return compile_kernel(kernel, arguments, kernels._DENSE_WARPS, arch)
+
+
 def assert_no_spills(compiled) -> None:
     import triton
 
@@ -408,6 +434,8 @@ def test_compiles_ahead_of_time(arch: int) -> None:
         row_kernel(15360, rms, "fp16", arch, permuted=True),  # widest
         dense_kernel(1152, "bf16", arch, first=True),
         dense_kernel(1152, "bf16", arch, first=False),
+        dense_quantize_kernel(1152, 7, 64, Case(), arch),
+        dense_quantize_kernel(3072, 5, 128, rms, arch),
     ]
     for compiled in variants:
         assert_no_spills(compiled)
