@@ -307,25 +307,30 @@ def test_token_of_a_real_width_has_no_padding(in_features: int) -> None:
     assert 32 * launch.num_warps * launch.values == in_features
 
 
-def compile_kernel(kernel, arguments: dict[str, object], num_warps: int, arch: int):
-    """Cubin of a kernel; arguments: name -> Triton type ("*bf16", "i32"), or a constant."""
+def compile_kernel(
+    kernel, arguments: dict[str, object], num_warps: int, arch: int, *, aligned: bool = True
+):
+    """Cubin of a kernel; arguments: name -> Triton type ("*bf16", "i32"), or a constant.
+
+    aligned: strides are multiples of 16, as Triton finds out about the arguments of a launch.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     types = ("*", "i32", "i64", "fp32")
-    signature, constants, aligned = {}, {}, {}
+    signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         value = arguments[name]
         if isinstance(value, str) and value.startswith(types):
             signature[name] = value
-            if value.startswith("*") or name.endswith("_stride"):
-                aligned[(index,)] = [["tt.divisibility", 16]]
+            if value.startswith("*") or (aligned and name.endswith("_stride")):
+                attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "constexpr"
             constants[(index,)] = value
     return triton.compile(
-        ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned),
+        ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes),
         target=GPUTarget("cuda", arch, 32),
         options={"num_warps": num_warps},
     )
@@ -358,14 +363,23 @@ def shared_arguments(
     return arguments, launch.num_warps
 
 
-def row_kernel(in_features: int, case: Case, dtype: str, arch: int, *, split: int = 0, **options):
+def row_kernel(
+    in_features: int,
+    case: Case,
+    dtype: str,
+    arch: int,
+    *,
+    split: int = 0,
+    aligned: bool = True,
+    **options,
+):
     """split > 0: two sources, the first of that width."""
     from lrq_kernels import rotate_kernels
 
     arguments, num_warps = shared_arguments(in_features, case, dtype, **options)
     arguments["second_ptr"] = f"*{dtype}" if split else None
     arguments |= {"second_row_stride": "i32", "SPLIT": split or in_features}
-    return compile_kernel(rotate_kernels.row_kernel, arguments, num_warps, arch)
+    return compile_kernel(rotate_kernels.row_kernel, arguments, num_warps, arch, aligned=aligned)
 
 
 def dense_kernel(in_features: int, dtype: str, arch: int, *, first: bool):
