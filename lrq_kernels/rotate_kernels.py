@@ -19,6 +19,7 @@ from .token_tiles import (
     load_two_rows,
     multiply,
     num_values,
+    padded_row,
     piece_mask,
     rotate_and_store,
     store_pieces,
@@ -31,7 +32,7 @@ from .token_tiles import (
 #
 #   channel_scale_ptr   [K] fp32 or None
 #   permutation_ptr     [K] int32 or None
-#   out_ptr             [M, K] int8 codes, or floating point when x_scale_ptr is None
+#   out_ptr             [M, padded_row(K)] int8 codes, or floating point when x_scale_ptr is None
 #   x_scale_ptr         [M] fp32, or None: store the rotated token, unquantized
 #   step_factor         fp32
 #   K, N, VALUES        N * VALUES >= K: see token_tiles.py
@@ -58,7 +59,7 @@ def _finish(
         y = multiply(y, load_pieces(channel_scale_ptr, None, K, N, num_values(y)))
     if x_scale_ptr is not None:
         x_scale_ptr += token
-    out_row = out_ptr + token * K
+    out_row = out_ptr + token * padded_row(K)
     rotate_and_store(y, out_row, x_scale_ptr, step_factor, K, N, BLOCK, QMAX, RMS, CLAMP)
 
 
@@ -133,7 +134,7 @@ def activation_kernel(
     x_row_stride,
     gate_ptr,  # [M, K] of the same type, or None
     gate_row_stride,
-    kept_ptr,  # [M, K] of the same type: y, rounded; None, or no permutation
+    kept_ptr,  # [M, padded_row(K)] of the same type: y, rounded; None, or no permutation
     channel_scale_ptr,
     permutation_ptr,
     out_ptr,
@@ -164,7 +165,7 @@ def activation_kernel(
             y = _activate(pieces[piece].to(tl.float32), ACTIVATION)
         v = v + (y,)
     if kept_ptr is not None:
-        store_pieces(kept_ptr + token * K, v, K, N)
+        store_pieces(kept_ptr + token * padded_row(K), v, K, N)
     _finish(
         v,
         token,
@@ -194,7 +195,7 @@ def norm_kernel(
     shift_ptr,
     shift_row_stride,
     eps,  # fp32
-    kept_ptr,  # [B, T, K] of x's type: y, rounded; None, or no permutation
+    kept_ptr,  # [B, T, padded_row(K)] of x's type: y, rounded; None, or no permutation
     channel_scale_ptr,
     permutation_ptr,
     out_ptr,
@@ -233,7 +234,7 @@ def norm_kernel(
         shift_row = shift_ptr + sample * shift_row_stride
         y = _add(y, load_pieces(shift_row, indices, K, N, VALUES))
     if kept_ptr is not None:
-        store_pieces(kept_ptr + token * K, y, K, N)
+        store_pieces(kept_ptr + token * padded_row(K), y, K, N)
     _finish(
         y,
         token,

@@ -177,7 +177,7 @@ class _Norm(NamedTuple):
         return self._replace(scale=scale, shift=shift)
 
     def of(self, x: Tensor, kept: Tensor | None) -> _Tokens:
-        """kept: [B * T, K], contiguous."""
+        """kept: [B * T, padded_row(K)], contiguous."""
         samples, tokens, k = x.shape
         arguments = (
             *(x, x.stride(0), x.stride(1), tokens, self.norm_weight, self.norm_bias),
@@ -189,17 +189,30 @@ class _Norm(NamedTuple):
         return _Tokens(norm_kernel, arguments, constants, samples * tokens, k)
 
 
+def _padded_rows(out: Tensor) -> Tensor:
+    """out [M, K], or memory for rows as the kernels want them: of a multiple of eight."""
+    tokens, in_features = out.shape
+    padding = -in_features % 8
+    return out.new_empty(tokens, in_features + padding) if padding else out
+
+
+def _copy_padded(rows: Tensor, out: Tensor) -> None:
+    if rows.shape != out.shape:
+        out.copy_(rows[:, : out.shape[1]])
+
+
 def _launch_rows(
     tokens: _Tokens, rotation: _Rotation, out: Tensor, x_scale: Tensor | None, step: _Step
 ) -> None:
     """Run the kernel of `tokens`, without the matrices of `rotation`; out [num_tokens, K]."""
     launch = row_launch(tokens.in_features, rotation.block_size)
     options = {} if launch.maxnreg is None else {"maxnreg": launch.maxnreg}
+    rows = _padded_rows(out)
     tokens.kernel[(tokens.num_tokens,)](
         *tokens.arguments,
         rotation.channel_scale,
         rotation.permutation,
-        out,
+        rows,
         x_scale,
         step.factor,
         **tokens.constants,
@@ -213,6 +226,7 @@ def _launch_rows(
         num_warps=launch.num_warps,
         **options,
     )
+    _copy_padded(rows, out)
 
 
 def _launch_dense(
@@ -440,7 +454,7 @@ def activation_rotate_quantize(
     k = x.shape[-1]
     rows, out, scale = x.reshape(-1, k), x_q.view(-1, k), x_scale.view(-1)
     gates = None if gate is None else gate.reshape(-1, k)
-    kept_rows = kept.view(-1, k) if keep else None
+    kept_rows = _padded_rows(kept.view(-1, k)) if keep else None
 
     def tokens(part: slice) -> _Tokens:
         gate_part = None if gates is None else gates[part]
@@ -451,6 +465,8 @@ def activation_rotate_quantize(
     step = _Step.of(act_bits, scale_mode, scale_factor)
     parts = ((part, tokens(part)) for part in _parts(rows.shape[0], k))
     _run(tokens(slice(None)), parts, after, out, scale, step, kept_rows)
+    if kept_rows is not None:
+        _copy_padded(kept_rows, kept.view(-1, k))
     return x_q, x_scale, kept
 
 
@@ -479,7 +495,7 @@ def norm_modulate_rotate_quantize(
         return x_q, x_scale, kept
     samples = x if x.dim() == 3 else x[None]
     num_samples, tokens, k = samples.shape
-    kept_rows = kept.view(-1, k) if keep else None
+    kept_rows = _padded_rows(kept.view(-1, k)) if keep else None
     front = _Norm(norm_weight, norm_bias, scale, shift, norm, eps)
 
     def parts() -> Iterator[tuple[slice, Tensor | _Tokens]]:
@@ -493,4 +509,6 @@ def norm_modulate_rotate_quantize(
     step = _Step.of(act_bits, scale_mode, scale_factor)
     out, row_scale = x_q.view(-1, k), x_scale.view(-1)
     _run(front.of(samples, kept_rows), parts(), after, out, row_scale, step, kept_rows)
+    if kept_rows is not None:
+        _copy_padded(kept_rows, kept.view(-1, k))
     return x_q, x_scale, kept

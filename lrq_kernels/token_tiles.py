@@ -21,6 +21,8 @@ conversion renames registers at most (a test asserts it). That is for speed, but
 3.6 and 3.7 miscompile conversions of int8 inside a warp that reorder the bytes of a register: an
 earlier form of the kernel swapped the codes 1 and 2 of every four that way. So butterflies between
 lanes come after those between columns: the gather in them puts columns back into ascending order.
+And rows of an odd width, of which a thread's columns are no aligned piece, would bring such a
+conversion in: they are written to rows of a multiple of eight, `padded_row`, and copied.
 """
 
 # A tuple that grows in a kernel has no one type for Python.
@@ -63,6 +65,11 @@ def stop_of(piece, values):
 @triton.constexpr_function
 def num_pieces(values):
     return (values + 7) // 8
+
+
+@triton.constexpr_function
+def padded_row(in_features):
+    return (in_features + 7) // 8 * 8
 
 
 @triton.constexpr_function
@@ -179,9 +186,9 @@ def multiply(v, w):
 
 @triton.jit
 def store_pieces(row_ptr, v, K: tl.constexpr, N: tl.constexpr):
-    """row[k] = v[k], rounded to the type that row_ptr points to."""
+    """row[k] = v[k], rounded to the type that row_ptr points to; a row of padded_row(K)."""
     for piece in tl.static_range(len(v)):
-        k, mask = piece_place(piece, K, N, num_values(v))
+        k, mask = piece_place(piece, padded_row(K), N, num_values(v))
         tl.store(row_ptr + k, v[piece].to(row_ptr.dtype.element_ty), mask=mask)
 
 
@@ -339,7 +346,7 @@ def _store_zeros(out_row, v, K: tl.constexpr, N: tl.constexpr):
 @triton.jit
 def rotate_and_store(
     v,  # pieces of the smoothed token
-    out_row,  # [K] int8 codes, or floating point when x_scale_ptr is None
+    out_row,  # [padded_row(K)] int8 codes, or floating point when x_scale_ptr is None
     x_scale_ptr,  # fp32, or None: store the rotated token, unquantized
     step_factor,  # fp32
     K: tl.constexpr,

@@ -49,8 +49,9 @@ def memory(tensor: Tensor) -> np.ndarray:
 
 
 def outputs(in_features: int) -> tuple[Tensor, Tensor]:
-    """Poisoned: whatever a kernel leaves out shows."""
-    return torch.full((TOKENS, in_features), 99, dtype=torch.int8), torch.full((TOKENS,), torch.nan)
+    """Poisoned: whatever a kernel leaves out shows. Rows are of a multiple of eight."""
+    shape = (TOKENS, -(-in_features // 8) * 8)
+    return torch.full(shape, 99, dtype=torch.int8), torch.full((TOKENS,), torch.nan)
 
 
 def shared_values(tensors: tuple, case: Case, out: Tensor, x_scale: Tensor | None) -> dict:
@@ -96,6 +97,8 @@ def test_codes(in_features: int, case: Case, dtype: torch.dtype, permuted: bool)
     sources = {"x_ptr": memory(x), "x_row_stride": in_features, "second_row_stride": 0}
     values = sources | shared_values(tensors, case, x_q, x_scale)
     run(rotate_kernels.row_kernel, compiled, warps(in_features, case), values)
+    assert not x_q[:, in_features:].any()
+    x_q = x_q[:, :in_features].contiguous()
     assert_codes_within_tie_budget(x_q, x_scale, tensors, case)
 
 
