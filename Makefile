@@ -14,11 +14,11 @@ CLANG_FORMAT := $(VENV_PYTHON) -c "import clang_format; clang_format.clang_forma
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-gpu lint format clean
+.PHONY: help build wheel demo test test-gpu lint format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
-	@echo 'make test-gpu | lint | format | build | clean'
+	@echo 'make test-gpu | lint | format | build | wheel | clean'
 
 # Done again when the list of what is needed changes.
 .venv/lrq-installed: pyproject.toml .ci/environment.py
@@ -35,6 +35,10 @@ help:
 # ninja decides what is out of date: half a second when nothing is.
 build: .venv/lrq-installed
 	@$(VENV_PYTHON) setup.py --quiet build_ext --inplace
+
+# For this CPython and any torch from 2.10 on, in dist/.
+wheel: .venv/lrq-installed
+	$(VENV_PYTHON) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
 demo: build
 	$(VENV_PYTHON) -m lrq_quant demo --out demo
@@ -60,5 +64,5 @@ format: .venv/lrq-lint
 	$(CLANG_FORMAT) -i $(CXX_SOURCES)
 
 clean:
-	rm -rf build demo *.egg-info .venv lrq_kernels/*.so .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist demo *.egg-info .venv lrq_kernels/*.so .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -31,8 +31,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import peers
 from benchmarks.dit_shapes import FLUX_DEV, PIXART_SIGMA
+from benchmarks.timing import copy_gbps
 from lrq_kernels import _planner
+from lrq_kernels.ops import A16_TILES
 from lrq_kernels.testing import make_problem
 
 ROTATED_BYTES = 220_000_000
@@ -42,8 +45,10 @@ BURST_IDLE_S, BURST_WARMUP, BURST_BATCH, BURST_BATCHES = 0.4, 4, 4, 7
 INT8_TOPS = 1920.0  # wgmma m64n256k32 in a bare loop, one H200, November 2026
 FEW_ROWS = 8  # at most: gemv's, benchmarks.bench_gemv
 LRQ_BITS = {"w4a8": 4, "w3a8": 3, "w2a8": 2}
-PEERS = ("bf16", "fp8_row", "fp8_tensor", "int_mm")
-ABSENT = ("tinygemm", "nf4", "sdnq", "gemlite")
+LRQ_A16_BITS = {"w4a16": 4, "w3a16": 3, "w2a16": 2}
+PEERS = ("bf16", "fp8_row", "fp8_tensor", "int_mm", "tinygemm", "nf4")
+ABSENT = ("sdnq", "gemlite")
+NAMES = (*LRQ_BITS, "w4a16", *PEERS)
 EPILOGUES = ("none", "bias", "gelu", "residual")
 
 Shape = tuple[int, int, int]
@@ -134,6 +139,23 @@ def lrq_variant(
     return Variant(name, [call() for _ in range(sets_for(size))], size)
 
 
+def a16_variant(name: str, shape: Shape, device: str, tile_m: int = 0) -> Variant:
+    """lrq::gemm_a16 with a bias, on bf16."""
+    m, n, k = shape
+    bits = LRQ_A16_BITS[name]
+    size = 2 * m * k + n * k * bits // 8 + 2 * m * n
+    problem = make_problem(1, n, k, bits, device=device)
+    x = torch.randn(m, k, device=device)
+
+    def call() -> Call:
+        constants = (problem.weight.clone(), problem.levels, problem.weight_scale, problem.bias)
+        arguments = (x.to(torch.bfloat16), *constants, bits, n, tile_m)
+        return lambda: torch.ops.lrq.gemm_a16.default(*arguments)
+
+    name = f"{name}:m{tile_m}" if tile_m else name
+    return Variant(name, [call() for _ in range(sets_for(size))], size)
+
+
 def peer_variant(name: str, shape: Shape, device: str) -> Variant:
     """A plain product of torch without an epilogue."""
     m, n, k = shape
@@ -151,6 +173,11 @@ def peer_variant(name: str, shape: Shape, device: str) -> Variant:
         def call() -> Call:
             a, b = (x * 30).to(torch.int8), (w * 30).to(torch.int8)
             return lambda: torch._int_mm(a, b.t())
+    elif name in peers.FUNCTIONS:
+        size = 2 * m * k + n * k // 2 + 2 * m * n
+
+        def call() -> Call:
+            return peers.FUNCTIONS[name](x.to(torch.bfloat16), w.to(torch.bfloat16))
     else:
         size = m * k + n * k + 2 * m * n
         scales = (torch.ones((), device=device), torch.ones((), device=device))
@@ -184,10 +211,15 @@ def make_variants(
             for config in configs:
                 yield lrq_variant(name, shape, epilogue, device, config)
             continue
+        if name in LRQ_A16_BITS:
+            kernel = torch.cuda.get_device_capability() == (9, 0)
+            for tile_m in A16_TILES if sweep and kernel else A16_TILES[:1]:
+                yield a16_variant(name, shape, device, tile_m)
+            continue
         try:
             variant = peer_variant(name, shape, device)
             variant.run(1)
-        except (RuntimeError, AttributeError, ValueError) as error:
+        except (peers.PeerMissing, RuntimeError, AttributeError, ValueError) as error:
             print(f"{name} skipped for {shape}: {str(error).splitlines()[0]}", flush=True)
             continue
         yield variant
@@ -238,15 +270,6 @@ def burst(variant: Variant, estimate_us: float) -> list[float]:
 
 
 REGIMES = {"sustained": sustained, "burst": burst}
-
-
-def copy_gbps(device: str) -> float:
-    """Bytes read and written per second by a large copy, the ceiling of gbps."""
-    source = torch.empty(1 << 29, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    variant = Variant("copy", [lambda: target.copy_(source)], 2 * source.numel())
-    variant.run(5)
-    return variant.bytes_per_call / statistics.median(batch_us(variant, 2, 15)) / 1e3
 
 
 def spread(samples: list[float]) -> float:
@@ -329,21 +352,22 @@ def parse_shape(text: str) -> Shape:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", type=parse_shape, metavar="M,N,K")
-    parser.add_argument("--variants", nargs="+", default=[*LRQ_BITS, *PEERS])
+    parser.add_argument("--variants", nargs="+", default=[*NAMES])
     parser.add_argument("--regimes", nargs="+", choices=[*REGIMES], default=[*REGIMES])
     parser.add_argument("--epilogue", choices=EPILOGUES, default="bias", help="of lrq alone")
     parser.add_argument("--configs", action="store_true", help="every legal tile configuration too")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     arguments = parser.parse_args()
-    if unknown := [name for name in arguments.variants if name not in (*LRQ_BITS, *PEERS)]:
-        parser.error(f"no variant {unknown}; there are {[*LRQ_BITS, *PEERS]}")
+    known = (*NAMES, *LRQ_A16_BITS)
+    if unknown := [name for name in arguments.variants if name not in known]:
+        parser.error(f"no variant {unknown}; there are {[*dict.fromkeys(known)]}")
     if not torch.cuda.is_available():
         parser.error("needs a CUDA GPU")
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     print(f"not in this benchmark yet: {', '.join(ABSENT)}")
-    ceiling = copy_gbps("cuda")
+    ceiling = copy_gbps()
     print(f"copy {ceiling:.0f} GB/s; int8 ceiling {INT8_TOPS:.0f} TOPS")
     sizes = f"{'M':>6} {'N':>6} {'K':>6} {'variant':22} {'regime':10}"
     print(

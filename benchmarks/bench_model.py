@@ -82,12 +82,14 @@ def quantized(name: str, scheme: str, device: str) -> tuple[torch.nn.Module, dic
         recipe = QuantRecipe.from_name(scheme)
         result = quantize_model(model, recipe)
         facts["quantize_s"] = time.perf_counter() - start
+        print(f"{name} {scheme}: quantized in {facts['quantize_s']:.0f} s", flush=True)
         save_transformer(model, result, out)
         facts["weight_bits"] = result.report.weight_bits
         facts["coverage"] = result.report.coverage
         del model, result
         gc.collect()
         torch.cuda.empty_cache()
+        print(f"{name} {scheme}: saved in {time.perf_counter() - start:.0f} s in all", flush=True)
         facts["file_gb"] = sum(f.stat().st_size for f in out.iterdir()) / 1e9
         start = time.perf_counter()
         loaded = load_transformer(out, device=device)

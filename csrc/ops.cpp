@@ -1,18 +1,24 @@
-// CUDA kernels of lrq::{prepack, unprepack, dequantize, gemm, gemm_config, gemv}: check, fill a
-// struct, launch.
+// CUDA kernels of lrq::{prepack, unprepack, dequantize, gemm, gemm_config, gemv, gemm_a16,
+// _rotate_rows}: check, fill a struct, launch.
 // The only file that sees tensors. Schemas, fakes and CPU kernels are in lrq_kernels/ops.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
+#include <cmath>
 #include <optional>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "gemm/config.h"
 #include "gemm/launch.h"
 #include "gemm/problem.h"
 #include "layout/packed_weight.h"
 #include "layout/prepack.h"
+#include "rotate/launch.h"
+#include "rotate/rotate_quantize.h"
 #include "torch_utils.h"
 
 namespace lrq {
@@ -287,43 +293,294 @@ Tensor gemm_config(const Tensor& x_q, const Tensor& x_scale, const Tensor& weigh
                   weight_bits, out_features, activation, out_dtype, config);
 }
 
-Tensor gemv(const Tensor& x, const Tensor& weight, const Tensor& levels, const Tensor& weight_scale,
-            const std::optional<Tensor>& bias, int64_t weight_bits, int64_t out_features) {
-  constexpr const char* kOp = "gemv";
-  const Argument of_x{kOp, "x"};
-  const ScalarType dtype = x.scalar_type();
-  LRQ_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-            (Argument{kOp, "dtype of x on CUDA"}), "one of (torch.bfloat16, torch.float16)",
-            dtype_text(dtype));
-  LRQ_CHECK(x.dim() == 2 && x.size(0) <= kGemvMaxTokens, of_x,
-            "[M, K] with M at most " + std::to_string(kGemvMaxTokens),
-            "shape " + list_text(x.sizes()));
-  check_rows(of_x, x);
-  const int64_t m = x.size(0);
-  const int64_t k = x.size(1);
-  check_weight(kOp, weight, out_features, k, weight_bits, x);
-  check_codebook(kOp, levels, weight_scale, out_features, weight_bits, x);
-  check_bias(kOp, bias, out_features, x);
+// x [M, K] in 16 bits and its weight, as gemv and gemm_a16 take them.
+void check_a16(const char* op, const Tensor& x, const Tensor& weight, const Tensor& levels,
+               const Tensor& weight_scale, const std::optional<Tensor>& bias, int64_t weight_bits,
+               int64_t out_features) {
+  check_rows({op, "x"}, x);
+  check_size(op, "M", x.size(0));
+  check_weight(op, weight, out_features, x.size(1), weight_bits, x);
+  check_codebook(op, levels, weight_scale, out_features, weight_bits, x);
+  check_bias(op, bias, out_features, x);
+}
 
-  const int32_t device = x.get_device_index();
-  const DeviceGuard guard(device);
-  device_arch(kOp, device);
-  Tensor y = torch::stable::new_empty(x, {m, out_features});
-  if (y.numel() == 0) {
-    return y;
-  }
-  GemvArgs args;
-  args.problem = {m, out_features, k, static_cast<int>(weight_bits)};
+A16Args a16_args(const Tensor& x, const Tensor& weight, const Tensor& levels,
+                 const Tensor& weight_scale, const std::optional<Tensor>& bias, int64_t weight_bits,
+                 int64_t out_features) {
+  A16Args args;
+  args.problem = {x.size(0), out_features, x.size(1), static_cast<int>(weight_bits)};
   args.x = x.const_data_ptr();
   args.x_stride = x.stride(0);
   args.weight = const_pointer<uint32_t>(weight);
   args.levels = const_pointer<int8_t>(levels);
   args.weight_scale = const_pointer<float>(weight_scale);
   args.bias = const_pointer<float>(bias);
-  args.type = *out_type_of(dtype);
+  args.type = *out_type_of(x.scalar_type());
+  args.y = nullptr;
+  args.tile_m = 0;
+  return args;
+}
+
+Tensor gemv(const Tensor& x, const Tensor& weight, const Tensor& levels, const Tensor& weight_scale,
+            const std::optional<Tensor>& bias, int64_t weight_bits, int64_t out_features) {
+  constexpr const char* kOp = "gemv";
+  const ScalarType dtype = x.scalar_type();
+  LRQ_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+            (Argument{kOp, "dtype of x on CUDA"}), "one of (torch.bfloat16, torch.float16)",
+            dtype_text(dtype));
+  LRQ_CHECK(x.dim() == 2 && x.size(0) <= kGemvMaxTokens, (Argument{kOp, "x"}),
+            "[M, K] with M at most " + std::to_string(kGemvMaxTokens),
+            "shape " + list_text(x.sizes()));
+  check_a16(kOp, x, weight, levels, weight_scale, bias, weight_bits, out_features);
+
+  const int32_t device = x.get_device_index();
+  const DeviceGuard guard(device);
+  device_arch(kOp, device);
+  Tensor y = torch::stable::new_empty(x, {x.size(0), out_features});
+  if (y.numel() == 0) {
+    return y;
+  }
+  A16Args args = a16_args(x, weight, levels, weight_scale, bias, weight_bits, out_features);
   args.y = y.mutable_data_ptr();
   check_cuda(kOp, launch_gemv(args, current_stream(device)));
   return y;
+}
+
+// torch's own product with a weight [N, K] of x's dtype.
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack = {from(x), from(weight), from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// gemv for few rows, a kernel of its own where there is one, dequantize and torch elsewhere.
+Tensor gemm_a16(const Tensor& x, const Tensor& weight, const Tensor& levels,
+                const Tensor& weight_scale, const std::optional<Tensor>& bias, int64_t weight_bits,
+                int64_t out_features, int64_t tile_m) {
+  constexpr const char* kOp = "gemm_a16";
+  const ScalarType dtype = x.scalar_type();
+  const bool wide = dtype == ScalarType::Float;
+  LRQ_CHECK(wide || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+            (Argument{kOp, "dtype of x on CUDA"}),
+            "one of (torch.bfloat16, torch.float16, torch.float32)", dtype_text(dtype));
+  LRQ_CHECK(x.dim() == 2, (Argument{kOp, "x"}), "[M, K]", "shape " + list_text(x.sizes()));
+  LRQ_CHECK(tile_m == 0 || tile_m == 64 || tile_m == 128 || tile_m == 192 || tile_m == 256,
+            (Argument{kOp, "tile_m"}), "one of (0, 64, 128, 192, 256)", std::to_string(tile_m));
+  check_a16(kOp, x, weight, levels, weight_scale, bias, weight_bits, out_features);
+  if (tile_m == 0 && !wide && x.size(0) <= kGemvMaxTokens) {
+    return gemv(x, weight, levels, weight_scale, bias, weight_bits, out_features);
+  }
+
+  const int32_t device = x.get_device_index();
+  const DeviceGuard guard(device);
+  const int arch = device_arch(kOp, device);
+  A16Args args = a16_args(x, weight, levels, weight_scale, bias, weight_bits, out_features);
+  args.tile_m = static_cast<int>(tile_m);
+  const bool has_kernel = !wide && has_gemm_a16(args, arch);
+  LRQ_CHECK(has_kernel || tile_m == 0, (Argument{kOp, "tile_m"}),
+            "0 where dtype, alignment or GPU leave no kernel", std::to_string(tile_m));
+  if (!has_kernel) {
+    const Tensor dense =
+        dequantize(weight, levels, weight_scale, out_features, x.size(1), weight_bits, dtype);
+    std::optional<Tensor> narrow_bias;
+    if (bias.has_value()) {
+      narrow_bias = torch::stable::to(*bias, dtype);
+    }
+    return linear(x, dense, narrow_bias);
+  }
+  Tensor y = torch::stable::new_empty(x, {x.size(0), out_features});
+  if (y.numel() == 0) {
+    return y;
+  }
+  args.y = y.mutable_data_ptr();
+  check_cuda(kOp, launch_gemm_a16(args, current_stream(device)));
+  return y;
+}
+
+// ---- _rotate_rows -------------------------------------------------------------------------------
+
+// x [M, K] or [B, T, K] as samples of evenly spaced tokens.
+struct TokenRows {
+  int64_t outer;  // 1, or B
+  int64_t inner;  // M, or T
+  int64_t outer_stride;
+  int64_t inner_stride;
+
+  explicit TokenRows(const Tensor& x)
+      : outer(x.dim() == 3 ? x.size(0) : 1),
+        inner(x.size(x.dim() - 2)),
+        outer_stride(outer > 1 ? x.stride(0) : 0),
+        inner_stride(inner > 1 ? x.stride(x.dim() - 2) : 0) {
+    if (inner == 1 && outer > 1) {  // [B, 1, K]: the tokens are the samples
+      inner = outer;
+      inner_stride = outer_stride;
+      outer = 1;
+      outer_stride = 0;
+    }
+  }
+
+  int64_t tokens() const { return outer * inner; }
+  bool are_even() const { return outer == 1 || outer_stride == inner * inner_stride; }
+};
+
+void check_rotate_source(Argument argument, const Tensor& x, ScalarType dtype) {
+  LRQ_CHECK(x.scalar_type() == dtype && (x.dim() == 2 || x.dim() == 3), argument,
+            dtype_text(dtype) + " [M, K] or [B, T, K]", tensor_text(x));
+  LRQ_CHECK(x.numel() == 0 || x.stride(x.dim() - 1) == 1, argument, "of last stride 1",
+            strides_text(x));
+}
+
+// scale or shift [B, K], of x's dtype or fp32, B a divisor of the number of tokens.
+void check_modulation(Argument argument, const std::optional<Tensor>& vectors, ScalarType dtype,
+                      int64_t features, int64_t tokens, const Tensor& first) {
+  if (!vectors.has_value()) {
+    return;
+  }
+  const ScalarType own = vectors->scalar_type();
+  LRQ_CHECK(own == dtype || own == ScalarType::Float, argument,
+            "of dtype " + dtype_text(dtype) + " or torch.float32", dtype_text(own));
+  LRQ_CHECK(
+      vectors->dim() == 2 && vectors->size(0) > 0 && vectors->size(1) == features &&
+          tokens % vectors->size(0) == 0,
+      argument,
+      "[B, " + std::to_string(features) + "] with B a divisor of M = " + std::to_string(tokens),
+      "shape " + list_text(vectors->sizes()));
+  check_same_device(argument, *vectors, first);
+  check_rows(argument, *vectors);
+}
+
+SampleVectors sample_vectors(const std::optional<Tensor>& vectors) {
+  if (!vectors.has_value()) {
+    return {nullptr, 0, OutType::kFloat32};
+  }
+  return {vectors->const_data_ptr(), vectors->size(0) > 1 ? vectors->stride(0) : 0,
+          *out_type_of(vectors->scalar_type())};
+}
+
+std::tuple<Tensor, Tensor> rotate_rows(const Tensor& x, const std::optional<Tensor>& second,
+                                       const std::optional<Tensor>& scale,
+                                       const std::optional<Tensor>& shift, const std::string& norm,
+                                       double eps, const std::optional<Tensor>& channel_scale,
+                                       int64_t block_size, int64_t act_bits,
+                                       const std::string& scale_mode, double scale_factor) {
+  constexpr const char* kOp = "_rotate_rows";
+  const ScalarType dtype = x.scalar_type();
+  LRQ_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+            (Argument{kOp, "dtype of x on CUDA"}), "one of (torch.bfloat16, torch.float16)",
+            dtype_text(dtype));
+  check_rotate_source({kOp, "x"}, x, dtype);
+  LRQ_CHECK(norm == "none" || norm == "layer" || norm == "rms", (Argument{kOp, "norm"}),
+            "one of ('none', 'layer', 'rms')", "'" + norm + "'");
+  const bool with_norm = norm != "none";
+  LRQ_CHECK(act_bits == 4 || act_bits == 8, (Argument{kOp, "act_bits"}), "one of (4, 8)",
+            std::to_string(act_bits));
+  LRQ_CHECK(scale_mode == "absmax" || scale_mode == "rms", (Argument{kOp, "scale_mode"}),
+            "one of ('absmax', 'rms')", "'" + scale_mode + "'");
+  LRQ_CHECK(scale_factor > 0 && std::isfinite(scale_factor), (Argument{kOp, "scale_factor"}),
+            "positive and finite", std::to_string(scale_factor));
+  const int64_t first_features = x.size(x.dim() - 1);
+  int64_t features = first_features;
+  if (second.has_value()) {
+    check_rotate_source({kOp, "second"}, *second, dtype);
+    bool same_rows = second->dim() == x.dim();
+    for (int64_t dim = 0; same_rows && dim < x.dim() - 1; ++dim) {
+      same_rows = second->size(dim) == x.size(dim);
+    }
+    LRQ_CHECK(same_rows, (Argument{kOp, "second"}), "of as many rows as x, " + list_text(x.sizes()),
+              "shape " + list_text(second->sizes()));
+    check_same_device({kOp, "second"}, *second, x);
+    features += second->size(x.dim() - 1);
+  }
+  LRQ_CHECK(block_size >= 32 && block_size <= 1024 && (block_size & (block_size - 1)) == 0,
+            (Argument{kOp, "block_size"}), "one of (32, 64, 128, 256, 512, 1024)",
+            std::to_string(block_size));
+  LRQ_CHECK(features % block_size == 0, (Argument{kOp, "K"}),
+            "a multiple of block_size " + std::to_string(block_size), std::to_string(features));
+  LRQ_CHECK(with_norm || (!scale.has_value() && !shift.has_value()),
+            (Argument{kOp, "scale and shift"}), "given with a norm only", "norm 'none'");
+  const TokenRows rows(x);
+  const TokenRows second_rows(second.value_or(x));
+  const int64_t tokens = rows.tokens();
+  LRQ_CHECK(tokens <= kRotateMaxTokens, (Argument{kOp, "x"}),
+            "of at most " + std::to_string(kRotateMaxTokens) + " rows", std::to_string(tokens));
+  check_modulation({kOp, "scale"}, scale, dtype, features, tokens, x);
+  check_modulation({kOp, "shift"}, shift, dtype, features, tokens, x);
+  const int64_t scale_rows = scale.has_value() ? scale->size(0) : 1;
+  const int64_t shift_rows = shift.has_value() ? shift->size(0) : 1;
+  LRQ_CHECK(scale_rows == shift_rows || scale_rows == 1 || shift_rows == 1,
+            (Argument{kOp, "shift"}), "of as many rows as scale, " + std::to_string(scale_rows),
+            std::to_string(shift_rows));
+  int64_t samples = max_of(scale_rows, shift_rows);
+  if (channel_scale.has_value()) {
+    check_tensor({kOp, "channel_scale"}, *channel_scale, ScalarType::Float, {features}, x);
+  }
+
+  const int32_t device = x.get_device_index();
+  const DeviceGuard guard(device);
+  device_arch(kOp, device);
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = features;
+  Tensor x_q = torch::stable::new_empty(x, shape, ScalarType::Char);
+  shape.pop_back();
+  if (x_q.numel() == 0) {
+    return {x_q, torch::stable::new_zeros(x, shape, ScalarType::Float)};
+  }
+  Tensor x_scale = torch::stable::new_empty(x, shape, ScalarType::Float);
+
+  // Rows that are not evenly spaced from sample to sample are so within one.
+  const bool even = rows.are_even() && second_rows.are_even();
+  if (!even && samples == 1) {
+    samples = rows.outer;
+  }
+  LRQ_CHECK(even || samples == rows.outer, (Argument{kOp, "x"}),
+            "evenly spaced, or of as many samples as scale and shift", strides_text(x));
+
+  RotateRowsArgs args = {};
+  args.samples = samples;
+  args.tokens = tokens / samples;
+  uint64_t addresses = 0;
+  int64_t row_stride = 0;
+  const auto row_source = [&](const Tensor& source, const TokenRows& of) {
+    const int64_t token_stride = of.inner_stride;
+    const int64_t sample_stride = even ? args.tokens * token_stride : of.outer_stride;
+    addresses |= reinterpret_cast<uintptr_t>(source.const_data_ptr()) |
+                 static_cast<uint64_t>(2 * token_stride) | static_cast<uint64_t>(2 * sample_stride);
+    row_stride = max_of(row_stride, token_stride);
+    return RowSource{source.const_data_ptr(), sample_stride, token_stride,
+                     static_cast<int>(source.size(source.dim() - 1))};
+  };
+  args.first = row_source(x, rows);
+  if (second.has_value()) {
+    args.second = row_source(*second, second_rows);
+  }
+  LRQ_CHECK(supports_rotate_rows(first_features, features - first_features, block_size, with_norm,
+                                 row_stride, addresses),
+            (Argument{kOp, "the problem"}), "one that _planner.supports_rotate_rows allows",
+            tensor_text(x) + " with " + strides_text(x) + ", block_size " +
+                std::to_string(block_size) + " and " + std::to_string(features) + " features");
+  args.features = static_cast<int>(features);
+  args.type = *out_type_of(dtype);
+  args.norm = norm == "none"    ? TokenNorm::kNone
+              : norm == "layer" ? TokenNorm::kLayer
+                                : TokenNorm::kRms;
+  args.eps = static_cast<float>(eps);
+  args.scale = sample_vectors(scale);
+  args.shift = sample_vectors(shift);
+  args.channel_scale = const_pointer<float>(channel_scale);
+  args.block_size = static_cast<int>(block_size);
+  args.hadamard_norm = static_cast<float>(1.0 / std::sqrt(static_cast<double>(block_size)));
+  args.inverse_features = static_cast<float>(1.0 / static_cast<double>(features));
+  const double qmax = act_bits == 8 ? 127 : 7;
+  args.qmax = static_cast<float>(qmax);
+  args.rms = scale_mode == "rms";
+  args.clamp = args.rms || scale_factor < 1;
+  args.step_factor = static_cast<float>(args.rms ? scale_factor : scale_factor / qmax);
+  args.x_q = static_cast<int8_t*>(x_q.mutable_data_ptr());
+  args.x_scale = static_cast<float*>(x_scale.mutable_data_ptr());
+  check_cuda(kOp, launch_rotate_rows(args, current_stream(device)));
+  return {x_q, x_scale};
 }
 
 }  // namespace
@@ -336,4 +593,6 @@ STABLE_TORCH_LIBRARY_IMPL(lrq, CUDA, m) {
   m.impl("gemm", TORCH_BOX(&lrq::gemm));
   m.impl("gemm_config", TORCH_BOX(&lrq::gemm_config));
   m.impl("gemv", TORCH_BOX(&lrq::gemv));
+  m.impl("gemm_a16", TORCH_BOX(&lrq::gemm_a16));
+  m.impl("_rotate_rows", TORCH_BOX(&lrq::rotate_rows));
 }

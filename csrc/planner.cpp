@@ -1,5 +1,6 @@
-// Python module _planner: the tile configurations, their selection, the device layout's index maps
-// and build facts. Plain host code: builds and runs without torch, CUDA or a GPU.
+// Python module _planner: the tile configurations, their selection, index maps of the device layout
+// and of the rotation, and build facts. Plain host code: builds and runs without torch, CUDA or a
+// GPU.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,6 +11,7 @@
 
 #include "gemm/config.h"
 #include "layout/packed_weight.h"
+#include "rotate/rotate_quantize.h"
 
 #ifndef LRQ_CUDA_ARCHS
 #define LRQ_CUDA_ARCHS ""  // a build without nvcc has no kernels
@@ -68,6 +70,7 @@ void bind_gemm(py::module_& m) {
       .def_readonly("stages", &GemmConfig::stages)
       .def_readonly("blocks_per_sm", &GemmConfig::blocks_per_sm)
       .def_readonly("cluster", &GemmConfig::cluster)
+      .def_readonly("split_k", &GemmConfig::split_k)
       .def(
           "shared_bytes",
           [](const GemmConfig& config, int weight_bits) {
@@ -94,7 +97,7 @@ void bind_gemm(py::module_& m) {
         return select_gemm_config({m, n, k, weight_bits}, arch, sm90);
       },
       py::arg("m"), py::arg("n"), py::arg("k"), py::arg("weight_bits"), py::arg("arch"),
-      py::arg("sm90") = kSelectSm90,
+      py::arg("sm90") = true,
       "The configuration that lrq::gemm runs. arch is 10 * major + minor; sm90 says whether rows "
       "of the Hopper kernel are considered. ValueError where none can.");
   m.def(
@@ -105,7 +108,6 @@ void bind_gemm(py::module_& m) {
       py::arg("config"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("weight_bits"));
   m.def("max_shared_bytes", &max_shared_bytes, py::arg("arch"));
   m.attr("OLDEST_ARCH") = kOldestArch;
-  m.attr("SELECT_SM90") = kSelectSm90;
   m.attr("GEMV_MAX_TOKENS") = kGemvMaxTokens;
 }
 
@@ -225,6 +227,71 @@ void bind_layout(py::module_& m) {
       py::arg("weight_bits"), py::arg("code"));
 }
 
+void bind_rotate(py::module_& m) {
+  m.attr("ROTATE_MAX_FEATURES") = kRotateMaxFeatures;
+  m.attr("ROTATE_MAX_NORM_FEATURES") = kRotateMaxNormFeatures;
+  m.def(
+      "supports_rotate_rows", &supports_rotate_rows, py::arg("first"), py::arg("second"),
+      py::arg("block_size"), py::arg("norm"), py::arg("row_stride"), py::arg("addresses"),
+      "Whether lrq::_rotate_rows takes 16-bit rows of first + second features (second 0: one "
+      "source), row_stride elements apart. addresses: bitwise or of the sources' addresses and of "
+      "the strides in bytes from row to row and from sample to sample.");
+  py::class_<RotateRowsPlan>(m, "RotateRowsPlan")
+      .def_readonly("warps_per_token", &RotateRowsPlan::warps_per_token)
+      .def_readonly("tokens_per_block", &RotateRowsPlan::tokens_per_block)
+      .def_readonly("blocks_per_sample", &RotateRowsPlan::blocks_per_sample)
+      .def_readonly("token_step", &RotateRowsPlan::token_step)
+      .def_readonly("vectors", &RotateRowsPlan::vectors)
+      .def_readonly("shared_bytes", &RotateRowsPlan::shared_bytes)
+      .def_property_readonly("threads", &RotateRowsPlan::threads);
+  m.def(
+      "plan_rotate_rows",
+      [](int features, bool norm, int64_t samples, int64_t tokens, int sms, int shared_bytes_per_sm,
+         int shared_bytes_per_block) {
+        check_range("features - 1", features - 1, kRotateMaxFeatures);
+        check_range("samples - 1", samples - 1, INT64_MAX);
+        check_range("tokens - 1", tokens - 1, INT64_MAX);
+        return plan_rotate_rows(features, norm, samples, tokens,
+                                {sms, shared_bytes_per_sm, shared_bytes_per_block});
+      },
+      py::arg("features"), py::arg("norm"), py::arg("samples"), py::arg("tokens"), py::arg("sms"),
+      py::arg("shared_bytes_per_sm"), py::arg("shared_bytes_per_block"),
+      "How lrq::_rotate_rows divides samples of so many tokens on a device.");
+  m.def(
+      "lane_chunk_to_k",
+      [](int lane, int chunk) {
+        check_range("lane", lane, 32);
+        check_range("chunk", chunk, kLaneChunks);
+        return lane_chunk_to_k(lane, chunk);
+      },
+      py::arg("lane"), py::arg("chunk"), "First k 0..1023 of 8 that a lane loads.");
+  m.def(
+      "lane_result_to_k",
+      [](int lane, int column, int upper) {
+        check_range("lane", lane, 32);
+        check_range("column", column, 2);
+        check_range("upper", upper, 2);
+        return lane_result_to_k(lane, column, upper);
+      },
+      py::arg("lane"), py::arg("column"), py::arg("upper"),
+      "First k 0..1023 of 8 whose results are register column + 2 * upper of operands D.");
+  m.def(
+      "mma_row_to_line",
+      [](int row) {
+        check_range("row", row, kBlockLines);
+        return mma_row_to_line(row);
+      },
+      py::arg("row"), "Line 0..15 of a block that a row of operands A and D stands for.");
+  m.def(
+      "mma_column_to_line",
+      [](int step, int column) {
+        check_range("step", step, kMmaSteps);
+        check_range("column", column, 8);
+        return mma_column_to_line(step, column);
+      },
+      py::arg("step"), py::arg("column"), "Line 0..15 of a column of operand A.");
+}
+
 }  // namespace
 }  // namespace lrq
 
@@ -232,6 +299,7 @@ PYBIND11_MODULE(_planner, m) {
   m.doc() = "Tile configurations, their selection, device layout maps and build facts of lrq.";
   lrq::bind_gemm(m);
   lrq::bind_layout(m);
+  lrq::bind_rotate(m);
   m.def("cuda_archs", &lrq::compiled_archs,
         "Architectures the CUDA kernels were compiled for; empty for a build without nvcc.");
 }

@@ -11,7 +11,7 @@ from . import ops, reference
 from .checkpoint import CheckpointError, LinearState, load, save
 from .codebook import TwinLogCodebook
 from .library import cuda_library_status, load_cuda_library
-from .linear import InputQuantizer, LRQLinear, fuse_linears
+from .linear import InputQuantizer, LRQLinear, fuse_linears, get_act_bits, set_act_bits
 from .loader import load_quantized, model_states
 from .packing import pack_codes, unpack_codes
 from .rotation import Rotation
@@ -27,6 +27,7 @@ __all__ = [
     "TwinLogCodebook",
     "cuda_library_status",
     "fuse_linears",
+    "get_act_bits",
     "load",
     "load_quantized",
     "model_states",
@@ -34,6 +35,7 @@ __all__ = [
     "pack_codes",
     "reference",
     "save",
+    "set_act_bits",
     "unpack_codes",
 ]
 

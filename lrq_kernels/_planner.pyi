@@ -11,11 +11,21 @@ class GemmConfig:
     stages: int
     blocks_per_sm: int
     cluster: int
+    split_k: int
     def shared_bytes(self, weight_bits: int) -> int: ...
     def is_legal(self, m: int, n: int, k: int, weight_bits: int, arch: int) -> bool: ...
 
+class RotateRowsPlan:
+    warps_per_token: int
+    tokens_per_block: int
+    blocks_per_sample: int
+    token_step: int
+    vectors: int
+    shared_bytes: int
+    @property
+    def threads(self) -> int: ...
+
 OLDEST_ARCH: int
-SELECT_SM90: bool
 GEMV_MAX_TOKENS: int
 TILE_CHANNELS: int
 TILE_INPUTS: int
@@ -24,6 +34,8 @@ HALF_TILE_LANES: int
 SLICES: int
 ROWS_PER_LANE: int
 POSITIONS: int
+ROTATE_MAX_FEATURES: int
+ROTATE_MAX_NORM_FEATURES: int
 
 def cuda_archs() -> list[str]: ...
 def gemm_configs() -> list[GemmConfig]: ...
@@ -44,3 +56,19 @@ def nk_to_offset(weight_bits: int, n: int, k: int, plane: int, k_tiles: int) -> 
 def half_tile_to_nk(half_tile: int, k_tiles: int) -> tuple[int, int]: ...
 def canonical_to_device_code(weight_bits: int, code: int) -> int: ...
 def device_to_canonical_code(weight_bits: int, code: int) -> int: ...
+def supports_rotate_rows(
+    first: int, second: int, block_size: int, norm: bool, row_stride: int, addresses: int
+) -> bool: ...
+def plan_rotate_rows(
+    features: int,
+    norm: bool,
+    samples: int,
+    tokens: int,
+    sms: int,
+    shared_bytes_per_sm: int,
+    shared_bytes_per_block: int,
+) -> RotateRowsPlan: ...
+def lane_chunk_to_k(lane: int, chunk: int) -> int: ...
+def lane_result_to_k(lane: int, column: int, upper: int) -> int: ...
+def mma_row_to_line(row: int) -> int: ...
+def mma_column_to_line(step: int, column: int) -> int: ...

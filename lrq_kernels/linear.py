@@ -15,7 +15,6 @@ import weakref
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
@@ -49,6 +48,7 @@ class InputQuantizer(nn.Module):
 
     Buffers: channel_scale (fp32 [K] as int32: smoothing and signs in the order of lrq::rotate),
     permutation (int32 [K]), matrices (fp32 [2, 128, 128] as int32); each may be None.
+    act_bits: the scheme's, or what set_act_bits made of it.
     """
 
     channel_scale: Tensor | None
@@ -76,6 +76,7 @@ class InputQuantizer(nn.Module):
             )
         self.in_features = in_features
         self.scheme = scheme
+        self.act_bits = scheme.act_bits
         self.consumers = 0
         scale = smooth_scale
         if rotation.kind == "hadamard":
@@ -143,12 +144,11 @@ class InputQuantizer(nn.Module):
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(x_q int8 [..., K], x_scale fp32 [...]) of x [..., K]."""
         scheme = self.scheme
+        # A scale rule is fitted to its width; at another, absmax is right for any input.
+        own = self.act_bits == scheme.act_bits
+        rule = (scheme.scale_mode, scheme.scale_factor) if own else ("absmax", 1.0)
         return ops.rotate_quantize(
-            _with_last_stride_1(x),
-            *self._rotation_arguments(),
-            scheme.act_bits,
-            scheme.scale_mode,
-            scheme.scale_factor,
+            _with_last_stride_1(x), *self._rotation_arguments(), self.act_bits, *rule
         )
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
@@ -157,7 +157,7 @@ class InputQuantizer(nn.Module):
         The result is kept until every sharer has read it. Under torch.compile and for inference
         tensors each sharer asks for itself.
         """
-        prepare = self.rotate if self.scheme.act_bits == 16 else self.quantize
+        prepare = self.rotate if self.act_bits == 16 else self.quantize
         # An inference tensor has no version, so a change between two reads would go unseen.
         if self.consumers <= 1 or torch.compiler.is_compiling() or x.is_inference():
             return prepare(x)
@@ -185,7 +185,34 @@ class InputQuantizer(nn.Module):
     def extra_repr(self) -> str:
         scheme = self.scheme
         block = "" if scheme.rotation == "none" else f", block_size={scheme.block_size}"
-        return f"act_bits={scheme.act_bits}, rotation={scheme.rotation}{block}"
+        return f"act_bits={self.act_bits}, rotation={scheme.rotation}{block}"
+
+
+def set_act_bits(model: nn.Module, act_bits: int | None) -> None:
+    """Run the quantized linears of `model` with 8 or 16 bit activations, or, with None, as their
+    schemes say. The same codes serve all; linears whose scheme is A16 stay so. Raises ValueError
+    for another width and for a model without quantized activations."""
+    if act_bits not in (None, 8, 16):
+        raise ValueError(f"set_act_bits: act_bits must be 8, 16 or None, got {act_bits!r}")
+    found = _with_quantized_input(model)
+    if not found:
+        raise ValueError(
+            f"set_act_bits: {type(model).__name__} holds no linear with quantized activations"
+        )
+    for quantizer in found:
+        quantizer.act_bits = quantizer.scheme.act_bits if act_bits is None else act_bits
+        quantizer._forget()
+
+
+def get_act_bits(model: nn.Module) -> int | None:
+    """What set_act_bits set: None where every linear runs as its scheme says."""
+    widths = {q.act_bits for q in _with_quantized_input(model) if q.act_bits != q.scheme.act_bits}
+    return max(widths, default=None)
+
+
+def _with_quantized_input(model: nn.Module) -> list[InputQuantizer]:
+    quantizers = (m for m in model.modules() if isinstance(m, InputQuantizer))
+    return [quantizer for quantizer in quantizers if quantizer.scheme.act_bits < 16]
 
 
 class LRQLinear(nn.Linear):
@@ -194,7 +221,7 @@ class LRQLinear(nn.Linear):
     Buffers: packed_weight (int32, device layout of lrq::prepack), levels (int8 [N, 2^b]),
     weight_scale and bias_bits (fp32 [N] as int32). x is [..., K] in bf16, fp16 or fp32; y has x's
     dtype. act_bits 8 and 4 take two launches: rotate_quantize and gemm. act_bits 16 rotates, then
-    runs gemv for at most 8 rows, and above that dequantizes the weight and calls torch.
+    runs gemm_a16.
 
     It is an nn.Linear, so that PEFT and offloading take it for one: weight is a placeholder without
     values, of the dtype that the model around it has (dtype), and bias is float32. state_dict holds
@@ -300,7 +327,7 @@ class LRQLinear(nn.Linear):
                 "torch.inference_mode(), or detach the input"
             )
         prepared = self.input_quantizer(x)
-        if self.scheme.act_bits == 16:
+        if self.input_quantizer.act_bits == 16:
             y = self._forward_a16(prepared.reshape(-1, self.in_features))
         else:
             x_q, x_scale = prepared
@@ -321,19 +348,15 @@ class LRQLinear(nn.Linear):
         return y.view(*x.shape[:-1], self.out_features)
 
     def _forward_a16(self, rows: Tensor) -> Tensor:
-        bias = self.bias
-        if rows.shape[0] <= ops.GEMV_MAX_ROWS:
-            return ops.gemv(
-                rows.contiguous(),
-                self.packed_weight,
-                self.levels,
-                self.weight_scale.view(torch.float32),
-                bias,
-                self.scheme.weight_bits,
-                self.out_features,
-            )
-        weight = self.dequantize(rows.dtype)
-        return F.linear(rows, weight, None if bias is None else bias.to(rows.dtype))
+        return ops.gemm_a16(
+            _with_last_stride_1(rows),
+            self.packed_weight,
+            self.levels,
+            self.weight_scale.view(torch.float32),
+            self.bias,
+            self.scheme.weight_bits,
+            self.out_features,
+        )
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight in the model's own domain, [N, K]: smoothing and rotation undone."""

@@ -26,13 +26,17 @@ def load_quantized(
 
     The model is the unquantized one, of the class that the checkpoint names; its parameters may
     be on the meta device. Quantized and dense tensors land on `device`; floating dense tensors are
-    cast to `dtype` when it is given. Everything is checked before the model is changed: raises
+    cast to `dtype` when it is given, those of modules named in the model's _keep_in_fp32_modules
+    to fp32, as diffusers does. Everything is checked before the model is changed: raises
     CheckpointError naming what is missing, extra or of another shape. Returns the model.
     """
     loaded = checkpoint.load(path, device=device, verify=verify)
     _check_dense(model, loaded)
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     dense = {
-        name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        name: tensor.to(torch.float32 if kept & set(name.split(".")) else dtype)
+        if dtype is not None and tensor.is_floating_point()
+        else tensor
         for name, tensor in loaded.dense.items()
     }
     floats = (tensor.dtype for tensor in dense.values() if tensor.is_floating_point())
@@ -89,9 +93,12 @@ def check_model(
     model_class: str,
     linears: Mapping[str, tuple[int, int, bool]],
     dense: Collection[str],
+    *,
+    meta_buffers: bool = False,
 ) -> None:
     """Raise CheckpointError unless a checkpoint of this content is one of `model`: its class, its
-    linears (out_features, in_features, bias) and the names of the dense tensors."""
+    linears (out_features, in_features, bias) and the names of the dense tensors. meta_buffers:
+    whoever loads fills buffers that are in no checkpoint."""
     if model_class != type(model).__name__:
         raise CheckpointError(
             f"the checkpoint is of a {model_class}, the model is a {type(model).__name__}"
@@ -115,6 +122,8 @@ def check_model(
         raise CheckpointError(
             f"dense tensors do not fit the model: missing {missing[:5]}, extra {extra[:5]}"
         )
+    if meta_buffers:
+        return
     # Non-persistent buffers are in no checkpoint; on meta they would stay empty without a word.
     for name, buffer in model.named_buffers():
         if buffer.is_meta and name not in dense and not name.startswith(replaced):

@@ -15,7 +15,9 @@ from .scheme import BLOCK_SIZES, DUAL_BLOCK_SIZE, ROTATIONS, SCALE_MODES, WEIGHT
 GEMM_ACTIVATIONS = ("none", "gelu_tanh")
 ACTIVATIONS = ("gelu_tanh", "gelu_erf", "silu")
 NORMS = ("layer", "rms")
+TOKEN_NORMS = ("none", *NORMS)
 GEMV_MAX_ROWS = 8
+A16_TILES = (0, 64, 128, 192, 256)  # tile_m of gemm_a16; 0: chosen for the problem
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # float64 exists on the CPU only, as the oracle of the tests.
 ORACLE_DTYPES = (*FLOAT_DTYPES, torch.float64)
@@ -187,6 +189,65 @@ def weight_shape(out_features: int, in_features: int, weight_bits: int) -> tuple
     return (-(-out_features // TILE), -(-in_features // TILE), 2, 256 * weight_bits)
 
 
+def check_rotate_rows(
+    x: Tensor,
+    second: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    norm: str,
+    eps: float,
+    channel_scale: Tensor | None,
+    block_size: int,
+    act_bits: int,
+    scale_mode: str,
+    scale_factor: float,
+) -> int:
+    """Checks the arguments and returns K."""
+    op = "_rotate_rows"
+    check_choice(op, "dtype of x", x.dtype, ORACLE_DTYPES)
+    in_features = 0
+    for name, source in (("x", x), ("second", second)):
+        if source is None:
+            continue
+        if source.dtype != x.dtype or source.dim() not in (2, 3):
+            got = f"{source.dtype} {list(source.shape)}"
+            fail(op, name, f"{x.dtype} [M, K] or [B, T, K]", got)
+        if source.numel() and source.stride(-1) != 1:
+            fail(op, name, "of last stride 1", f"strides {source.stride()}")
+        if source.shape[:-1] != x.shape[:-1]:
+            expected = f"of as many rows as x, {list(x.shape)}"
+            fail(op, name, expected, f"shape {list(source.shape)}")
+        if source.device != x.device:
+            fail(op, name, f"on {x.device}", f"a tensor on {source.device}")
+        in_features += source.shape[-1]
+    check_choice(op, "norm", norm, TOKEN_NORMS)
+    check_choice(op, "block_size", block_size, BLOCK_SIZES)
+    if in_features % block_size:
+        fail(op, "K", f"a multiple of block_size {block_size}", in_features)
+    if norm == "none" and (scale is not None or shift is not None):
+        fail(op, "scale and shift", "given with a norm only", "norm 'none'")
+    tokens = x.shape[:-1].numel()
+    for name, vectors in (("scale", scale), ("shift", shift)):
+        if vectors is None:
+            continue
+        if vectors.dtype not in (x.dtype, torch.float32):
+            fail(op, name, f"of dtype {x.dtype} or torch.float32", vectors.dtype)
+        shape = list(vectors.shape)
+        if len(shape) != 2 or shape[1] != in_features or shape[0] == 0 or tokens % shape[0]:
+            expected = f"[B, {in_features}] with B a divisor of M = {tokens}"
+            fail(op, name, expected, f"shape {shape}")
+        if vectors.device != x.device:
+            fail(op, name, f"on {x.device}", f"a tensor on {vectors.device}")
+        check_rows(op, name, vectors)
+    if scale is not None and shift is not None:
+        of_scale, of_shift = scale.shape[0], shift.shape[0]
+        if of_scale != of_shift and 1 not in (of_scale, of_shift):
+            fail(op, "shift", f"of as many rows as scale, {of_scale}", of_shift)
+    check_optional(op, "channel_scale", channel_scale, torch.float32, (in_features,), x.device)
+    check_quantize(op, act_bits, scale_mode, scale_factor)
+    return in_features
+
+
 def check_cuda_dtype(op: str, argument: str, x: Tensor) -> None:
     check_choice(op, f"dtype of {argument} on CUDA", x.dtype, FLOAT_DTYPES)
 
@@ -285,10 +346,39 @@ def check_gemv(
     weight_bits: int,
     out_features: int,
 ) -> None:
-    op = "gemv"
-    check_choice(op, "dtype of x", x.dtype, ORACLE_DTYPES)
+    check_choice("gemv", "dtype of x", x.dtype, ORACLE_DTYPES)
     if x.dim() != 2 or x.shape[0] > GEMV_MAX_ROWS:
-        fail(op, "x", f"[M, K] with M at most {GEMV_MAX_ROWS}", f"shape {list(x.shape)}")
+        fail("gemv", "x", f"[M, K] with M at most {GEMV_MAX_ROWS}", f"shape {list(x.shape)}")
+    check_a16("gemv", x, weight, levels, weight_scale, bias, weight_bits, out_features)
+
+
+def check_gemm_a16(
+    x: Tensor,
+    weight: Tensor,
+    levels: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    out_features: int,
+    tile_m: int = 0,
+) -> None:
+    check_choice("gemm_a16", "dtype of x", x.dtype, ORACLE_DTYPES)
+    if x.dim() != 2:
+        fail("gemm_a16", "x", "[M, K]", f"shape {list(x.shape)}")
+    check_choice("gemm_a16", "tile_m", tile_m, A16_TILES)
+    check_a16("gemm_a16", x, weight, levels, weight_scale, bias, weight_bits, out_features)
+
+
+def check_a16(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    levels: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    out_features: int,
+) -> None:
     check_rows(op, "x", x)
     check_weight(op, weight, out_features, x.shape[1], weight_bits)
     if weight.device != x.device:

@@ -1,9 +1,12 @@
 """The torch ops `lrq::*`: schemas, fakes, CPU kernels (the reference) and typed wrappers.
 
 The dispatcher is the only place that knows devices. CUDA kernels of prepack, unprepack,
-dequantize, gemm and gemv come from csrc/ops.cpp; for rotate, rotate_quantize and its fused forms
-activation_path names Triton or CUDA. Every op is functional and returns fresh tensors. op_checks
-validates arguments on every one of these ways.
+dequantize, gemm, gemv, gemm_a16 and _rotate_rows come from csrc/ops.cpp; for rotate,
+rotate_quantize and its fused forms activation_path names Triton or CUDA. Every op is functional and
+returns fresh tensors. op_checks validates arguments on every one of these ways.
+
+_rotate_rows is the CUDA kernel of rotate_quantize and its fused forms for the problems that
+_planner.supports_rotate_rows allows, under a name of its own.
 
 gemm_config is gemm by a named row of _planner.gemm_configs(), for tests and benchmarks alone.
 """
@@ -24,6 +27,7 @@ __all__ = [
     "concat_rotate_quantize",
     "dequantize",
     "gemm",
+    "gemm_a16",
     "gemv",
     "norm_modulate_rotate_quantize",
     "prepack",
@@ -48,6 +52,9 @@ _SCHEMAS = {
     "norm_modulate_rotate_quantize": "(Tensor x, Tensor? norm_weight, Tensor? norm_bias, "
     "Tensor? scale, Tensor? shift, str norm, float eps, "
     f"{_ROTATE_QUANTIZE}, bool keep) -> (Tensor, Tensor, Tensor)",
+    "_rotate_rows": "(Tensor x, Tensor? second, Tensor? scale, Tensor? shift, str norm, float eps, "
+    "Tensor? channel_scale, int block_size, int act_bits, str scale_mode, float scale_factor) "
+    "-> (Tensor, Tensor)",
     "prepack": "(Tensor codes, int in_features, int weight_bits) -> Tensor",
     "unprepack": "(Tensor weight, int out_features, int in_features, int weight_bits) -> Tensor",
     "dequantize": "(Tensor weight, Tensor levels, Tensor weight_scale, int out_features, "
@@ -60,6 +67,8 @@ _SCHEMAS = {
     "int out_features, str activation, ScalarType out_dtype, int config) -> Tensor",
     "gemv": "(Tensor x, Tensor weight, Tensor levels, Tensor weight_scale, Tensor? bias, "
     "int weight_bits, int out_features) -> Tensor",
+    "gemm_a16": "(Tensor x, Tensor weight, Tensor levels, Tensor weight_scale, Tensor? bias, "
+    "int weight_bits, int out_features, int tile_m=0) -> Tensor",
 }
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
@@ -95,6 +104,11 @@ def _rotate_cpu(*arguments):  # type: ignore[no-untyped-def]
     return result.clone() if result.data_ptr() == arguments[0].data_ptr() else result
 
 
+def _rotate_rows_cpu(*arguments):  # type: ignore[no-untyped-def]
+    checks.check_rotate_rows(*arguments)
+    return reference.rotate_rows(*arguments)
+
+
 def _prepack_cpu(codes: Tensor, in_features: int, weight_bits: int) -> Tensor:
     checks.check_prepack(codes, in_features, weight_bits)
     return reference.prepack(codes, in_features, weight_bits)
@@ -123,6 +137,12 @@ def _gemm_config_cpu(*arguments):  # type: ignore[no-untyped-def]
 def _gemv_cpu(*arguments):  # type: ignore[no-untyped-def]
     checks.check_gemv(*arguments)
     return reference.gemv(*arguments)
+
+
+def _gemm_a16_cpu(*arguments):  # type: ignore[no-untyped-def]
+    checks.check_gemm_a16(*arguments)
+    few = arguments[0].shape[0] <= GEMV_MAX_ROWS
+    return (reference.gemv if few else reference.gemm_a16)(*arguments[:7])
 
 
 # ---- the activation path on CUDA ----------------------------------------------------------------
@@ -197,6 +217,14 @@ def _rotate_fake(x, channel_scale, permutation, matrices, rotation, block_size):
     return x.new_empty(x.shape)
 
 
+def _rotate_rows_fake(*arguments):  # type: ignore[no-untyped-def]
+    in_features = checks.check_rotate_rows(*arguments)
+    x = arguments[0]
+    scale_dtype = torch.promote_types(x.dtype, torch.float32)
+    x_q = x.new_empty((*x.shape[:-1], in_features), dtype=torch.int8)
+    return x_q, x.new_empty(x.shape[:-1], dtype=scale_dtype)
+
+
 def _prepack_fake(codes, in_features, weight_bits):  # type: ignore[no-untyped-def]
     checks.check_prepack(codes, in_features, weight_bits)
     return codes.new_empty(checks.weight_shape(codes.shape[0], in_features, weight_bits))
@@ -229,18 +257,25 @@ def _gemv_fake(*arguments):  # type: ignore[no-untyped-def]
     return arguments[0].new_empty(arguments[0].shape[0], arguments[6])
 
 
+def _gemm_a16_fake(*arguments):  # type: ignore[no-untyped-def]
+    checks.check_gemm_a16(*arguments)
+    return arguments[0].new_empty(arguments[0].shape[0], arguments[6])
+
+
 _CPU = {
     "rotate": _rotate_cpu,
     "rotate_quantize": _rotate_quantize_cpu,
     "concat_rotate_quantize": _concat_rotate_quantize_cpu,
     "activation_rotate_quantize": _activation_rotate_quantize_cpu,
     "norm_modulate_rotate_quantize": _norm_modulate_rotate_quantize_cpu,
+    "_rotate_rows": _rotate_rows_cpu,
     "prepack": _prepack_cpu,
     "unprepack": _unprepack_cpu,
     "dequantize": _dequantize_cpu,
     "gemm": _gemm_cpu,
     "gemm_config": _gemm_config_cpu,
     "gemv": _gemv_cpu,
+    "gemm_a16": _gemm_a16_cpu,
 }
 _FAKE = {
     "rotate": _rotate_fake,
@@ -248,12 +283,14 @@ _FAKE = {
     "concat_rotate_quantize": _concat_rotate_quantize_fake,
     "activation_rotate_quantize": _activation_rotate_quantize_fake,
     "norm_modulate_rotate_quantize": _norm_modulate_rotate_quantize_fake,
+    "_rotate_rows": _rotate_rows_fake,
     "prepack": _prepack_fake,
     "unprepack": _unprepack_fake,
     "dequantize": _dequantize_fake,
     "gemm": _gemm_fake,
     "gemm_config": _gemm_config_fake,
     "gemv": _gemv_fake,
+    "gemm_a16": _gemm_a16_fake,
 }
 # What csrc/ops.cpp does not register; activation_path names the kernel that runs.
 _CUDA = {
@@ -420,6 +457,35 @@ def norm_modulate_rotate_quantize(
     )
 
 
+def _rotate_rows(
+    x: Tensor,
+    second: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    norm: str,
+    eps: float,
+    channel_scale: Tensor | None,
+    block_size: int,
+    act_bits: int,
+    scale_mode: str,
+    scale_factor: float,
+) -> tuple[Tensor, Tensor]:
+    """The CUDA kernel of rotate_quantize and its fused forms. See reference.rotate_rows."""
+    return torch.ops.lrq._rotate_rows.default(
+        x,
+        second,
+        scale,
+        shift,
+        norm,
+        eps,
+        channel_scale,
+        block_size,
+        act_bits,
+        scale_mode,
+        scale_factor,
+    )
+
+
 def prepack(codes: Tensor, in_features: int, weight_bits: int) -> Tensor:
     """Canonical codes int32 [N, ceil(K/32)*b] to the device layout, one for every device."""
     return torch.ops.lrq.prepack.default(codes, in_features, weight_bits)
@@ -488,4 +554,25 @@ def gemv(
     """Weight-only linear for at most 8 rows, x [M, K] in 16 bits. See reference.gemv."""
     return torch.ops.lrq.gemv.default(
         x, weight, levels, weight_scale, bias, weight_bits, out_features
+    )
+
+
+def gemm_a16(
+    x: Tensor,
+    weight: Tensor,
+    levels: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    out_features: int,
+    tile_m: int = 0,
+) -> Tensor:
+    """Weight-only linear for any number of rows, x [M, K] -> [M, N] of x's dtype.
+
+    gemv for at most 8 rows of 16 bits; above that a kernel that decodes into the product on Hopper,
+    dequantize and torch's linear elsewhere and for fp32. tile_m, tokens of a tile of that kernel,
+    is for tests and benchmarks; there the kernel runs for few rows too. See reference.gemm_a16.
+    """
+    return torch.ops.lrq.gemm_a16.default(
+        x, weight, levels, weight_scale, bias, weight_bits, out_features, tile_m
     )

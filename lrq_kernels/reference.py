@@ -102,6 +102,59 @@ def rotate_quantize(
     return quantize_by_scale(v, x_scale, act_bits), x_scale
 
 
+def rotated_rows(
+    x: Tensor,
+    second: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    norm: str,
+    eps: float,
+    channel_scale: Tensor | None,
+    block_size: int,
+) -> Tensor:
+    """Hadamard of (norm(concat(x, second)) * (1 + scale) + shift) * channel_scale, in fp32 or fp64.
+
+    x [M, K1] or [B, T, K1], second (optional) the same with K2, K = K1 + K2. norm over K, without
+    affine: "layer" (x - mean) / sqrt(var + eps), "rms" x / sqrt(mean x^2 + eps), or "none".
+    scale, shift [S, K] (optional, with a norm): row m belongs to sample m // (M / S).
+    """
+    v = x if second is None else torch.cat([x, second], dim=-1)
+    v = v.to(torch.promote_types(x.dtype, torch.float32))
+    if norm == "layer":
+        v = v - v.mean(dim=-1, keepdim=True)
+    if norm != "none":
+        v = v * (v.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    rows = v.reshape(x.shape[:-1].numel(), v.shape[-1])
+
+    def of_rows(vectors: Tensor) -> Tensor:
+        return vectors.to(v.dtype).repeat_interleave(rows.shape[0] // vectors.shape[0], dim=0)
+
+    if scale is not None:
+        rows = rows * (1.0 + of_rows(scale))
+    if shift is not None:
+        rows = rows + of_rows(shift)
+    return _rotate_wide(rows.view(v.shape), channel_scale, None, None, "hadamard", block_size)
+
+
+def rotate_rows(
+    x: Tensor,
+    second: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    norm: str,
+    eps: float,
+    channel_scale: Tensor | None,
+    block_size: int,
+    act_bits: int,
+    scale_mode: str,
+    scale_factor: float,
+) -> tuple[Tensor, Tensor]:
+    """rotated_rows, quantized as rotate_quantize does it: (x_q int8 [..., K], x_scale [...])."""
+    v = rotated_rows(x, second, scale, shift, norm, eps, channel_scale, block_size)
+    x_scale = token_scale(v, act_bits, scale_mode, scale_factor)
+    return quantize_by_scale(v, x_scale, act_bits), x_scale
+
+
 def token_scale(v: Tensor, act_bits: int, scale_mode: str, scale_factor: float) -> Tensor:
     """Quantization step of each token (last dimension of v), in v's dtype."""
     qmax = activation_qmax(act_bits)
@@ -461,6 +514,29 @@ def gemm(
     return out
 
 
+GEMV_WARPS = 8  # the sum over K has this many parts
+
+
+def split_limbs(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [M, K] in bf16 or fp16 as integers: (q int32 [M, tiles, 128], step fp32 [M, tiles]).
+
+    A block of 128 inputs has the least power of two as its step for which |q| <= 32639, so that
+    q = 256 high + low in two int8 values; not below 2^-126. NaN where the block holds inf or NaN.
+    """
+    padded = F.pad(x, (0, -x.shape[1] % TILE)).float()
+    blocks = padded.view(x.shape[0], padded.shape[1] // TILE, TILE)
+    largest = blocks.abs().amax(dim=-1)
+    finite = torch.isfinite(largest)
+    bits = torch.where(finite, largest, torch.zeros_like(largest)).view(torch.int32)
+    # largest = c 2^e with 1 <= c < 2: 2^(e - 14), or twice that where c 2^14 could exceed 32639.
+    exponent = ((bits + 0x10000) >> 23).clamp(min=15)
+    inverse = ((268 - exponent) << 23).view(torch.float32)
+    step = ((exponent - 14) << 23).view(torch.float32)
+    step = torch.where(finite, step, torch.full_like(step, torch.nan))
+    q = torch.where(finite[..., None], blocks, torch.zeros_like(blocks)) * inverse[..., None]
+    return q.round().to(torch.int32), step
+
+
 def gemv(
     x: Tensor,
     weight: Tensor,
@@ -472,7 +548,31 @@ def gemv(
 ) -> Tensor:
     """x [M, K] (bf16, fp16, fp32) times the decoded weight: fma(sum_k x * level, scale, bias).
 
-    The sum is fp32 in no fixed order; the result has x's dtype.
+    The sum over a block of 128 inputs is exact over the integers of split_limbs, then rounded to
+    fp32; part = fma(that, step, part) for eight parts, block i in part i % 8, and the parts are
+    added in order. For fp32 the sum is fp32 in no fixed order. The result has x's dtype.
+    """
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return gemm_a16(x, weight, levels, weight_scale, bias, weight_bits, out_features)
+    w_q = weight_levels(weight, levels, out_features, x.shape[1], weight_bits)
+    total = _sum_of_blocks(*split_limbs(x), w_q)
+    if bias is None:
+        return (total * weight_scale).to(x.dtype)
+    return fused_multiply_add(total, weight_scale, bias).to(x.dtype)
+
+
+def gemm_a16(
+    x: Tensor,
+    weight: Tensor,
+    levels: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    out_features: int,
+) -> Tensor:
+    """x [M, K] (bf16, fp16, fp32) times the decoded weight: fma(sum_k x * level, scale, bias).
+
+    The sum is fp32 in no fixed order, over exact products; the result has x's dtype.
     """
     w_q = weight_levels(weight, levels, out_features, x.shape[1], weight_bits)
     if x.dtype == torch.float64:
@@ -482,3 +582,23 @@ def gemv(
     if bias is None:
         return (total * weight_scale).to(x.dtype)
     return fused_multiply_add(total, weight_scale, bias).to(x.dtype)
+
+
+def _sum_of_blocks(q: Tensor, step: Tensor, w_q: Tensor) -> Tensor:
+    """fp32 [M, N] of q int32 [M, tiles, 128], step fp32 [M, tiles] and w_q int8 [N, K]."""
+    m, tiles, _ = q.shape
+    low = ((q + 128) & 255) - 128
+    high = (q - low) >> 8
+    parts = torch.zeros(GEMV_WARPS, m, w_q.shape[0], device=q.device)
+    for tile in range(tiles):
+        levels = w_q[:, tile * TILE : (tile + 1) * TILE].float().T
+        inputs = torch.cat([high[:, tile], low[:, tile]])[:, : levels.shape[0]].float()
+        # Both products are exact in fp32.
+        sums = plain_matmul(inputs, levels).to(torch.int32)
+        exact = 256 * sums[:m] + sums[m:]
+        part = tile % GEMV_WARPS
+        parts[part] = fused_multiply_add(exact.float(), step[:, tile, None], parts[part])
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total

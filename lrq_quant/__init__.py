@@ -3,28 +3,35 @@
 QuantRecipe says what is quantized and how, quantize_model does it; collect_stats, choose_rotation
 and fit_twin_log are its three steps.
 
-Importing it makes "lrq" a quantization method of diffusers: from_pretrained loads quantized folders
-and takes quantization_config=LRQConfig("w4a8"). That imports diffusers, which costs more than this
-package does; deferring it would leave from_pretrained ignorant in one of two import orders.
+Importing it makes "lrq" a quantization method of diffusers and transformers: from_pretrained loads
+quantized folders and takes quantization_config=LRQConfig("w4a8"). That imports both, which costs
+more than this package does; deferring it would leave from_pretrained ignorant in one of two import
+orders.
 """
 
 from __future__ import annotations
 
+from . import diffusers_backend, transformers_backend
+from .auto_family import auto_family
 from .calibration import ActivationStats, collect_stats
 from .checkup import Checkup, check
-from .diffusers_backend import LRQConfig, LRQQuantizer, register
+from .config import LRQConfig
+from .diffusers_backend import LRQQuantizer
+from .families import Family, SharedInput, register_family
 from .fused_projections import fuse_projections, fused_projections, unfuse_projections
 from .pipeline import QuantizedModel, quantize_linear, quantize_model
 from .recipe import CalibrationOptions, QuantPlan, QuantRecipe, SearchOptions
 from .report import LinearReport, QuantReport
 from .rotation_search import RotationChoice, choose_rotation
 from .smoothing import smooth_scale
+from .step_precision import act_bits_by_step
 from .twin_log import fit_twin_log, fit_twin_log_paper
 
 __all__ = [
     "ActivationStats",
     "CalibrationOptions",
     "Checkup",
+    "Family",
     "LRQConfig",
     "LRQQuantizer",
     "LinearReport",
@@ -34,6 +41,9 @@ __all__ = [
     "QuantizedModel",
     "RotationChoice",
     "SearchOptions",
+    "SharedInput",
+    "act_bits_by_step",
+    "auto_family",
     "check",
     "choose_rotation",
     "collect_stats",
@@ -43,8 +53,10 @@ __all__ = [
     "fused_projections",
     "quantize_linear",
     "quantize_model",
+    "register_family",
     "smooth_scale",
     "unfuse_projections",
 ]
 
-register()
+diffusers_backend.register()
+transformers_backend.register()

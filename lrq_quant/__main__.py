@@ -3,6 +3,7 @@
 lrq quantize MODEL OUT --scheme w4a8 --prompts prompts.txt
 lrq generate OUT --prompt "..." --out picture.png
 lrq inspect OUT
+lrq card OUT --base HUB_ID
 lrq demo --out demo
 lrq info
 """
@@ -64,6 +65,11 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--json", action="store_true", help="print the report as JSON")
     add.set_defaults(command=_inspect)
 
+    add = commands.add_parser("card", help="write README.md, the model card, of a quantized folder")
+    add.add_argument("model", type=Path, help="quantized pipeline or transformer folder")
+    add.add_argument("--base", required=True, help="hub id of the model it was quantized from")
+    add.set_defaults(command=_card)
+
     add = commands.add_parser("demo", help="quantize the bundled model and compare pictures")
     add.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results")
     add.add_argument("--prompts", type=int, help="held-out captions; 32 on a CPU, 256 on a GPU")
@@ -119,7 +125,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
     from lrq_kernels import QuantScheme
 
     from . import QuantRecipe
-    from .pipeline_io import check_writable, load_pipeline, quantize_pipeline
+    from .pipeline_io import check_writable, load_pipeline, quantize_pipeline, recipe_for
 
     prompts = _read_prompts(arguments)
     modulation = None
@@ -134,6 +140,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
     check_writable(arguments.out)
     device, dtype = _device(arguments), getattr(torch, arguments.dtype)
     pipeline = load_pipeline(arguments.model, device=device, dtype=dtype)
+    recipe = recipe_for(pipeline, recipe, _call_options(arguments))
     print(recipe.resolve(pipeline.transformer).summary())
     with ProgressBar() as bar:
         report = quantize_pipeline(
@@ -228,6 +235,17 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     report = load_report(arguments.model)
     print(json.dumps(report.to_dict(), indent=1) if arguments.json else report.table())
+    return 0
+
+
+def _card(arguments: argparse.Namespace) -> int:
+    from .model_card import model_card
+
+    file = arguments.model / "README.md"
+    if file.exists():
+        raise FileExistsError(f"{file} exists already")
+    file.write_text(model_card(arguments.model, arguments.base))
+    print(file)
     return 0
 
 

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 import lrq_kernels
-from lrq_kernels import LRQLinear
+from lrq_kernels import LRQLinear, get_act_bits
 
+from .families import find_family
 from .fused_projections import fusable_attentions, fused_projections
 from .info import MIN_CAPABILITY
 from .recipe import QuantRecipe
@@ -72,6 +73,8 @@ class _ModelCheck:
         schemes = Counter(linear.scheme.name for linear in self.quantized.values())
         kinds = ", ".join(f"{count} {scheme}" for scheme, count in schemes.items())
         self.lines.append(f"{title}: {len(self.quantized)} quantized linears ({kinds})")
+        if (act_bits := get_act_bits(self.model)) is not None:
+            self._say(f"activations run at {act_bits} bits for now (lrq_act_bits)")
         self._kernels()
         self._dense()
         self._meta()
@@ -188,10 +191,10 @@ def kernels_of(device: torch.device) -> tuple[str, str | None]:
 
 def _reasons(model: nn.Module) -> dict[str, str]:
     """Linear -> why the default recipe keeps it; those that it quantizes are not in it."""
-    try:
-        plan = QuantRecipe().resolve(model)
-    except ValueError as error:  # of no known family
-        return {n: str(error) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    if find_family(model) is None:
+        why = "the class is of no known family"
+        return {n: why for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    plan = QuantRecipe().resolve(model)
     return {kept.name: kept.why for kept in plan.kept}
 
 

@@ -320,12 +320,42 @@ _ALL = (
 FAMILIES: dict[str, Family] = {family.model_class: family for family in _ALL}
 
 
-def family_of(model: object) -> Family:
-    """The family of a model by the name of its class or of a base; ValueError when unknown."""
-    for cls in type(model).__mro__:
+# Text encoders of transformers name the linears of a block in one of these ways; embeddings, heads
+# and vision towers, which name theirs otherwise, stay.
+_TEXT_ENCODER = (
+    _inputs("*.SelfAttention", ATTENTION, "q k v", "o")  # T5
+    + _inputs("*.DenseReluDense", FEED_FORWARD, "wi_0 wi_1", "wi", "wo")
+    + _inputs("*.self_attn", ATTENTION, "q_proj k_proj v_proj", "qkv_proj", "o_proj", "out_proj")
+    + _inputs("*.mlp", FEED_FORWARD, "gate_proj up_proj", "gate_up_proj", "down_proj", "fc1", "fc2")
+)
+
+
+def find_family(model: object) -> Family | None:
+    """The family of a model by the name of its class or of a base; models of the transformers
+    package are text encoders."""
+    classes = type(model).__mro__
+    for cls in classes:
         if cls.__name__ in FAMILIES:
             return FAMILIES[cls.__name__]
-    raise ValueError(
-        f"lrq_quant: model must be one of {sorted(FAMILIES)}, got {type(model).__name__}. "
-        "Describe another by a Family: QuantRecipe(family=Family(...))"
-    )
+    if any(cls.__module__.startswith("transformers.models.") for cls in classes):
+        stays = (("*", "embedding, head or vision tower"),)
+        return Family(type(model).__name__, _TEXT_ENCODER, stays)
+    return None
+
+
+def family_of(model: object) -> Family:
+    """The family of a model; ValueError when unknown."""
+    family = find_family(model)
+    if family is None:
+        raise ValueError(
+            f"lrq_quant: model must be one of {sorted(FAMILIES)}, got {type(model).__name__}. "
+            "Watch another with register_family(auto_family(model, run)), or describe it by "
+            "QuantRecipe(family=Family(...))"
+        )
+    return family
+
+
+def register_family(family: Family) -> Family:
+    """Make `family` known by the name of its model class, in place of one of that name."""
+    FAMILIES[family.model_class] = family
+    return family

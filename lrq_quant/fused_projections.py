@@ -7,7 +7,7 @@ to_added_qkv, to_kv with fused_projections set), so its attention processors use
 from __future__ import annotations
 
 import logging
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -111,6 +111,8 @@ def _fusable(module: nn.Module) -> dict[str, tuple[str, ...]]:
     if not hasattr(module, "fused_projections") or module.fused_projections:
         return {}
     cross = bool(getattr(module, "is_cross_attention", False))
+    if cross and getattr(module, "add_k_proj", None) is not None:
+        return {}  # Wan's processor looks at add_k_proj itself to see that there is a picture
     wanted = _CROSS_ATTENTION if cross else _SELF_ATTENTION
     groups = {
         fused: members
@@ -128,7 +130,8 @@ def _one_input(module: nn.Module, members: tuple[str, ...]) -> bool:
         return False
     first = linears[0]
     return all(
-        linear.input_quantizer is first.input_quantizer
+        linear.out_features == first.out_features  # diffusers splits the result evenly
+        and linear.input_quantizer is first.input_quantizer
         and linear.scheme == first.scheme
         and (linear.bias is None) == (first.bias is None)
         for linear in linears
@@ -136,13 +139,25 @@ def _one_input(module: nn.Module, members: tuple[str, ...]) -> bool:
 
 
 def _has_fused_forward(module: nn.Module) -> bool:
-    """Whether the attention processor reads to_qkv when fused_projections is set."""
+    """Whether the attention processor reads to_qkv when fused_projections is set. That a module
+    has the flag says nothing: LTX's has it, and its processor calls to_q."""
     from diffusers.models.attention import AttentionModuleMixin
     from diffusers.models.attention_processor import AttnProcessor2_0
 
-    return isinstance(module, AttentionModuleMixin) or isinstance(
-        getattr(module, "processor", None), AttnProcessor2_0
-    )
+    processor = getattr(module, "processor", None)
+    if isinstance(processor, AttnProcessor2_0):
+        return True
+    call = type(processor).__call__
+    return isinstance(module, AttentionModuleMixin) and _names(call, "fused_projections")
+
+
+def _names(function: Any, name: str, depth: int = 2) -> bool:
+    """Whether a Python function, or one of its module that it calls, names the attribute."""
+    if not isinstance(function, FunctionType) or depth == 0:
+        return False
+    used = function.__code__.co_names
+    called = (function.__globals__.get(other) for other in used)
+    return name in used or any(_names(other, name, depth - 1) for other in called)
 
 
 def _use_processor(module: Any, *, fused: bool) -> None:

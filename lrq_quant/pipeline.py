@@ -25,6 +25,7 @@ from lrq_kernels.packing import pack_codes
 from lrq_kernels.rotation import Rotation
 from lrq_kernels.scheme import QuantScheme
 
+from .auto_family import with_family
 from .calibration import ActivationStats, Progress, collect_stats
 from .recipe import InputGroup, LinearPlan, QuantPlan, QuantRecipe
 from .report import LinearReport, QuantReport
@@ -89,12 +90,16 @@ def quantize_model(
     work_folder keeps finished groups and statistics; calling again with the same model, recipe and
     prompts continues.  It is not removed here: see QuantizedModel.remove_work_folder.
 
-    Raises before anything is written: ValueError for a model of an unknown family, NaN or inf
+    A model of an unknown family is watched for one forward of run (auto_family).
+
+    Raises before anything is written: ValueError for such a model without run, NaN or inf
     weights and parameters on the meta device (naming the tensor), or missing statistics; OSError
     for a work folder that cannot be written.  The model is not changed.
     """
     recipe = recipe or QuantRecipe()
     started = time.perf_counter()
+    if run is not None and prompts:
+        recipe = with_family(recipe, model, lambda: run(list(prompts[:1])))
     plan = recipe.resolve(model)
     _check_parameters(model)
     if stats is None and run is None and recipe.mode == "paper":

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from torch import nn
 from lrq_kernels import checkpoint
 from lrq_kernels.checkpoint import CheckpointError
 
+from .auto_family import with_family
 from .calibration import Progress
-from .diffusers_backend import LRQConfig
+from .config import LRQConfig
 from .fused_projections import fuse_projections
 from .pipeline import QuantizedModel, quantize_model
 from .recipe import QuantRecipe
@@ -110,6 +111,35 @@ def _diffusers_class(name: str | None, where: Path) -> Any:
 # ---- quantize and save --------------------------------------------------------------------------
 
 
+def recipe_for(
+    pipeline: Any, recipe: QuantRecipe, call_options: Mapping[str, Any] | None = None
+) -> QuantRecipe:
+    """The recipe that quantize_pipeline follows: of a transformer of an unknown family, one forward
+    of the pipeline is watched and the family is put into the recipe (auto_family)."""
+    run = _runner(pipeline, call_options)
+    return with_family(recipe, pipeline.transformer, lambda: run([""]))
+
+
+def _runner(pipeline: Any, call_options: Mapping[str, Any] | None) -> Callable[[list[str]], None]:
+    """Draws a batch of prompts, up to the latents."""
+    pipeline.set_progress_bar_config(disable=True)
+    options = _run_options(pipeline, call_options)
+
+    def run(batch: list[str]) -> None:
+        # The seed follows the prompt, so that statistics do not depend on the batch size.
+        generators = [torch.Generator().manual_seed(zlib.crc32(text.encode())) for text in batch]
+        pipeline(prompt=batch, generator=generators, **options)
+
+    return run
+
+
+def _run_options(pipeline: Any, call_options: Mapping[str, Any] | None) -> dict[str, Any]:
+    options = dict(call_options or {})
+    if getattr(pipeline, "vae", None) is not None:
+        options["output_type"] = "latent"  # statistics need no decoded picture
+    return options
+
+
 def quantize_pipeline(
     pipeline: Any,
     recipe: QuantRecipe,
@@ -127,17 +157,10 @@ def quantize_pipeline(
     `out` is taken or cannot be written, and what quantize_model raises, before anything is written.
     """
     out = check_writable(out)
-    pipeline.set_progress_bar_config(disable=True)
-    options = dict(call_options or {})
-    if getattr(pipeline, "vae", None) is not None:
-        options["output_type"] = "latent"  # statistics need no decoded picture
-
-    def run(batch: list[str]) -> None:
-        # The seed follows the prompt, so that statistics do not depend on the batch size.
-        generators = [torch.Generator().manual_seed(zlib.crc32(text.encode())) for text in batch]
-        pipeline(prompt=batch, generator=generators, **options)
-
+    run = _runner(pipeline, call_options)
+    recipe = recipe_for(pipeline, recipe, call_options)
     # Statistics of other steps, guidance or sizes must not be continued from.
+    options = _run_options(pipeline, call_options)
     run_key = json.dumps(options, sort_keys=True, default=repr)
     recipe = replace(recipe, calibration=replace(recipe.calibration, run_key=run_key))
     quantized = quantize_model(

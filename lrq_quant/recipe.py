@@ -7,7 +7,7 @@ share one quantized input), and every linear that stays with the reason.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from lrq_kernels.scheme import QuantScheme
+from lrq_kernels.scheme import BLOCK_SIZES, QuantScheme
 
 from .families import MODULATION, Family, family_of
 
@@ -123,7 +123,7 @@ class QuantRecipe:
         self._check_patterns(linears)
         groups: list[InputGroup] = []
         kept: dict[str, str] = {}
-        for role, names in _family_groups(family, linears):
+        for role, names in family_groups(family, linears):
             # Members with another activation width cannot share one quantized input.
             by_input: dict[int, list[LinearPlan]] = {}
             for name in names:
@@ -239,12 +239,13 @@ class QuantPlan:
             f"linears in {len(self.groups)} input groups, {self.coverage:.2%} of linear weights, "
             f"{self.quantized_weights / max(1, self.parameters):.2%} of all parameters"
         ]
-        kinds: dict[tuple[str, str, str], list[int]] = {}
+        kinds: dict[tuple[str, str, str, str], list[int]] = {}
         for linear in self.linears:
-            key = (_kind(linear.name), linear.role, linear.scheme.name)
+            key = (_kind(linear.name), linear.role, linear.scheme.name, _small_block(linear))
             kinds.setdefault(key, []).append(linear.out_features * linear.in_features)
-        for (kind, role, scheme), sizes in kinds.items():
-            lines.append(f"  {scheme:<6} {role:<13} {len(sizes):>4} x {kind}  {_millions(sizes)}")
+        for (kind, role, scheme, note), sizes in kinds.items():
+            line = f"  {scheme:<6} {role:<13} {len(sizes):>4} x {kind}  {_millions(sizes)}"
+            lines.append(line + note)
         stays: dict[tuple[str, str], list[int]] = {}
         for kept in self.kept:
             stays.setdefault((_kind(kept.name), kept.why), []).append(kept.weights)
@@ -253,10 +254,9 @@ class QuantPlan:
         return "\n".join(lines)
 
 
-def _family_groups(
-    family: Family, linears: dict[str, nn.Linear]
-) -> Iterator[tuple[str, list[str]]]:
-    """(role, names of the linears that read one tensor) for every block that a rule matches."""
+def family_groups(family: Family, linears: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+    """(role, names of the linears that read one tensor) for every block that a rule matches.
+    Raises ValueError for a linear in two inputs."""
     ruled: set[str] = set()
     for rule in family.inputs:
         parents: dict[str, list[str]] = {}
@@ -291,6 +291,14 @@ def _kind(name: str) -> str:
     parent, _, rest = name.partition(".")
     index, _, tail = rest.partition(".")
     return f"{parent}.*.{tail}" if index.isdigit() and tail else name
+
+
+def _small_block(linear: LinearPlan) -> str:
+    """Said where the width has no block of 128, the least that calibration would choose."""
+    k = linear.in_features
+    if k % 128 == 0 or linear.scheme.rotation == "none":
+        return ""
+    return f", rotated in blocks of {max(size for size in BLOCK_SIZES if k % size == 0)}"
 
 
 def _millions(sizes: list[int]) -> str:

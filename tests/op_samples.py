@@ -87,6 +87,27 @@ def norm_arguments(
     }
 
 
+def rotate_rows_arguments(device: str, norm: str = "layer", samples: int = 2) -> Arguments:
+    """Two sources, the second of wider rows; with a norm also modulation."""
+    dtype = torch.bfloat16
+    scale = shift = None
+    if norm != "none":
+        scale, shift = (torch.randn(samples, 2 * K).to(device) for _ in range(2))
+    return {
+        "x": torch.randn(M, K).to(device, dtype),
+        "second": torch.randn(M, K + 64).to(device, dtype)[:, :K],
+        "scale": scale,
+        "shift": None if shift is None else shift.to(dtype),
+        "norm": norm,
+        "eps": 1e-6,
+        "channel_scale": torch.randn(2 * K).to(device),
+        "block_size": 256,
+        "act_bits": 8,
+        "scale_mode": "absmax",
+        "scale_factor": 1.0,
+    }
+
+
 def gemm_arguments(
     device: str, out_dtype: torch.dtype = torch.bfloat16, rows: int = M, samples: int = 0
 ) -> Arguments:
@@ -129,6 +150,10 @@ def gemv_arguments(device: str, rows: int = 2) -> Arguments:
     }
 
 
+def gemm_a16_arguments(device: str, rows: int = 20) -> Arguments:
+    return {**gemv_arguments(device, rows), "tile_m": 0}
+
+
 def prepack_arguments(device: str) -> Arguments:
     codes = torch.randint(-(2**31), 2**31, (N, K // 32 * 3), dtype=torch.int64)
     return {"codes": codes.to(device, torch.int32), "in_features": K, "weight_bits": 3}
@@ -158,12 +183,14 @@ VALID: dict[str, Callable[[str], Arguments]] = {
     "concat_rotate_quantize": concat_arguments,
     "activation_rotate_quantize": activation_arguments,
     "norm_modulate_rotate_quantize": norm_arguments,
+    "_rotate_rows": rotate_rows_arguments,
     "prepack": prepack_arguments,
     "unprepack": unprepack_arguments,
     "dequantize": dequantize_arguments,
     "gemm": gemm_arguments,
     "gemm_config": gemm_config_arguments,
     "gemv": gemv_arguments,
+    "gemm_a16": gemm_a16_arguments,
 }
 
 
@@ -177,6 +204,19 @@ def strided_rows(device: str) -> Arguments:
 
 def no_tokens(device: str) -> Arguments:
     return quantize_arguments(device, x=torch.empty(0, K, device=device))
+
+
+def batch_of_rows(device: str) -> Arguments:
+    arguments = rotate_rows_arguments(device, "rms")
+    for name in ("x", "second"):
+        arguments[name] = arguments[name].reshape(2, M // 2, K)
+    return {**arguments, "shift": None, "scale_mode": "rms", "scale_factor": 0.03}
+
+
+def no_rotated_rows(device: str) -> Arguments:
+    arguments = rotate_rows_arguments(device, "none")
+    x = torch.empty(0, K, dtype=torch.bfloat16, device=device)
+    return {**arguments, "x": x, "second": x.clone()}
 
 
 def identity(device: str) -> Arguments:
@@ -238,11 +278,15 @@ SAMPLES: list[tuple[str, str, Callable[[str], Arguments]]] = [
         lambda device: norm_arguments(device, "hadamard", "rms", 0),
     ),
     ("norm_modulate_rotate_quantize", "no tokens", no_rows(norm_arguments, "x")),
+    ("_rotate_rows", "batch", batch_of_rows),
+    ("_rotate_rows", "no tokens", no_rotated_rows),
     ("gemm", "int32", lambda device: gemm_arguments(device, torch.int32)),
     ("gemm", "gate", lambda device: gemm_arguments(device, torch.float16, samples=3)),
     ("gemm", "no tokens", lambda device: gemm_arguments(device, torch.float32, rows=0)),
     ("gemm", "gelu", gelu),
     ("gemv", "no tokens", lambda device: gemv_arguments(device, rows=0)),
+    ("gemm_a16", "few tokens", lambda device: gemm_a16_arguments(device, rows=3)),
+    ("gemm_a16", "no tokens", lambda device: gemm_a16_arguments(device, rows=0)),
 ]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SD3Transformer2DModel
 from peft import LoraConfig, inject_adapter_in_model
 from test_lora import lora_of
 from tiny_models import BF16, TINY, load, quantized_folder, tiny_pipeline, tiny_pixart
@@ -36,10 +36,12 @@ def test_a_model_in_order(model: nn.Module):
     assert "w4a8" in text and "w4a16" in text and "torch.bfloat16" in text
     assert "on cpu: reference kernels" in text
     assert "dense linears: last projection" in text and "yet dense" not in text
-    assert "0 fused projections" in text and "could be fused" in text
+    # The class of SD3's attention has a fused forward that skips its norms, so it is not used.
+    can_fuse = not isinstance(model, SD3Transformer2DModel)
+    assert "0 fused projections" in text and ("could be fused" in text) == can_fuse
     fuse_projections(model)
     text = str(check(model))
-    assert "0 fused projections" not in text and "could be fused" not in text
+    assert ("0 fused projections" in text) != can_fuse and "could be fused" not in text
 
 
 def test_a_pipeline_lists_its_components(tmp_path: Path):
@@ -89,9 +91,9 @@ def test_a_lora_that_does_nothing_is_a_problem(flux: nn.Module):
     assert "adapter 'ghost' is loaded and on no linear" in check(flux).problems[0]
 
 
-def test_adapters_beside_fused_projections_are_a_problem(model: nn.Module):
+def test_adapters_beside_fused_projections_are_a_problem(flux: nn.Module):
     """PEFT by itself, without the model's methods, passes over what it does not find."""
-    fuse_projections(model)
+    model = fuse_projections(flux)
     inject_adapter_in_model(LoraConfig(target_modules=["to_q", "to_out.0"]), model)
     assert any("to q, k and v is lost" in problem for problem in check(model).problems)
 

@@ -38,6 +38,7 @@ from torch import nn
 import lrq_kernels
 from lrq_kernels import CheckpointError, QuantScheme, checkpoint
 from lrq_kernels.checkpoint import FILE_NAME, INDEX_NAME
+from lrq_kernels.testing import relative_error
 from lrq_quant import LRQConfig, QuantRecipe, fuse_projections
 from lrq_quant.demo.pipeline import ShapesPipeline, prompt_generators
 from lrq_quant.diffusers_backend import LRQQuantizer
@@ -216,7 +217,12 @@ def test_float_data_survives_any_dtype(
     wanted = dtype or torch.float32
     assert model.dtype == wanted
     assert {linear.weight.dtype for linear in linears(model).values()} == {wanted}
-    assert {p.dtype for p in model.parameters()} == {wanted}
+    kept = set(model._keep_in_fp32_modules or ())  # Wan's norms and tables
+    dtypes = {n: p.dtype for n, p in model.named_parameters()}
+    assert all(
+        dtype == (torch.float32 if kept & set(name.split(".")) else wanted)
+        for name, dtype in dtypes.items()
+    )
     assert torch.isfinite(run(model, kind, wanted)).all()
 
 
@@ -243,21 +249,23 @@ def test_users_config_is_ignored_for_a_quantized_folder(folders: dict[str, Path]
     assert {m.scheme.weight_bits for m in linears(model).values()} == {4}
 
 
-def test_casting_a_quantized_model_is_refused(folders: dict[str, Path]):
-    model = load("pixart", folders["pixart"])
+@every_model
+def test_casting_a_quantized_model_is_refused(kind: str, folders: dict[str, Path]):
+    model = load(kind, folders[kind])
     for cast in (lambda: model.to(torch.float16), model.half, model.float):
         with pytest.raises(ValueError):
             cast()
     model.to("cpu")
 
 
+@every_model
 @pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, "auto"])
-def test_device_map(device_map: object, folders: dict[str, Path]):
+def test_device_map(kind: str, device_map: object, folders: dict[str, Path]):
     if device_map == "auto" and not torch.cuda.is_available():
         device_map = "balanced"
-    model = load("pixart", folders["pixart"], device_map=device_map)
-    expected = run(load("pixart", folders["pixart"]), "pixart")
-    assert torch.equal(run(model, "pixart"), expected)
+    model = load(kind, folders[kind], device_map=device_map)
+    expected = run(load(kind, folders[kind]), kind)
+    assert torch.equal(run(model, kind), expected)
 
 
 def test_device_map_to_disk_is_refused(folders: dict[str, Path], tmp_path: Path):
@@ -420,7 +428,9 @@ def test_dequantize_gives_a_dense_model(kind: str, folders: dict[str, Path], tmp
     dense.save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     again = model_class(kind).from_pretrained(tmp_path)
-    assert torch.equal(run(again, kind, torch.float32), after)
+    assert_same_tensors(again, dense)
+    # Views of the file lie on odd addresses, by which matrix products on the CPU round.
+    assert relative_error(run(again, kind, torch.float32), after) < 1e-5
 
 
 def pictures(pipeline: DiffusionPipeline) -> torch.Tensor:

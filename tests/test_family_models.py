@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_families import TINY_FAMILIES, Tiny, forward
+from tiny_models import all_tensors, assert_same_tensors, linears
 from torch import nn
 
 from lrq_kernels import load_quantized
 from lrq_kernels.testing import relative_error
-from lrq_quant import QuantRecipe, collect_stats, quantize_model
+from lrq_quant import LRQConfig, QuantRecipe, check, collect_stats, quantize_model
 from lrq_quant.families import family_of
 
 RECIPE = QuantRecipe.from_name("w4a8")
@@ -50,3 +51,23 @@ def test_every_linear_is_quantized_or_stays_for_a_stated_reason(tiny: Tiny) -> N
     assert sorted(names) == sorted(linears)
     reasons = dict(family_of(model).stays).values()
     assert all(kept.why in reasons or "in_features" in kept.why for kept in plan.kept)
+
+
+@pytest.mark.parametrize("tiny", TINY_FAMILIES.values(), ids=list(TINY_FAMILIES))
+def test_through_diffusers(tiny: Tiny, tmp_path: Path) -> None:
+    """Quantized while it loads, saved in shards, loaded: the same bits, nothing left on meta."""
+    dense, inputs = tiny.make(), tiny.inputs()
+    dense.save_pretrained(tmp_path / "dense")
+    config = LRQConfig("w4a8")
+    model = type(dense).from_pretrained(tmp_path / "dense", quantization_config=config)
+    assert len(linears(model)) == sum(
+        kept.name not in str(model._keep_in_fp32_modules) for kept in config.plan(dense).linears
+    )
+    assert not [name for name, tensor in all_tensors(model).items() if tensor.is_meta]
+    first = forward(model, inputs)
+    assert 0 < relative_error(first, forward(dense, inputs)) < MAX_ERROR
+    model.save_pretrained(tmp_path / "q", max_shard_size="100KB")
+    again = type(dense).from_pretrained(tmp_path / "q")
+    assert_same_tensors(again, model)
+    assert torch.equal(forward(again, inputs), first)
+    assert not check(again).problems

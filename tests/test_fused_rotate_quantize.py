@@ -266,6 +266,7 @@ def rotate_rows_by_reference(
 @pytest.fixture
 def cuda_for_every_form(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Chooses CUDA where it can; the list grows by a word for each call of the kernel."""
+    pytest.importorskip("lrq_kernels._planner")
     calls: list[str] = []
 
     def called(*arguments):
@@ -307,12 +308,15 @@ def test_what_cuda_cannot_do_stays_in_triton(
     for name in names:
         monkeypatch.setattr(kernels, name, lambda *_: "triton")
     plain, concat, norm = (getattr(activation_path, name) for name in names)
-    x, vector = torch.randn(2, 128).bfloat16(), torch.ones(128)
+    wide, vector = torch.randn(2, 256).bfloat16(), torch.ones(128)
+    x = wide[:, :128]
     index, step = torch.arange(128, dtype=torch.int32), (8, "absmax", 1.0)
     hadamard = (None, None, None, "hadamard", 128, *step)
     for call in (
         lambda: plain(x.float(), *hadamard),
         lambda: plain(x[0], *hadamard),
+        lambda: plain(wide[:, 4:132], *hadamard),  # not on 16 bytes
+        lambda: concat(x[:, :64], x[:, 64:], *hadamard),
         lambda: plain(x, None, index, None, "hadamard", 128, *step),
         lambda: plain(x, None, None, None, "none", 128, *step),
         lambda: plain(x, None, None, torch.ones(2, 128, 128), "dual", 128, *step),

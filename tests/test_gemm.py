@@ -137,7 +137,7 @@ def by_config(index: int) -> Callable[..., Tensor]:
 
 def config_problems(config) -> list[tuple[int, int, int]]:  # type: ignore[no-untyped-def]
     """(M, N, K): tokens around tiles, k steps around stages, more tiles than SMs."""
-    tile, group = config.tile_m, 128 * config.cluster
+    tile, group = config.tile_m, config.tile_n * config.cluster
     steps = (1, 2, 3, config.stages - 1, config.stages, config.stages + 1, 2 * config.stages + 1)
     problems = [
         (max(tile * tiles + edge, 1), group - 8, 384) for tiles in (0, 1, 2) for edge in (-1, 0, 1)
@@ -146,7 +146,8 @@ def config_problems(config) -> list[tuple[int, int, int]]:  # type: ignore[no-un
     problems += [(tile + 3, 2 * group - 7, 160)]  # rows of y at odd addresses
     problems += [(40 * tile + 5, 12 * group, 640)]  # several tiles a block, odd k steps
     problems += [(37 * tile + 5, 9 * group - 64, 256)]  # even k steps, half a tile of channels
-    return problems
+    problems += [(2 * tile + 9, 3 * group - 20, 1100)]  # k steps that no split_k divides
+    return [p for p in problems if -(-p[2] // 128) >= config.split_k]
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -158,7 +159,7 @@ def config_problems(config) -> list[tuple[int, int, int]]:  # type: ignore[no-un
     ],
 )
 def test_every_configuration(bits: int, index: int, config):
-    if not config.is_legal(1, 128 * config.cluster, 128, bits, arch()):
+    if not config.is_legal(1, config.tile_n * config.cluster, 1024, bits, arch()):
         pytest.skip(f"{config.name} does not run on compute capability {arch()}")
     op = by_config(index)
     for m, n, k in config_problems(config):

@@ -62,14 +62,16 @@ def test_hopper_tiles_of_the_prototype_are_chosen(
 
 def test_hopper_rows_run_on_hopper_alone_and_clusters_want_whole_groups() -> None:
     for config in HOPPER:
-        assert [arch for arch in ARCHS if config.is_legal(300, 512, 256, 4, arch)] == [90]
-        assert config.is_legal(300, 384, 256, 4, 90) == (config.cluster == 1)
+        assert [arch for arch in ARCHS if config.is_legal(300, 768, 1024, 4, arch)] == [90]
+        # Three channel tiles of 128, or two of 192; two k tiles.
+        whole_groups = config.cluster == 1 or config.tile_n == 192
+        assert config.is_legal(300, 384, 256, 4, 90) == (whole_groups and config.split_k <= 2)
 
 
-def test_hopper_rows_wait_for_their_tests_on_a_gpu() -> None:
-    """Turn kSelectSm90 and this test together, when tests/test_gemm.py has passed on an H200."""
-    assert not planner.SELECT_SM90
-    assert all(planner.select(*problem, 4, 90).arch == 80 for problem in PROBLEMS)
+def test_hopper_rows_are_chosen_on_hopper_alone() -> None:
+    for problem in PROBLEMS:
+        assert planner.select(*problem, 4, 90).arch == 90
+        assert all(planner.select(*problem, 4, arch).arch == 80 for arch in ARCHS if arch != 90)
 
 
 def test_configuration_prints_its_tile() -> None:

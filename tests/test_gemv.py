@@ -1,4 +1,4 @@
-"""lrq::gemv on a GPU: few tokens in 16 bits, as good as torch in the same precision."""
+"""lrq::gemv on a GPU: few tokens in 16 bits, the bits of the reference, as good as torch."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ pytestmark = pytest.mark.gpu
 BITS = (4, 3, 2)
 DTYPES = (torch.bfloat16, torch.float16)
 SIZES = (
-    (16, 128),  # one block, one k tile
+    (16, 128),  # one group of channels, one k tile
     (64, 1152),  # nine k tiles for eight warps
-    (70, 130),  # a block with six channels, two inputs in the second k tile
+    (70, 130),  # a group with six channels, two inputs in the second k tile
     (129, 1000),  # one channel in the second tile; a k tile that is not full
     (33, 77),  # rows of x that start at odd addresses
     (1152, 384),  # fewer k tiles than warps
-    (18432, 3072),  # modulation of FLUX
-    (3072, 15360),  # the longest sums
+    (18432, 3072),  # modulation of FLUX: more groups than blocks; tokens 5..8 in two windows
+    (36864, 640),  # blocks with more groups than they hold sums of
+    (3072, 15360),  # the longest sums: several windows of inputs
+    (40000, 4700),  # both: sums that wait for the next window, then for the next batch
 )
 
 
@@ -56,6 +58,35 @@ def test_every_number_of_tokens_is_as_good_as_torch(bits: int, n: int, k: int):
                 # fp32 inside and one rounding: stricter than torch on 16-bit weights.
                 baseline = F.linear(x.float(), narrow, bias).to(dtype)
                 assert_at_most_twice(run(problem, x, bias), baseline, oracle)
+
+
+def hard_rows(k: int, dtype: torch.dtype) -> Tensor:
+    """[8, k]: ordinary, tiny, subnormal, with outliers of one input and of many, zero blocks, the
+    largest values there are, one at the edge where a step doubles."""
+    x = torch.randn(8, k, device="cuda")
+    x[1] *= torch.finfo(dtype).tiny
+    x[2] *= torch.finfo(dtype).tiny / 64
+    x[3, k // 2] *= 1000
+    x[4] *= torch.exp(2 * x[5])
+    x[5, : k // 3] = 0
+    x[6, ::7] = torch.finfo(dtype).max
+    x[7, ::5] = 255 / 128
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k"), SIZES)
+def test_bits_of_the_reference(bits: int, dtype: torch.dtype, n: int, k: int):
+    problem = draw(n, k, bits)
+    x = hard_rows(k, dtype)
+    constants = (problem.weight, problem.levels, problem.weight_scale)
+    for rows in (1, 3, 4, 5, 8):
+        for bias in (None, problem.bias):
+            expected = reference.gemv(x[:rows], *constants, bias, bits, n)
+            got = run(problem, x[:rows], bias)
+            assert torch.equal(got.isnan(), expected.isnan())
+            assert torch.equal(got.nan_to_num(nan=0.0), expected.nan_to_num(nan=0.0))
 
 
 @pytest.mark.parametrize("bits", BITS)

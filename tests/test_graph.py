@@ -34,7 +34,9 @@ LATE = {
     "unprepack": "weight",
     "dequantize": "weight",
     "gemm": "x_q",
+    "gemm_config": "x_q",
     "gemv": "x",
+    "gemm_a16": "x",
 }
 
 

@@ -9,18 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxControlPipeline, FluxPipeline
 from peft import (
     LoraConfig,
     get_peft_model_state_dict,
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from tiny_models import TINY
 from torch import Tensor, nn
 
 from lrq_kernels import LRQLinear
+from lrq_kernels.testing import relative_error
 from lrq_quant import LRQConfig, fuse_projections, fused_projections, unfuse_projections
 
 every_model = pytest.mark.parametrize("kind", TINY)
@@ -109,6 +111,38 @@ def test_a_lora_acts_as_on_the_dense_model(kind: str, pair: Pair):
     adapted = [m for m in pair[1].modules() if isinstance(m, LoraLayer)]
     assert len(adapted) == len(tensors) // 2
     assert all(isinstance(layer.base_layer, LRQLinear) for layer in adapted)
+
+
+def test_peft_takes_it_for_a_plain_linear(flux: Pair):
+    """Remedy: no buffer is called qweight, by which PEFT would take it for a GPTQ layer."""
+    model = flux[1]
+    add(model, lora_of(model))
+    kinds = {type(m) for m in model.modules() if isinstance(m, LoraLayer)}
+    assert kinds == {PeftLinear}
+    assert not any("qweight" in name for name, _ in model.named_buffers())
+
+
+def test_a_control_lora_widens_the_input(flux: Pair):
+    """It asks every linear for the shape of its weight, and doubles that of x_embedder."""
+    tensors = lora_of(flux[0], prefix="transformer.")
+    embedder = flux[0].x_embedder
+    down = torch.randn(RANK, 2 * embedder.in_features) / embedder.in_features**0.5
+    tensors["transformer.x_embedder.lora_A.weight"] = down
+    tensors["transformer.x_embedder.lora_B.weight"] = torch.randn(embedder.out_features, RANK)
+
+    outputs = []
+    for model in flux:
+        parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+        scheduler = FlowMatchEulerDiscreteScheduler()
+        pipeline = FluxControlPipeline(scheduler=scheduler, transformer=model, **parts)
+        pipeline.load_lora_weights(dict(tensors), adapter_name="control")
+        assert model.x_embedder.in_features == 2 * embedder.in_features
+        torch.manual_seed(0)
+        inputs = TINY["flux"][1](torch.float32)
+        inputs["hidden_states"] = torch.cat([inputs["hidden_states"]] * 2, dim=-1)
+        with torch.no_grad():
+            outputs.append(model(**inputs)[0])
+    assert relative_error(outputs[1], outputs[0]) < 0.15
 
 
 def test_scale_of_a_lora(flux: Pair):

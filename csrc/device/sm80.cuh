@@ -18,6 +18,11 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global,
                : "memory");
 }
 
+// Copies 8 bytes to shared memory (PTX ISA 9.7.9.25.3.1, cp.async).
+__device__ __forceinline__ void cp_async_8(uint32_t shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared), "l"(global) : "memory");
+}
+
 // Closes the group of this thread's copies (PTX ISA 9.7.9.25.3.2, cp.async.commit_group).
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
@@ -47,6 +52,45 @@ __device__ __forceinline__ void mma_m16n8k32_s8(int (&d)[4], const uint32_t (&a)
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// d += a * b, 16 x 8 x 8, tf32 in, fp32 accumulation; of operands the low 13 bits are not looked at
+// (PTX ISA 9.7.14.5.14, mma).
+__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                 uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The larger number, NaN when one is (PTX ISA 9.7.3.12, max).
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+}
+
+// The largest of the warp's values, in every lane (PTX ISA 9.7.13.13, redux.sync).
+__device__ __forceinline__ uint32_t reduce_max_u32(uint32_t value) {
+  uint32_t largest;
+  asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(largest) : "r"(value));
+  return largest;
+}
+
+// threadIdx.x, read again at each call, so that what follows from it need not stay in registers
+// between calls (PTX ISA 10.1, %tid).
+__device__ __forceinline__ uint32_t read_thread_index() {
+  uint32_t index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
+// Barrier of `threads` threads of the thread block, by a number 1..15 of their own; 0 is
+// __syncthreads (PTX ISA 9.7.13.1, barrier).
+__device__ __forceinline__ void named_barrier_sync(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 // Byte permute: nibble i of `selector` picks byte i of the result from the eight bytes {high, low};

@@ -81,6 +81,21 @@ __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
 }
 
+// The same, but orders no memory: no MEMBAR, about a microsecond at the start of a kernel.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
+// Loads 16 bytes of another block's shared memory (PTX ISA 9.7.9.8, ld).
+__device__ __forceinline__ int4 load_cluster_16(uint32_t cluster_shared) {
+  int4 value;
+  asm volatile("ld.shared::cluster.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(cluster_shared)
+               : "memory");
+  return value;
+}
+
 // Waits for every thread's cluster_arrive (PTX ISA 9.7.13.3, barrier.cluster).
 __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
@@ -170,6 +185,13 @@ __device__ __forceinline__ void acquire_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
+// This thread's number in its block, read where it is asked for (PTX ISA 10.1, %tid).
+__device__ __forceinline__ int thread_of_block() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // Barrier `id` (1..15) of `threads` threads, whole warps (PTX ISA 9.7.13.1, barrier).
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -191,13 +213,18 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// No instruction: tells the compiler that the registers are used and changed here, so that it
-// neither moves accesses across nor gives them to others before.
+// No instruction: tells the compiler that the register is used and changed here, so that it neither
+// moves accesses across nor gives it to others before.
+template <typename T>
+__device__ __forceinline__ void pin_register(T& value) {
+  asm volatile("" : "+r"(value)::"memory");
+}
+
 template <typename T, int kCount>
 __device__ __forceinline__ void pin_registers(T (&registers)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    asm volatile("" : "+r"(registers[i])::"memory");
+    pin_register(registers[i]);
   }
 }
 

@@ -49,24 +49,48 @@ __device__ __forceinline__ uint32_t fold_signs(uint32_t bytes) {
   return bytes ^ prmt(bytes, bytes, 0xba98);
 }
 
-// Table of the channel whose canonical levels, [2^kBits] int8 aligned to their size, start at
-// `levels`. Canonical order is the non-negative half upward, then the negative half downward.
+// The canonical levels of one channel: the non-negative half upward, then the negative half
+// downward.
 template <int kBits>
-__device__ __forceinline__ LevelTable<kBits> load_level_table(const int8_t* levels) {
+struct CanonicalLevels {
+  uint32_t word[(1 << kBits) / 4];
+};
+
+// `levels`: [2^kBits] int8, aligned to their size.
+template <int kBits>
+__device__ __forceinline__ CanonicalLevels<kBits> load_canonical_levels(const int8_t* levels) {
   if constexpr (kBits == 4) {
-    const uint4 canonical = __ldg(reinterpret_cast<const uint4*>(levels));
-    const uint32_t ascending[4] = {reverse_bytes(canonical.w), reverse_bytes(canonical.z),
-                                   canonical.x, canonical.y};
+    const uint4 four = __ldg(reinterpret_cast<const uint4*>(levels));
+    return {{four.x, four.y, four.z, four.w}};
+  } else if constexpr (kBits == 3) {
+    const uint2 two = __ldg(reinterpret_cast<const uint2*>(levels));
+    return {{two.x, two.y}};
+  } else {
+    return {{__ldg(reinterpret_cast<const uint32_t*>(levels))}};
+  }
+}
+
+template <int kBits>
+__device__ __forceinline__ LevelTable<kBits> make_level_table(
+    const CanonicalLevels<kBits>& canonical) {
+  const uint32_t (&word)[(1 << kBits) / 4] = canonical.word;
+  if constexpr (kBits == 4) {
+    const uint32_t ascending[4] = {reverse_bytes(word[3]), reverse_bytes(word[2]), word[0],
+                                   word[1]};
     return {prmt(ascending[0], ascending[1], 0x6420), prmt(ascending[2], ascending[3], 0x6420),
             fold_signs(prmt(ascending[0], ascending[1], 0x7531)),
             fold_signs(prmt(ascending[2], ascending[3], 0x7531))};
   } else if constexpr (kBits == 3) {
-    const uint2 canonical = __ldg(reinterpret_cast<const uint2*>(levels));
-    return {reverse_bytes(canonical.y), canonical.x};
+    return {reverse_bytes(word[1]), word[0]};
   } else {
-    const uint32_t canonical = __ldg(reinterpret_cast<const uint32_t*>(levels));
-    return {prmt(canonical, 0, 0x1023)};
+    return {prmt(word[0], 0, 0x1023)};
   }
+}
+
+// Table of the channel whose canonical levels start at `levels`.
+template <int kBits>
+__device__ __forceinline__ LevelTable<kBits> load_level_table(const int8_t* levels) {
+  return make_level_table<kBits>(load_canonical_levels<kBits>(levels));
 }
 
 // The levels of four codes, whose nibbles are the low 16 bits of `nibbles` (codes below 8 for
@@ -108,6 +132,18 @@ __device__ __forceinline__ void load_slice_words(uint32_t (&words)[words_per_lan
       words[4] = two.x;
       words[5] = two.y;
     }
+  }
+}
+
+// Whether decode_slice of `slice` reads word `word`.
+__device__ constexpr bool slice_reads_word(int bits, int slice, int word) {
+  switch (bits) {
+    case 4:
+      return word / 2 == slice;
+    case 3:
+      return slice == 3 || word % 3 == slice;
+    default:
+      return word / 2 == slice / 2;
   }
 }
 

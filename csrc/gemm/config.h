@@ -6,8 +6,9 @@
 // configuration gives bit-identical output.
 //
 // Two kernel families: rows of arch 80 are mma.sync (gemm_sm80.cuh), one tile a block; rows of arch
-// 90 are wgmma (gemm_sm90.cuh), two consumer warpgroups of 64 channels beside one of producers, in
-// blocks that stay and walk over tiles, singly or in clusters of two along the channels.
+// 90 are wgmma (gemm_sm90.cuh), two or three consumer warpgroups of 64 channels beside one of
+// producers, in blocks that stay and walk over tiles, singly or in clusters of two along the
+// channels, or in clusters along K that share one tile.
 #pragma once
 
 #include <cstdint>
@@ -20,11 +21,6 @@
 #include "problem.h"
 
 namespace lrq {
-
-// True once the tests marked gpu have passed on an H200 with every sm90 row (tests/test_gemm.py).
-// Until then select_gemm_config takes the portable rows on Hopper too; lrq::gemm_config, for tests
-// and benchmarks, runs any row.
-inline constexpr bool kSelectSm90 = false;
 
 // Whether this build holds code for sm_90a: setup.py says where it does not.
 #ifdef LRQ_WITHOUT_SM90A
@@ -44,6 +40,7 @@ struct GemmConfig {
   int stages;         // pipeline stages in shared memory
   int blocks_per_sm;  // thread blocks that must fit the registers of an SM
   int cluster;        // blocks along the channels that share the copies of X
+  int split_k = 1;    // blocks along K that share a tile
 };
 
 // Within a family the largest token tile first, and the larger cluster: both selections prefer
@@ -57,6 +54,8 @@ inline constexpr GemmConfig kGemmConfigs[] = {
     {"sm90_m256", 90, 256, 128, 128, 8, 1, 4, 1, 1},
     {"sm90_m224_c2", 90, 224, 128, 128, 8, 1, 4, 1, 2},
     {"sm90_m224", 90, 224, 128, 128, 8, 1, 4, 1, 1},
+    {"sm90_n192_m192_c2", 90, 192, 192, 128, 12, 1, 4, 1, 2},
+    {"sm90_n192_m192", 90, 192, 192, 128, 12, 1, 4, 1, 1},
     {"sm90_m192_c2", 90, 192, 128, 128, 8, 1, 5, 1, 2},
     {"sm90_m192", 90, 192, 128, 128, 8, 1, 5, 1, 1},
     {"sm90_m144", 90, 144, 128, 128, 8, 1, 7, 1, 1},
@@ -65,6 +64,20 @@ inline constexpr GemmConfig kGemmConfigs[] = {
     {"sm90_m64", 90, 64, 128, 128, 8, 1, 10, 1, 1},
     {"sm90_m32", 90, 32, 128, 128, 8, 1, 14, 1, 1},
     {"sm90_m16", 90, 16, 128, 128, 8, 1, 16, 1, 1},
+    {"sm90_m256_k2", 90, 256, 128, 128, 8, 1, 4, 1, 1, 2},
+    {"sm90_m256_k3", 90, 256, 128, 128, 8, 1, 4, 1, 1, 3},
+    {"sm90_m256_k5", 90, 256, 128, 128, 8, 1, 4, 1, 1, 5},
+    {"sm90_m128_k2", 90, 128, 128, 128, 8, 1, 7, 1, 1, 2},
+    {"sm90_m128_k3", 90, 128, 128, 128, 8, 1, 7, 1, 1, 3},
+    {"sm90_m128_k5", 90, 128, 128, 128, 8, 1, 7, 1, 1, 5},
+    {"sm90_m64_k2", 90, 64, 128, 128, 8, 1, 10, 1, 1, 2},
+    {"sm90_m64_k3", 90, 64, 128, 128, 8, 1, 10, 1, 1, 3},
+    {"sm90_m64_k5", 90, 64, 128, 128, 8, 1, 10, 1, 1, 5},
+    {"sm90_m32_k2", 90, 32, 128, 128, 8, 1, 14, 1, 1, 2},
+    {"sm90_m32_k5", 90, 32, 128, 128, 8, 1, 14, 1, 1, 5},
+    {"sm90_m16_k2", 90, 16, 128, 128, 8, 1, 16, 1, 1, 2},
+    {"sm90_m16_k5", 90, 16, 128, 128, 8, 1, 16, 1, 1, 5},
+    {"sm90_m16_k8", 90, 16, 128, 128, 8, 1, 16, 1, 1, 8},
 };
 inline constexpr int kGemmConfigCount = sizeof(kGemmConfigs) / sizeof(kGemmConfigs[0]);
 
@@ -103,12 +116,16 @@ constexpr int config_threads(const GemmConfig& config) {
 }
 
 constexpr int stage_bytes(const GemmConfig& config, int weight_bits) {
-  return config.tile_m * config.tile_k + 2 * half_tile_words(weight_bits) * 4;
+  return config.tile_m * config.tile_k +
+         config.tile_n / kHalfTileChannels * half_tile_words(weight_bits) * 4;
 }
 
 constexpr int staging_bytes(const GemmConfig& config) {
   return config.tile_m * (config.tile_n + kStagingPad) * 4;
 }
+
+// arch 90: warpgroups that multiply.
+constexpr int sm90_consumers(const GemmConfig& config) { return config.tile_n / kHalfTileChannels; }
 
 // arch 90, bytes of one consumer warpgroup's 64 channels of output: all tokens in 16 bits, in rows
 // of the 128-byte swizzle, whose pattern repeats every kSwizzleBytes. A small tile also fits as
@@ -131,12 +148,12 @@ constexpr int sm90_staged_tokens(int tile_m) {
   return tokens;
 }
 
-// The pipeline, the staging of both warpgroups, their copies of x_scale, two barriers a stage and
-// one a warpgroup.
+// The pipeline with two barriers and the place of its tile a stage, the staging of the consumers,
+// their copies of x_scale, a barrier a consumer.
 constexpr int sm90_shared_bytes(const GemmConfig& config, int weight_bits) {
-  const int pipeline = config.stages * (stage_bytes(config, weight_bits) + 2 * 8);
+  const int pipeline = config.stages * (stage_bytes(config, weight_bits) + 2 * 8 + 8);
   const int warpgroup = sm90_staging_bytes(config.tile_m) + config.tile_m * 4 + 8;
-  return align_up(pipeline + 2 * warpgroup, kSwizzleBytes);
+  return align_up(pipeline + sm90_consumers(config) * warpgroup, kSwizzleBytes);
 }
 
 // Dynamic shared memory of a block. arch 80: the pipeline, then the staged accumulators in its
@@ -175,6 +192,7 @@ constexpr bool is_legal(const GemmConfig& config, const GemmProblem& problem, in
          problem.k >= 1 && problem.m <= kLargestSize && problem.n <= kLargestSize &&
          problem.k <= kLargestGemmInputs && block_count(config, problem) <= INT32_MAX &&
          ceil_div<int64_t>(problem.n, config.tile_n) % config.cluster == 0 &&
+         ceil_div<int64_t>(problem.k, config.tile_k) >= config.split_k &&
          shared_bytes(config, problem.weight_bits) <= max_shared_bytes(arch);
 }
 
@@ -182,23 +200,33 @@ inline std::string arch_name(int arch) {
   return std::to_string(arch / 10) + "." + std::to_string(arch % 10);
 }
 
-// arch 90: clocks that the last block to finish takes, by a model and not by measurement, from the
-// figures of kernels.md on an H200 (2026-11-22): a step of 128 k takes 4 clocks a token in wgmma,
-// or what decoding takes for two warpgroups where that is longer; a tile costs an epilogue besides.
-// Once every row is measured, a dated table in benchmarks/ holds this model to 5 % of the best.
+// arch 90: clocks that the last block to finish takes, fitted to one H100 (2026-11-25, every row on
+// the shapes of benchmarks/dit_shapes.py): a step of 128 k takes the products of the consumers, or
+// decoding beside them where that is longer; a tile costs an epilogue besides, and a split one the
+// exchange of sums.
 constexpr int64_t kSm90Sms = 132;
 
+// Clusters that run at once: they stay within a GPC, of 16 or 18 SMs.
+constexpr int64_t sm90_clusters(int blocks) { return blocks == 1 ? kSm90Sms : 16 / blocks * 8; }
+
 constexpr int64_t sm90_clocks(const GemmConfig& config, const GemmProblem& problem) {
-  constexpr int kDecodeClocks[] = {0, 0, 340, 400, 640};  // by weight_bits
-  const int64_t step =
-      max_of(4 * config.tile_m, kDecodeClocks[problem.weight_bits] + config.tile_m);
-  const int64_t tile = ceil_div<int64_t>(problem.k, config.tile_k) * step + 700 + 9 * config.tile_m;
-  return ceil_div(block_count(config, problem), kSm90Sms) * tile;
+  constexpr int kDecodeClocks[] = {0, 0, 340, 380, 490};  // by weight_bits
+  const int64_t products = 2 * config.tile_m * sm90_consumers(config);
+  const bool two = sm90_consumers(config) == 2;
+  const int64_t decode = kDecodeClocks[problem.weight_bits] + 23 * config.tile_m / 10;
+  const int64_t step = two ? max_of(products + 30, decode) : products + 100;
+  const int64_t steps =
+      ceil_div<int64_t>(ceil_div<int64_t>(problem.k, config.tile_k), config.split_k);
+  const int64_t exchange = config.split_k > 1 ? 2000 + 12 * config.tile_m : 0;
+  const int64_t tile = steps * step + (two ? 700 : 2200) + 9 * config.tile_m + exchange;
+  const int64_t waves =
+      config.split_k > 1 ? ceil_div(block_count(config, problem), sm90_clusters(config.split_k))
+                         : ceil_div(block_count(config, problem), kSm90Sms);
+  return waves * tile;
 }
 
-// The cheapest legal row of arch 90, or null. A smaller tile must be 5 % cheaper, since a larger
-// one moves fewer bytes and power is what limits a Hopper GPU; so does a cluster, but with few
-// steps a tile its blocks wait for each other.
+// The cheapest legal row of arch 90, or null. A row further down the table must be 2 % cheaper; so
+// must a cluster, but with few steps a tile its blocks wait for each other.
 inline const GemmConfig* select_sm90_config(const GemmProblem& problem, int arch) {
   constexpr int64_t kStepsForClusters = 12;
   const GemmConfig* best = nullptr;
@@ -208,7 +236,7 @@ inline const GemmConfig* select_sm90_config(const GemmProblem& problem, int arch
         (clustered && problem.k < kStepsForClusters * config.tile_k)) {
       continue;
     }
-    if (best == nullptr || 20 * sm90_clocks(config, problem) < 19 * sm90_clocks(*best, problem)) {
+    if (best == nullptr || 50 * sm90_clocks(config, problem) < 49 * sm90_clocks(*best, problem)) {
       best = &config;
     }
   }
@@ -233,10 +261,10 @@ inline const GemmConfig* select_sm80_config(const GemmProblem& problem, int arch
   return smallest;
 }
 
-// What lrq::gemm runs; `sm90` false keeps to the portable rows.
+// What lrq::gemm runs; `sm90` false keeps to the portable rows on every GPU.
 // Throws std::invalid_argument, naming both numbers, where no kernel can run.
 inline const GemmConfig& select_gemm_config(const GemmProblem& problem, int arch,
-                                            bool sm90 = kSelectSm90) {
+                                            bool sm90 = true) {
   if (arch < kOldestArch) {
     throw std::invalid_argument("lrq::gemm: needs a GPU of compute capability " +
                                 arch_name(kOldestArch) + " or newer, got " + arch_name(arch));

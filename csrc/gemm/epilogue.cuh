@@ -128,12 +128,24 @@ __device__ __forceinline__ Pack<int, kCount> load_staged(const int* staging, int
   return sums;
 }
 
-// Writes a staged tile of kTileM tokens x kTileN channels whose first element is y[m0, n0]. Called
-// by kThreads threads, numbered by `thread`, after the staging is complete. A thread handles kPiece
-// channels at a time: 8, or 4 where registers are short.
-template <typename Out, int kTileM, int kTileN, int kThreads, int kPiece>
-__device__ __forceinline__ void store_tile(const int* staging, const GemmArgs& args, int64_t m0,
-                                           int64_t n0, int thread, bool aligned) {
+// Sums of a tile as they are staged in this block's shared memory.
+template <int kTileN>
+struct StagedSums {
+  const int* staging;
+
+  template <int kCount>
+  __device__ __forceinline__ Pack<int, kCount> load(int token, int channel) const {
+    return load_staged<kCount>(staging, token, channel, kTileN);
+  }
+};
+
+// Writes `tokens` tokens x kTileN channels whose first element is y[m0, n0], without what lies past
+// M and N. Called by kThreads threads, numbered by `thread`, after the sums are complete. A thread
+// handles kPiece channels at a time: 8, or 4 where registers are short.
+template <typename Out, int kTileN, int kThreads, int kPiece, typename Sums>
+__device__ __forceinline__ void store_tile(const Sums& sums, const GemmArgs& args, int64_t m0,
+                                           int64_t n0, int tokens_of_tile, int thread,
+                                           bool aligned) {
   constexpr int kPiecesPerToken = kTileN / kPiece;
   constexpr int kTokensPerPass = kThreads / kPiecesPerToken;
   const int channel = thread % kPiecesPerToken * kPiece;
@@ -142,7 +154,7 @@ __device__ __forceinline__ void store_tile(const int* staging, const GemmArgs& a
     return;
   }
   const int count = static_cast<int>(min_of<int64_t>(kPiece, args.problem.n - n));
-  const int tokens = static_cast<int>(min_of<int64_t>(kTileM, args.problem.m - m0));
+  const int tokens = static_cast<int>(min_of<int64_t>(tokens_of_tile, args.problem.m - m0));
   Out* const y = static_cast<Out*>(args.y) + m0 * args.problem.n + n;
 
   Pack<float, kPiece> weight_scale = {};
@@ -160,7 +172,7 @@ __device__ __forceinline__ void store_tile(const int* staging, const GemmArgs& a
 
 #pragma unroll 1
   for (int token = thread / kPiecesPerToken; token < tokens; token += kTokensPerPass) {
-    const Pack<int, kPiece> acc = load_staged<kPiece>(staging, token, channel, kTileN);
+    const Pack<int, kPiece> acc = sums.template load<kPiece>(token, channel);
     Out* const target = y + token * args.problem.n;
     if constexpr (std::is_same_v<Out, int>) {
       store_piece(target, acc, count, aligned);
@@ -209,22 +221,25 @@ __device__ __forceinline__ void store_tile(const int* staging, const GemmArgs& a
 }
 
 // store_tile for the output type that the arguments name.
-template <int kTileM, int kTileN, int kThreads, int kPiece = kOctet>
-__device__ __forceinline__ void store_tile_as(const int* staging, const GemmArgs& args, int64_t m0,
-                                              int64_t n0, int thread, bool aligned) {
+template <int kTileN, int kThreads, int kPiece = kOctet, typename Sums>
+__device__ __forceinline__ void store_tile_as(const Sums& sums, const GemmArgs& args, int64_t m0,
+                                              int64_t n0, int tokens, int thread, bool aligned) {
+  const auto store = [&](auto out) {
+    store_tile<decltype(out), kTileN, kThreads, kPiece>(sums, args, m0, n0, tokens, thread,
+                                                        aligned);
+  };
   switch (args.out_type) {
     case OutType::kBFloat16:
-      store_tile<__nv_bfloat16, kTileM, kTileN, kThreads, kPiece>(staging, args, m0, n0, thread,
-                                                                  aligned);
+      store(__nv_bfloat16{});
       break;
     case OutType::kFloat16:
-      store_tile<__half, kTileM, kTileN, kThreads, kPiece>(staging, args, m0, n0, thread, aligned);
+      store(__half{});
       break;
     case OutType::kFloat32:
-      store_tile<float, kTileM, kTileN, kThreads, kPiece>(staging, args, m0, n0, thread, aligned);
+      store(float{});
       break;
     case OutType::kInt32:
-      store_tile<int, kTileM, kTileN, kThreads, kPiece>(staging, args, m0, n0, thread, aligned);
+      store(int{});
       break;
   }
 }

@@ -19,6 +19,7 @@
 
 #include <cuda.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <type_traits>
 
@@ -33,11 +34,12 @@ namespace lrq {
 enum class TileStore : int { kPlain, kTensor };
 
 // Where tensor stores apply. Activation together with a residual, which no transformer asks for,
-// and samples so short that one tile meets three of them take the plain way.
-inline TileStore choose_store(const GemmArgs& args, int tile_m, bool aligned_octets) {
-  const bool samples_fit = args.gate == nullptr || args.tokens_per_sample >= tile_m;
+// samples so short that one tile meets three of them, and blocks that split K take the plain way.
+inline TileStore choose_store(const GemmArgs& args, const GemmConfig& config, bool aligned_octets) {
+  const bool samples_fit = args.gate == nullptr || args.tokens_per_sample >= config.tile_m;
   const bool one_extra = args.residual == nullptr || args.activation == Activation::kNone;
-  return aligned_octets && out_type_bytes(args.out_type) == 2 && samples_fit && one_extra
+  return config.split_k == 1 && aligned_octets && out_type_bytes(args.out_type) == 2 &&
+                 samples_fit && one_extra
              ? TileStore::kTensor
              : TileStore::kPlain;
 }
@@ -47,7 +49,8 @@ constexpr int tensor_store_tokens(int tile_m) {
   return tile_m <= 64 ? tile_m : tile_m % 32 == 0 ? tile_m / 2 : tile_m / 3;
 }
 
-// Who a thread is among the 128 of its consumer warpgroup.
+// Who a thread is among the 128 of its consumer warpgroup. Asked anew wherever it is made: kept
+// over the main loop it would cost registers.
 struct WarpgroupThread {
   int warpgroup;
   int thread;   // in the warpgroup
@@ -56,13 +59,15 @@ struct WarpgroupThread {
   int channel;  // its first of 64, the other is 8 further
   int token;    // its first of every eight, the other is the next
 
-  __device__ __forceinline__ explicit WarpgroupThread(int thread_of_block)
-      : warpgroup(__shfl_sync(0xffffffffu, thread_of_block / kWarpgroupThreads, 0)),
-        thread(thread_of_block % kWarpgroupThreads),
-        lane(thread_of_block % 32),
-        warp(thread / 32),
-        channel(16 * warp + lane / 4),
-        token(lane % 4 * 2) {}
+  __device__ __forceinline__ WarpgroupThread() {
+    const int of_block = thread_of_block();
+    warpgroup = of_block / kWarpgroupThreads;
+    thread = of_block % kWarpgroupThreads;
+    lane = thread % 32;
+    warp = thread / 32;
+    channel = 16 * warp + lane / 4;
+    token = lane % 4 * 2;
+  }
 };
 
 // Two neighbouring tokens as they lie in a 32-bit register.
@@ -82,14 +87,34 @@ __device__ __forceinline__ void widen_pair(float (&value)[2], uint32_t bits) {
   value[1] = to_float(pair.value[1]);
 }
 
-// A warpgroup's own parts of shared memory.
-struct EpilogueMemory {
-  uint32_t staging;        // sm90_staging_bytes, in the swizzle
-  float* x_scale;          // [tile_m]
-  uint32_t residual_full;  // mbarrier
+// Sums of a tile that the blocks of a cluster have staged at the same offset, from token `first` on.
+struct ClusterSums {
+  uint32_t staging;
+  int first;
+  int blocks;
+
+  template <int kCount>
+  __device__ __forceinline__ Pack<int, kCount> load(int token, int channel) const {
+    static_assert(kCount == 4, "one piece of 16 bytes");
+    const uint32_t own = staging + 4 * token_channel_to_staging(first + token, channel,
+                                                                kHalfTileChannels);
+    int4 sum = {};
+    for (int block = 0; block < blocks; ++block) {
+      const int4 part = load_cluster_16(cluster_address(own, block));
+      sum.x += part.x;
+      sum.y += part.y;
+      sum.z += part.z;
+      sum.w += part.w;
+    }
+    return {sum.x, sum.y, sum.z, sum.w};
+  }
 };
 
-template <int kTileM>
+// Shared is the block's shared memory, in which every warpgroup has its own
+//     staging        sm90_staging_bytes, in the swizzle
+//     x_scale        [tile_m] fp32
+//     residual_full  mbarrier
+template <typename Shared, int kTileM>
 class TileEpilogue {
  public:
   static constexpr int kStoreTokens = tensor_store_tokens(kTileM);
@@ -99,12 +124,10 @@ class TileEpilogue {
   static constexpr int kScalesPerThread = (kTileM + kWarpgroupThreads - 1) / kWarpgroupThreads;
   static_assert(kStoreTokens % 16 == 0, "stmatrix stores sixteen tokens");
 
-  __device__ __forceinline__ TileEpilogue(const GemmArgs& args, TileStore store,
-                                          const WarpgroupThread& self, EpilogueMemory memory,
+  __device__ __forceinline__ TileEpilogue(Shared& shared, const GemmArgs& args, TileStore store,
                                           const CUtensorMap& y_map, const CUtensorMap& residual_map)
-      : args_(args),
-        self_(self),
-        memory_(memory),
+      : shared_(shared),
+        args_(args),
         y_map_(y_map),
         residual_map_(residual_map),
         tensor_(store == TileStore::kTensor) {}
@@ -117,83 +140,127 @@ class TileEpilogue {
 
   // Early in the main loop: asks for the residual, once the staging's last store has left it.
   __device__ __forceinline__ void request_residual() {
-    if (!tensor_ || args_.residual == nullptr || self_.thread != 0) {
+    const WarpgroupThread self;
+    if (!tensor_ || args_.residual == nullptr || self.thread != 0) {
       return;
     }
     bulk_wait_read();
-    mbarrier_arrive_expect(memory_.residual_full, kTileM * kTokenBytes);
+    const uint32_t full = shared_address(&shared_.residual_full[self.warpgroup]);
+    mbarrier_arrive_expect(full, kTileM * kTokenBytes);
 #pragma unroll
     for (int part = 0; part < kStores; ++part) {
-      tensor_load(part_address(part), &residual_map_, n0_, m0_ + part * kStoreTokens,
-                  memory_.residual_full);
+      tensor_load(part_address(self, part), &residual_map_, n0_, m0_ + part * kStoreTokens, full);
     }
   }
 
-  // Under the last product: starts reading what place_scales and store will need.
-  __device__ __forceinline__ void request_scales() {
+  // What a tile's conversion needs from memory, on its way to registers and to shared memory.
+  struct Scales {
+    float x[kScalesPerThread];
+    float weight[kRowsPerLane];
+    float bias[kRowsPerLane];
+  };
+
+  // Under the last products: starts reading them.
+  __device__ __forceinline__ Scales request_scales() const {
+    Scales scales = {};
     if (!tensor_) {
-      return;
+      return scales;
     }
+    const WarpgroupThread self;
     const int m_size = static_cast<int>(args_.problem.m);
     const int n_size = static_cast<int>(args_.problem.n);
 #pragma unroll
     for (int i = 0; i < kScalesPerThread; ++i) {
-      const int m = m0_ + self_.thread + i * kWarpgroupThreads;
-      x_scale_[i] = m < m_size ? __ldg(args_.x_scale + m) : 0.0f;
+      const int m = m0_ + self.thread + i * kWarpgroupThreads;
+      scales.x[i] = m < m_size ? __ldg(args_.x_scale + m) : 0.0f;
     }
 #pragma unroll
     for (int row = 0; row < kRowsPerLane; ++row) {
-      const int n = min_of(n0_ + self_.channel + 8 * row, n_size - 1);
-      weight_scale_[row] = __ldg(args_.weight_scale + n);
-      bias_[row] = args_.bias != nullptr ? __ldg(args_.bias + n) : kNoBias;
+      const int n = min_of(n0_ + self.channel + 8 * row, n_size - 1);
+      scales.weight[row] = __ldg(args_.weight_scale + n);
+      scales.bias[row] = args_.bias != nullptr ? __ldg(args_.bias + n) : kNoBias;
     }
+    return scales;
   }
 
-  __device__ __forceinline__ void place_scales() {
+  // Only now to shared memory: before, the thread would wait for them instead of multiplying.
+  __device__ __forceinline__ void place_scales(const Scales& scales) {
     if (!tensor_) {
       return;
     }
+    const WarpgroupThread self;
 #pragma unroll
     for (int i = 0; i < kScalesPerThread; ++i) {
-      const int token = self_.thread + i * kWarpgroupThreads;
+      const int token = self.thread + i * kWarpgroupThreads;
       if (kTileM % kWarpgroupThreads == 0 || token < kTileM) {
-        memory_.x_scale[token] = x_scale_[i];
+        shared_.x_scale[self.warpgroup][token] = scales.x[i];
       }
     }
   }
 
-  // Writes the tile; `staging` is memory.staging as a pointer.
-  __device__ __forceinline__ void store(const int (&acc)[kTileM / 2], void* staging, bool aligned) {
+  // Writes the tile.
+  __device__ __forceinline__ void store(const int (&acc)[kTileM / 2], const Scales& scales,
+                                        bool aligned) {
     if (!tensor_) {
-      store_plain(acc, static_cast<int*>(staging), aligned);
+      store_plain(acc, aligned);
     } else if (args_.out_type == OutType::kBFloat16) {
-      store_tensor_as<__nv_bfloat16>(acc);
+      store_tensor_as<__nv_bfloat16>(acc, scales);
     } else {
-      store_tensor_as<__half>(acc);
+      store_tensor_as<__half>(acc, scales);
     }
+  }
+
+  // Split K: the warpgroup's sums of the whole tile as int32, where stages and staging were.
+  __device__ __forceinline__ void stage_sums(const int (&acc)[kTileM / 2]) {
+    const WarpgroupThread self;
+    int* const staging = split_staging(self);
+#pragma unroll
+    for (int i = 0; i < kTileM / 2; ++i) {
+      const int token = i / 4 * 8 + self.token + i % 2;
+      const int channel = self.channel + i % 4 / 2 * 8;
+      staging[token_channel_to_staging(token, channel, kHalfTileChannels)] = acc[i];
+    }
+  }
+
+  // Writes this block's share of the tokens, adding up what all blocks of the cluster have staged.
+  __device__ __forceinline__ void store_split(int split_k, int k_rank, bool aligned) {
+    const WarpgroupThread self;
+    const int first = kTileM * k_rank / split_k;
+    const int last = kTileM * (k_rank + 1) / split_k;
+    store_tile_as<kHalfTileChannels, kWarpgroupThreads, 4>(
+        ClusterSums{shared_address(split_staging(self)), first, split_k}, args_, m0_ + first, n0_,
+        last - first, self.thread, aligned);
   }
 
   // After the last tile: shared memory must outlive the stores that read it.
   __device__ __forceinline__ void finish() {
-    if (self_.thread == 0) {
+    const WarpgroupThread self;
+    if (self.thread == 0) {
       bulk_wait();
     }
     __syncwarp();
   }
 
  private:
-  __device__ __forceinline__ void synchronize() {
-    named_barrier(1 + self_.warpgroup, kWarpgroupThreads);
+  __device__ __forceinline__ static void synchronize(const WarpgroupThread& self) {
+    named_barrier(1 + self.warpgroup, kWarpgroupThreads);
   }
 
-  __device__ __forceinline__ uint32_t part_address(int part) const {
-    return memory_.staging + part * kStoreTokens * kTokenBytes;
+  __device__ __forceinline__ int* split_staging(const WarpgroupThread& self) const {
+    static_assert(offsetof(Shared, x) == 0 && offsetof(Shared, staging) == sizeof(Shared::x),
+                  "one piece of memory");
+    return reinterpret_cast<int*>(&shared_) + self.warpgroup * kTileM * (kStagedTokenBytes / 4);
+  }
+
+  __device__ __forceinline__ uint32_t part_address(const WarpgroupThread& self, int part) const {
+    return shared_address(shared_.staging[self.warpgroup]) + part * kStoreTokens * kTokenBytes;
   }
 
   // The loop over parts is not unrolled, for the size of store_tile; registers have to be named, so
   // each turn picks its own.
-  __device__ __forceinline__ void store_plain(const int (&acc)[kTileM / 2], int* staging,
-                                              bool aligned) {
+  __device__ __forceinline__ void store_plain(const int (&acc)[kTileM / 2], bool aligned) {
+    const WarpgroupThread self;
+    int* const staging = reinterpret_cast<int*>(shared_.staging[self.warpgroup]);
     constexpr int kParts = kTileM / kStagedTokens;
     const int tokens = static_cast<int>(min_of<int64_t>(args_.problem.m - m0_, kTileM));
 #pragma unroll 1
@@ -203,28 +270,30 @@ class TileEpilogue {
         if (p == part) {
 #pragma unroll
           for (int i = 0; i < kStagedTokens / 2; ++i) {
-            const int token = i / 4 * 8 + self_.token + i % 2;
-            const int channel = self_.channel + i % 4 / 2 * 8;
+            const int token = i / 4 * 8 + self.token + i % 2;
+            const int channel = self.channel + i % 4 / 2 * 8;
             staging[token_channel_to_staging(token, channel, kHalfTileChannels)] =
                 acc[p * (kStagedTokens / 2) + i];
           }
         }
       }
-      synchronize();
-      store_tile_as<kStagedTokens, kHalfTileChannels, kWarpgroupThreads, 4>(
-          staging, args_, m0_ + part * kStagedTokens, n0_, self_.thread, aligned);
-      synchronize();
+      synchronize(self);
+      store_tile_as<kHalfTileChannels, kWarpgroupThreads, 4>(
+          StagedSums<kHalfTileChannels>{staging}, args_, m0_ + part * kStagedTokens, n0_,
+          kStagedTokens, self.thread, aligned);
+      synchronize(self);
     }
   }
 
   template <typename Out>
-  __device__ __forceinline__ void store_tensor_as(const int (&acc)[kTileM / 2]) {
+  __device__ __forceinline__ void store_tensor_as(const int (&acc)[kTileM / 2],
+                                                  const Scales& scales) {
     if (args_.residual != nullptr) {
-      store_tensor<Out, false, true>(acc);
+      store_tensor<Out, false, true>(acc, scales);
     } else if (args_.activation == Activation::kGeluTanh) {
-      store_tensor<Out, true, false>(acc);
+      store_tensor<Out, true, false>(acc, scales);
     } else {
-      store_tensor<Out, false, false>(acc);
+      store_tensor<Out, false, false>(acc, scales);
     }
   }
 
@@ -238,6 +307,7 @@ class TileEpilogue {
 
   template <typename Out>
   __device__ __forceinline__ Gates load_gates() const {
+    const WarpgroupThread self;
     Gates gates = {{1.0f, 1.0f}, {1.0f, 1.0f}, kTileM};
     if (args_.gate != nullptr) {
       const auto m_size = static_cast<uint32_t>(args_.problem.m);
@@ -248,7 +318,7 @@ class TileEpilogue {
       const Out* const gate = static_cast<const Out*>(args_.gate) + sample * args_.gate_stride;
 #pragma unroll
       for (int row = 0; row < kRowsPerLane; ++row) {
-        const int n = min_of(n0_ + self_.channel + 8 * row, static_cast<int>(args_.problem.n) - 1);
+        const int n = min_of(n0_ + self.channel + 8 * row, static_cast<int>(args_.problem.n) - 1);
         gates.first[row] = to_float(gate[n]);
         gates.second[row] = next < m_size ? to_float(gate[args_.gate_stride + n]) : 0.0f;
       }
@@ -257,24 +327,28 @@ class TileEpilogue {
   }
 
   template <typename Out, bool kGelu, bool kResidual>
-  __device__ __forceinline__ void store_tensor(const int (&acc)[kTileM / 2]) {
-    if (self_.thread == 0) {
+  __device__ __forceinline__ void store_tensor(const int (&acc)[kTileM / 2],
+                                               const Scales& scales) {
+    const WarpgroupThread self;
+    if (self.thread == 0) {
       bulk_wait_read();
     }
-    synchronize();  // the staging is free, x_scale is there
+    synchronize(self);  // the staging is free, x_scale is there
 
     Gates gates;
     if constexpr (kResidual) {
       gates = load_gates<Out>();
-      mbarrier_wait(memory_.residual_full, residual_parity_);
+      mbarrier_wait(shared_address(&shared_.residual_full[self.warpgroup]), residual_parity_);
       residual_parity_ ^= 1;
     }
 
     // Lane l addresses row l % 8 of matrix l / 8: tokens 0-7 channels 0-7, tokens 0-7 channels
     // 8-15, the same of tokens 8-15.
-    const int matrix_token = self_.lane / 16 * 8 + self_.lane % 8;
-    const int matrix_chunk = (self_.warp * 2 + self_.lane / 8 % 2) ^ self_.lane % 8;
-    const uint32_t matrix_row = memory_.staging + matrix_token * kTokenBytes + matrix_chunk * 16;
+    const int matrix_token = self.lane / 16 * 8 + self.lane % 8;
+    const int matrix_chunk = (self.warp * 2 + self.lane / 8 % 2) ^ self.lane % 8;
+    const uint32_t matrix_row =
+        part_address(self, 0) + matrix_token * kTokenBytes + matrix_chunk * 16;
+    const float* const x_scales = shared_.x_scale[self.warpgroup] + self.token;
 #pragma unroll
     for (int part = 0; part < kStores; ++part) {
 #pragma unroll
@@ -288,11 +362,10 @@ class TileEpilogue {
         for (int i = 0; i < 4; ++i) {  // matrix i: channel row i % 2, tokens 8 (i / 2) ..
           const int row = i % 2;
           const int first = token + i / 2 * 8;
-          const float2 x_scale =
-              *reinterpret_cast<const float2*>(memory_.x_scale + first + self_.token);
+          const float2 x_scale = *reinterpret_cast<const float2*>(x_scales + first);
           const int* const sum = &acc[first / 2 + 2 * row];
-          float y[2] = {dequantize_sum(sum[0], x_scale.x, weight_scale_[row], bias_[row]),
-                        dequantize_sum(sum[1], x_scale.y, weight_scale_[row], bias_[row])};
+          float y[2] = {dequantize_sum(sum[0], x_scale.x, scales.weight[row], scales.bias[row]),
+                        dequantize_sum(sum[1], x_scale.y, scales.weight[row], scales.bias[row])};
           if constexpr (kGelu) {
             y[0] = gelu_tanh<Out>(y[0]);
             y[1] = gelu_tanh<Out>(y[1]);
@@ -302,7 +375,7 @@ class TileEpilogue {
             widen_pair<Out>(residual, matrix[i]);
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-              const bool next = first + self_.token + e >= gates.boundary;
+              const bool next = first + self.token + e >= gates.boundary;
               y[e] = add_residual(y[e], next ? gates.second[row] : gates.first[row], residual[e]);
             }
           }
@@ -311,26 +384,22 @@ class TileEpilogue {
         stmatrix_x4_trans(row_address, matrix);
       }
       fence_proxy_async();
-      synchronize();
-      if (self_.thread == 0) {
-        tensor_store(&y_map_, n0_, m0_ + part * kStoreTokens, part_address(part));
+      synchronize(self);
+      if (self.thread == 0) {
+        tensor_store(&y_map_, n0_, m0_ + part * kStoreTokens, part_address(self, part));
         bulk_commit();
       }
     }
   }
 
+  Shared& shared_;
   const GemmArgs& args_;
-  const WarpgroupThread self_;
-  const EpilogueMemory memory_;
   const CUtensorMap& y_map_;
   const CUtensorMap& residual_map_;
   const bool tensor_;
   int m0_ = 0;
   int n0_ = 0;
   uint32_t residual_parity_ = 0;
-  float x_scale_[kScalesPerThread];
-  float weight_scale_[kRowsPerLane];
-  float bias_[kRowsPerLane];
 };
 
 }  // namespace lrq

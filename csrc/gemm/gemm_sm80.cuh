@@ -222,8 +222,8 @@ __global__ void __launch_bounds__(GemmSm80<kBits, kConfigIndex>::kThreads,
     }
   }
   __syncthreads();
-  store_tile_as<Gemm::kTileM, Gemm::kTileN, Gemm::kThreads>(staging, args, m0, n0, threadIdx.x,
-                                                            aligned);
+  store_tile_as<Gemm::kTileN, Gemm::kThreads>(StagedSums<Gemm::kTileN>{staging}, args, m0, n0,
+                                              Gemm::kTileM, threadIdx.x, aligned);
 }
 
 }  // namespace lrq

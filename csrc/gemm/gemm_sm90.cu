@@ -73,7 +73,7 @@ cudaError_t encode_maps(TensorMaps& maps, const GemmArgs& args, const GemmConfig
   const Matrix x = {args.x_q, CU_TENSOR_MAP_DATA_TYPE_UINT8, m, k,
                     row_bytes_of(m, args.x_stride, k, 1)};
   cudaError_t error = encode_map(maps.x, x, kTileInputs, config.tile_m / config.cluster);
-  if (choose_store(args, config.tile_m, has_aligned_octets(args)) == TileStore::kTensor) {
+  if (choose_store(args, config, has_aligned_octets(args)) == TileStore::kTensor) {
     // Only bits move here, so both 16-bit types are the same.
     constexpr CUtensorMapDataType kType = CU_TENSOR_MAP_DATA_TYPE_UINT16;
     const int tokens = tensor_store_tokens(config.tile_m);

@@ -6,11 +6,12 @@
 
 namespace lrq {
 
-template <int kBits, int kTileM, int kStages>
+template <int kBits, int kTileM, int kConsumers, int kStages>
 cudaError_t launch_instance_sm90(const TensorMaps& maps, const GemmSm90Params& params,
                                  cudaStream_t stream) {
-  constexpr int kSharedBytes = sizeof(typename GemmSm90<kBits, kTileM, kStages>::Shared);
-  const auto kernel = gemm_sm90_kernel<kBits, kTileM, kStages>;
+  using Gemm = GemmSm90<kBits, kTileM, kConsumers, kStages>;
+  constexpr int kSharedBytes = sizeof(typename Gemm::Shared);
+  const auto kernel = gemm_sm90_kernel<kBits, kTileM, kConsumers, kStages>;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) {
@@ -18,12 +19,12 @@ cudaError_t launch_instance_sm90(const TensorMaps& maps, const GemmSm90Params& p
   }
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = params.cluster;
+  attribute.val.clusterDim.x = params.cluster * params.split_k;
   attribute.val.clusterDim.y = 1;
   attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t launch = {};
-  launch.gridDim = dim3(params.schedule.clusters * params.cluster);
-  launch.blockDim = dim3(kSm90Threads);
+  launch.gridDim = dim3(params.schedule.clusters * params.cluster * params.split_k);
+  launch.blockDim = dim3(Gemm::kThreads);
   launch.dynamicSmemBytes = kSharedBytes;
   launch.stream = stream;
   launch.attrs = &attribute;
@@ -31,11 +32,13 @@ cudaError_t launch_instance_sm90(const TensorMaps& maps, const GemmSm90Params& p
   return cudaLaunchKernelEx(&launch, kernel, maps.x, maps.y, maps.residual, params);
 }
 
-// True for the first row of a token tile: rows that differ in the cluster share its kernel.
+// True for the first row of a tile: rows that differ in the cluster or
+// in split_k share its kernel.
 constexpr bool has_own_kernel(int index) {
   const GemmConfig& config = kGemmConfigs[index];
   for (int i = 0; i < index; ++i) {
-    if (is_sm90(kGemmConfigs[i]) && kGemmConfigs[i].tile_m == config.tile_m) {
+    if (is_sm90(kGemmConfigs[i]) && kGemmConfigs[i].tile_m == config.tile_m &&
+        kGemmConfigs[i].tile_n == config.tile_n) {
       return false;
     }
   }
@@ -43,24 +46,25 @@ constexpr bool has_own_kernel(int index) {
 }
 
 template <int kBits, int kConfigIndex = 0>
-cudaError_t launch_tile_sm90(const TensorMaps& maps, const GemmSm90Params& params, int tile_m,
-                             cudaStream_t stream) {
+cudaError_t launch_tile_sm90(const TensorMaps& maps, const GemmSm90Params& params,
+                             const GemmConfig& config, cudaStream_t stream) {
   if constexpr (kConfigIndex == kGemmConfigCount) {
     return cudaErrorInvalidValue;
   } else {
     if constexpr (has_own_kernel(kConfigIndex)) {
       constexpr GemmConfig kConfig = kGemmConfigs[kConfigIndex];
-      static_assert(sizeof(typename GemmSm90<kBits, kConfig.tile_m, kConfig.stages>::Shared) ==
-                            shared_bytes(kConfig, kBits) &&
-                        config_threads(kConfig) == kSm90Threads,
+      constexpr int kConsumers = sm90_consumers(kConfig);
+      using Gemm = GemmSm90<kBits, kConfig.tile_m, kConsumers, kConfig.stages>;
+      static_assert(sizeof(typename Gemm::Shared) == shared_bytes(kConfig, kBits) &&
+                        config_threads(kConfig) == Gemm::kThreads && kConfig.tile_n == Gemm::kTileN,
                     "the planner and the kernel agree on shared memory and threads");
-      static_assert(kConfig.tile_n == kTileChannels && kConfig.tile_k == kTileInputs,
-                    "the packed tile");
-      if (tile_m == kConfig.tile_m) {
-        return launch_instance_sm90<kBits, kConfig.tile_m, kConfig.stages>(maps, params, stream);
+      static_assert(kConfig.tile_k == kTileInputs, "the packed tile");
+      if (config.tile_m == kConfig.tile_m && config.tile_n == kConfig.tile_n) {
+        return launch_instance_sm90<kBits, kConfig.tile_m, kConsumers, kConfig.stages>(
+            maps, params, stream);
       }
     }
-    return launch_tile_sm90<kBits, kConfigIndex + 1>(maps, params, tile_m, stream);
+    return launch_tile_sm90<kBits, kConfigIndex + 1>(maps, params, config, stream);
   }
 }
 
@@ -80,9 +84,10 @@ cudaError_t launch_gemm_sm90_bits(const TensorMaps& maps, const GemmArgs& args,
   params.args = args;
   params.schedule = make_schedule(config, args.problem, sms);
   params.cluster = config.cluster;
+  params.split_k = config.split_k;
   params.aligned = has_aligned_octets(args);
-  params.store = choose_store(args, config.tile_m, params.aligned);
-  return launch_tile_sm90<kBits>(maps, params, config.tile_m, stream);
+  params.store = choose_store(args, config, params.aligned);
+  return launch_tile_sm90<kBits>(maps, params, config, stream);
 }
 
 }  // namespace lrq

@@ -18,6 +18,16 @@ cudaError_t launch_gemm_sm80(const GemmArgs& args, const GemmConfig& config, cud
 cudaError_t launch_gemm_sm90(const GemmArgs& args, const GemmConfig& config, cudaStream_t stream);
 
 // args.problem.m <= kGemvMaxTokens.
-cudaError_t launch_gemv(const GemvArgs& args, cudaStream_t stream);
+cudaError_t launch_gemv(const A16Args& args, cudaStream_t stream);
+
+// Whether a kernel multiplies more tokens of 16 bits on this device: wgmma and TMA read them.
+bool has_gemm_a16(const A16Args& args, int arch);
+
+// Where has_gemm_a16.
+cudaError_t launch_gemm_a16(const A16Args& args, cudaStream_t stream);
+
+// The instances of one bit width, for sm_90a.
+template <int kBits>
+cudaError_t launch_gemm_a16_sm90(const A16Args& args, cudaStream_t stream);
 
 }  // namespace lrq

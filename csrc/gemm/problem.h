@@ -39,10 +39,10 @@ struct GemmArgs {
   void* y;  // [M, N], contiguous
 };
 
-// Few-row product with 16-bit activations: y = x * (levels * scale)^T + bias.
-struct GemvArgs {
-  GemmProblem problem;  // m <= kGemvMaxTokens
-  const void* x;        // [M, K] of type
+// Product with 16-bit activations: y = x * (levels * scale)^T + bias.
+struct A16Args {
+  GemmProblem problem;
+  const void* x;  // [M, K] of type
   int64_t x_stride;
   const uint32_t* weight;
   const int8_t* levels;
@@ -50,6 +50,7 @@ struct GemvArgs {
   const float* bias;
   OutType type;  // of x and y: bf16 or fp16
   void* y;       // [M, N], contiguous
+  int tile_m;    // tokens of a tile of the GEMM; 0: chosen for the problem
 };
 
 constexpr int kGemvMaxTokens = 8;

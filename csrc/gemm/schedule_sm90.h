@@ -39,12 +39,20 @@ inline TileSchedule make_schedule(const GemmConfig& config, const GemmProblem& p
   schedule.m_tiles = static_cast<int>(ceil_div<int64_t>(problem.m, config.tile_m));
   schedule.groups = static_cast<int>(ceil_div<int64_t>(problem.n, config.tile_n)) / config.cluster;
   schedule.tiles = static_cast<uint32_t>(schedule.m_tiles) * static_cast<uint32_t>(schedule.groups);
-  schedule.clusters = min_of<uint32_t>(max_of(sms / config.cluster, 1), schedule.tiles);
+  // Blocks that split K meet once; the others stay and walk.
+  schedule.clusters = config.split_k > 1
+                          ? schedule.tiles
+                          : min_of<uint32_t>(max_of(sms / config.cluster, 1), schedule.tiles);
   const int64_t operands = problem.n * problem.k / 8 * problem.weight_bits + problem.m * problem.k;
   schedule.band = operands > kL2Bytes ? min_of(kBand, schedule.groups) : schedule.groups;
   schedule.step_m = static_cast<int>(schedule.clusters / schedule.band);
   schedule.step_n = static_cast<int>(schedule.clusters % schedule.band);
   return schedule;
+}
+
+// Tiles of one cluster's walk.
+LRQ_HOST_DEVICE int tile_count(const TileSchedule& schedule, uint32_t cluster) {
+  return static_cast<int>(ceil_div(schedule.tiles - cluster, schedule.clusters));
 }
 
 class TileWalk {

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,13 +53,15 @@ class ShapesPipeline(DiffusionPipeline):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Any, dict], Any] | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Pictures of `prompt`, one a caption.
 
         generator: one a prompt makes every picture independent of its batch; a single generator
         is drawn from in prompt order. Both halves of guidance go through one forward;
         guidance_scale <= 1 turns guidance off. output_type: "pil", "np" (fp32 [B, 32, 32, 3] in
-        0..1) or "pt" (fp32 [B, 3, 32, 32] in 0..1).
+        0..1) or "pt" (fp32 [B, 3, 32, 32] in 0..1). callback_on_step_end is called as
+        callback(pipeline, step, timestep, {}) after each step.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
@@ -74,15 +77,15 @@ class ShapesPipeline(DiffusionPipeline):
         device = self._execution_device
         guided = guidance_scale > 1
         captions = [""] * len(prompts) + prompts if guided else prompts
-        embeddings, mask = self.text_encoder.encode(captions)
-        embeddings, mask = embeddings.to(device, self.transformer.dtype), mask.to(device)
+        embeddings, mask = self.text_encoder.encode(captions, device)
+        embeddings = embeddings.to(self.transformer.dtype)
 
         # The last step goes from 1/n (before the shift) to 0; the scheduler's own default spends
         # it between 0.001 and 0.
         sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
         self.scheduler.set_timesteps(sigmas=sigmas, device=device)
         latents = self._initial_noise(len(prompts), generator, device)
-        for timestep in self.progress_bar(self.scheduler.timesteps):
+        for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             inputs = torch.cat([latents, latents]) if guided else latents
             velocity = self.transformer(
                 inputs.to(self.transformer.dtype),
@@ -95,6 +98,8 @@ class ShapesPipeline(DiffusionPipeline):
                 empty, captioned = velocity.chunk(2)
                 velocity = empty + guidance_scale * (captioned - empty)
             latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+            if callback_on_step_end is not None:
+                callback_on_step_end(self, step, timestep, {})
 
         pictures = (latents / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":

@@ -67,9 +67,14 @@ class CaptionEncoder(ModelMixin, ConfigMixin):
 
     def forward(self, word_ids: torch.Tensor) -> torch.Tensor:
         """word_ids int64 [B, L] -> embeddings [B, L, embed_dim]."""
-        return self.word_embedding(word_ids) + self.position_embedding.weight[: word_ids.shape[1]]
+        positions = torch.arange(word_ids.shape[1], device=word_ids.device)
+        # Through the modules, whose hooks bring offloaded weights: not through .weight.
+        return self.word_embedding(word_ids) + self.position_embedding(positions)
 
-    def encode(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings [B, L, embed_dim] and mask bool [B, L], on the encoder's device."""
-        word_ids = self.tokenize(captions).to(self.word_embedding.weight.device)
+    def encode(
+        self, captions: Sequence[str], device: torch.device | str | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings [B, L, embed_dim] and mask bool [B, L], on `device`: by default the weights',
+        which are elsewhere between forwards when a pipeline is offloaded."""
+        word_ids = self.tokenize(captions).to(device or self.word_embedding.weight.device)
         return self(word_ids), self.mask(word_ids)

@@ -1,0 +1,169 @@
+"""LRQConfig: what to quantize and how, for from_pretrained of diffusers and of transformers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import nn
+
+from lrq_kernels import QuantScheme, checkpoint
+from lrq_kernels.checkpoint import CheckpointError
+
+from .auto_family import family_by_names
+from .families import find_family
+from .recipe import QuantPlan, QuantRecipe
+from .recipe_patterns import matching, schemes_by_name
+
+logger = logging.getLogger(__name__)
+
+DTYPES = (None, torch.bfloat16, torch.float16, torch.float32)
+Scheme = QuantScheme | str | Mapping[str, Any] | None
+
+
+class LRQMethod(str, Enum):
+    """diffusers reads quant_method.value."""
+
+    LRQ = checkpoint.FORMAT
+
+
+class LRQConfig(QuantizationConfigMixin):
+    """What to quantize and how, for from_pretrained and in config.json.
+
+    scheme: of attention and feed-forward linears, as "w4a8" or a QuantScheme; modulation: of the
+    adaLN linears, None to keep them. modules_to_not_convert and the keys of overrides are fnmatch
+    patterns on full module names; a pattern that matches a module holds for every linear in it.
+    overrides: pattern -> scheme, or None to keep; the first that matches wins. Of a checkpoint that
+    is quantized already this is a description: the file says what its linears are.
+
+    Raises TypeError for an unknown argument and ValueError for a bad scheme, CheckpointError for a
+    format version that this package does not read.
+    """
+
+    def __init__(
+        self,
+        scheme: Scheme = "w4a8",
+        *,
+        modulation: Scheme = "w4a16",
+        modules_to_not_convert: Sequence[str] | None = None,
+        overrides: Mapping[str, Scheme] | None = None,
+        format_version: int = checkpoint.VERSION,
+        quant_method: str = checkpoint.FORMAT,
+    ) -> None:
+        if quant_method != checkpoint.FORMAT:
+            raise ValueError(
+                f"LRQConfig: quant_method must be {checkpoint.FORMAT!r}, got {quant_method!r}"
+            )
+        if format_version != checkpoint.VERSION:
+            raise CheckpointError(
+                f"LRQConfig: format version {format_version}; this package reads version "
+                f"{checkpoint.VERSION}"
+            )
+        if isinstance(modules_to_not_convert, str):
+            raise TypeError("LRQConfig: modules_to_not_convert must be a list of patterns")
+        block = _scheme(scheme)
+        if block is None:
+            raise ValueError("LRQConfig: scheme must be a scheme such as 'w4a8', got None")
+        self.quant_method = LRQMethod.LRQ
+        self.format_version = format_version
+        self.scheme = block
+        self.modulation = _scheme(modulation, rotation="none")
+        self.modules_to_not_convert = list(modules_to_not_convert or ())
+        self.overrides = {name: _scheme(value) for name, value in (overrides or {}).items()}
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Inverse of to_dict. A key that this version does not know is left out with a warning."""
+        known = set(cls().to_dict())
+        values = {**config_dict, **kwargs}
+        unknown = {key: values.pop(key) for key in sorted(set(values) - known)}
+        if unknown:
+            logger.warning("LRQConfig: unknown keys are left out: %s", sorted(unknown))
+        config = cls(**values)
+        return (config, unknown) if return_unused_kwargs else config
+
+    @classmethod
+    def from_recipe(cls, recipe: Mapping[str, Any]) -> LRQConfig:
+        """A description of what quantize_model was asked for; recipe as QuantRecipe.to_dict."""
+        return cls(
+            recipe["block"],
+            modulation=recipe["modulation"],
+            modules_to_not_convert=list(recipe["exclude"]),
+            overrides=dict(recipe["overrides"]),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "quant_method": self.quant_method.value,
+            "format_version": self.format_version,
+            "scheme": _plain(self.scheme),
+            "modulation": _plain(self.modulation, rotation="none"),
+            "modules_to_not_convert": list(self.modules_to_not_convert),
+            "overrides": {name: _plain(scheme) for name, scheme in self.overrides.items()},
+        }
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What differs from the defaults; __repr__ and to_json_string of the base class use it."""
+        default = LRQConfig().to_dict()
+        values = self.to_dict().items()
+        return {k: v for k, v in values if k == "quant_method" or v != default[k]}
+
+    def recipe(self, model: nn.Module, keep: Iterable[str] = ()) -> QuantRecipe:
+        """The recipe for `model`, patterns resolved to names. keep: names of modules, anywhere in
+        a path, that stay as well. Raises ValueError for a pattern that matches no linear."""
+        linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+        family = find_family(model)
+        if family is None:
+            family = family_by_names(model)
+            logger.warning(
+                "lrq: %s is of no known family: its blocks are taken from its structure, and no "
+                "two linears share a quantized input. lrq_quant.register_family("
+                "lrq_quant.auto_family(model, run)) does better",
+                type(model).__name__,
+            )
+        kept = set(keep)
+        exclude = [name for name in linears if kept & set(name.split("."))]
+        for pattern in self.modules_to_not_convert:
+            exclude += matching(pattern, linears, "modules_to_not_convert")
+        return QuantRecipe(
+            block=self.scheme,
+            modulation=self.modulation,
+            exclude=tuple(dict.fromkeys(exclude)),
+            overrides=schemes_by_name(self.overrides, linears),
+            family=family,
+        )
+
+    def plan(self, model: nn.Module) -> QuantPlan:
+        """What this does to `model`, which may be on the meta device: print(plan.summary())."""
+        return self.recipe(model).resolve(model)
+
+
+def _scheme(value: Scheme, **defaults: Any) -> QuantScheme | None:
+    if value is None or isinstance(value, QuantScheme):
+        return value
+    if isinstance(value, str):
+        return _named_scheme(value, **defaults)
+    if isinstance(value, Mapping):
+        return QuantScheme.from_dict(dict(value))
+    raise TypeError(f"LRQConfig: a scheme must be a name, a QuantScheme or a dict, got {value!r}")
+
+
+def _named_scheme(name: str, **defaults: Any) -> QuantScheme:
+    return (
+        QuantScheme.from_name(name, **defaults) if defaults else QuantRecipe.from_name(name).block
+    )
+
+
+def _plain(scheme: QuantScheme | None, **defaults: Any) -> str | dict[str, Any] | None:
+    """The name where the name says it all."""
+    if scheme is None:
+        return None
+    named = scheme == _named_scheme(scheme.name, **defaults)
+    return scheme.name if named else scheme.to_dict()

@@ -1,0 +1,295 @@
+"""torch.compile and torch.export on quantized models: one graph, no recompiles, the same output.
+
+On the CPU, through aot_eager: what dynamo traces, guards and functionalizes is what it does for a
+GPU. Models have one block of each kind, since tracing takes most of the time.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    WanTransformer3DModel,
+)
+from test_lora import lora_of
+from tiny_families import forward
+from tiny_models import tiny_pixart
+from torch import Tensor, nn
+from torch.fx.experimental import _config as symbolic_config
+
+from lrq_kernels import load_quantized
+from lrq_kernels.testing import relative_error
+from lrq_quant import QuantRecipe, fuse_projections, fused_projections, quantize_model
+
+pytestmark = pytest.mark.slow
+
+
+def flux() -> nn.Module:
+    return FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=64,
+        pooled_projection_dim=32,
+        guidance_embeds=True,
+        axes_dims_rope=(8, 12, 12),
+    )
+
+
+def flux_inputs(side: int) -> dict[str, Any]:
+    return {
+        "hidden_states": torch.randn(2, side**2, 16),
+        "encoder_hidden_states": torch.randn(2, 12, 64),
+        "pooled_projections": torch.randn(2, 32),
+        "timestep": torch.tensor([0.5, 0.7]),
+        "guidance": torch.tensor([3.5, 3.5]),
+        "img_ids": torch.randint(0, 3, (side**2, 3)).float(),
+        "txt_ids": torch.zeros(12, 3),
+    }
+
+
+def pixart() -> nn.Module:
+    return PixArtTransformer2DModel.from_config({**tiny_pixart().config, "num_layers": 1})
+
+
+def pixart_inputs(side: int) -> dict[str, Any]:
+    return {
+        "hidden_states": torch.randn(2, 3, side * 8, side * 8),
+        "encoder_hidden_states": torch.randn(2, 12, 64),
+        "encoder_attention_mask": torch.ones(2, 12),
+        "timestep": torch.tensor([500.0, 500.0]),
+    }
+
+
+def sd3() -> nn.Module:
+    return SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=96,
+        caption_projection_dim=128,
+        pooled_projection_dim=32,
+        pos_embed_max_size=16,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+
+
+def sd3_inputs(side: int) -> dict[str, Any]:
+    return {
+        "hidden_states": torch.randn(2, 4, side, side),
+        "encoder_hidden_states": torch.randn(2, 12, 96),
+        "pooled_projections": torch.randn(2, 32),
+        "timestep": torch.tensor([500.0, 500.0]),
+    }
+
+
+def wan() -> nn.Module:
+    return WanTransformer3DModel(
+        num_attention_heads=4,
+        attention_head_dim=32,
+        in_channels=4,
+        out_channels=4,
+        text_dim=96,
+        freq_dim=64,
+        ffn_dim=256,
+        num_layers=1,
+        rope_max_seq_len=32,
+    )
+
+
+def wan_inputs(side: int) -> dict[str, Any]:
+    return {
+        "hidden_states": torch.randn(2, 4, 2, 2 * side, 2 * side),
+        "encoder_hidden_states": torch.randn(2, 12, 96),
+        "timestep": torch.tensor([500.0, 500.0]),
+    }
+
+
+MODELS = {
+    "flux": (flux, flux_inputs),
+    "pixart": (pixart, pixart_inputs),
+    "sd3": (sd3, sd3_inputs),
+    "wan": (wan, wan_inputs),
+}
+every_model = pytest.mark.parametrize("kind", MODELS)
+# Tokens of a picture: 25 and 36, above the 8 rows of gemv. PixArt has another path for 4.
+SIDES = (5, 6)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], nn.Module]:
+    done: dict[str, nn.Module] = {}
+
+    def get(kind: str) -> nn.Module:
+        if kind not in done:
+            model = MODELS[kind][0]().eval()
+            path = quantize_model(model, QuantRecipe.from_name("w4a8")).save(
+                tmp_path_factory.mktemp(kind)
+            )
+            done[kind] = load_quantized(model, path)
+        return copy.deepcopy(done[kind])
+
+    return get
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def compiled(model: nn.Module, **options: object) -> nn.Module:
+    return torch.compile(model, fullgraph=True, backend="aot_eager", **options)
+
+
+# ---- torch.compile ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "fused"),
+    [("flux", False), ("pixart", True), ("sd3", False), ("wan", True)],
+)
+def test_one_graph_that_does_not_recompile_over_resolutions(kind: str, fused: bool, made: Callable):
+    """In the shape of diffusers' test of different shapes."""
+    model, inputs = made(kind), MODELS[kind][1]
+    if fused:
+        assert fused_projections(fuse_projections(model))
+    fast = compiled(model, dynamic=True)
+    strict = torch._dynamo.config.patch(error_on_recompile=True)
+    with strict, symbolic_config.patch(use_duck_shape=False):
+        for side in SIDES:
+            given = inputs(side)
+            assert torch.equal(forward(fast, given), forward(model, given))
+    assert graphs() == 1
+
+
+def test_repeated_blocks_compile_once(made: Callable):
+    """compile_repeated_blocks: one graph for all blocks and all resolutions. (FLUX's first blocks
+    get other strides than the later ones, dense or not, and compile twice.)"""
+    model = made("wan")
+    model.blocks.append(copy.deepcopy(model.blocks[0]))
+    given = [wan_inputs(side) for side in SIDES]
+    expected = [forward(model, each) for each in given]
+    with symbolic_config.patch(use_duck_shape=False):
+        model.compile_repeated_blocks(fullgraph=True, dynamic=True, backend="aot_eager")
+        for each, wanted in zip(given, expected, strict=True):
+            assert torch.equal(forward(model, each), wanted)
+    assert graphs() == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtypes_of_a_pipeline(dtype: torch.dtype, made: Callable):
+    model = made("pixart").to(dtype)
+    given = {n: x.to(dtype) if n != "timestep" else x for n, x in pixart_inputs(5).items()}
+    assert torch.equal(forward(compiled(model), given), forward(model, given))
+
+
+def test_act_bits_by_step_compile_once_each(made: Callable):
+    model, given = made("pixart"), pixart_inputs(5)
+    expected = {}
+    for bits in (None, 16):
+        model.lrq_act_bits = bits
+        expected[bits] = forward(model, given)
+    fast = compiled(model)
+    for bits in (None, 16):
+        model.lrq_act_bits = bits
+        assert torch.equal(forward(fast, given), expected[bits])
+    assert graphs() == 2
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for bits in (None, 16) * 2:
+            fast.lrq_act_bits = bits  # through the compiled module as well
+            assert model.lrq_act_bits == bits
+            assert torch.equal(forward(fast, given), expected[bits])
+
+
+def test_a_lora_compiles_and_its_hot_swap_does_not_recompile(made: Callable):
+    model, given = made("flux"), flux_inputs(4)
+    one, two = lora_of(model, 1), lora_of(model, 2)
+    model.enable_lora_hotswap(target_rank=4)
+    model.load_lora_adapter(one, prefix=None, adapter_name="style")
+    first = forward(model, given)
+    fast = compiled(model)
+    assert torch.equal(forward(fast, given), first)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        model.load_lora_adapter(two, prefix=None, adapter_name="style", hotswap=True)
+        second = forward(fast, given)
+    assert torch.equal(second, forward(model, given)) and not torch.equal(first, second)
+
+
+# ---- torch.export -------------------------------------------------------------------------------
+
+
+@every_model
+def test_export_saves_loads_and_runs(kind: str, made: Callable):
+    """The program holds lrq ops and packed weights, and runs for the exported shapes."""
+    model, given = made(kind), {**MODELS[kind][1](4), "return_dict": False}
+    with torch.no_grad():
+        program = torch.export.export(model, (), given, strict=False)
+        used = {str(node.target) for node in program.graph.nodes if "lrq" in str(node.target)}
+        assert {"lrq.rotate_quantize.default", "lrq.gemm.default"} <= used
+        file = io.BytesIO()
+        torch.export.save(program, file)
+        file.seek(0)
+        again = torch.export.load(file).module()
+        other = {**MODELS[kind][1](4), "return_dict": False}
+        got: tuple[Tensor, ...] = again(**other)
+        assert torch.equal(got[0], model(**other)[0])
+
+
+# ---- on a GPU -----------------------------------------------------------------------------------
+
+
+def on_gpu(value: Any) -> Any:
+    return value.to("cuda", torch.bfloat16) if isinstance(value, Tensor) else value
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["flux", "pixart"])
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_inductor_and_cuda_graphs(kind: str, mode: str, made: Callable):
+    """Inductor fuses what is between the linears and rounds it otherwise, so codes may turn."""
+    model = made(kind).to("cuda", torch.bfloat16)
+    fast = torch.compile(model, fullgraph=True, mode=mode)
+    for _ in range(3):
+        given = {name: on_gpu(x) for name, x in MODELS[kind][1](8).items()}
+        torch.compiler.cudagraph_mark_step_begin()
+        got = forward(fast, given).clone()
+        assert relative_error(got.float(), forward(model, given).float()) < 0.05
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("use_stream", [False, True])
+def test_compiled_blocks_under_group_offload(use_stream: bool, made: Callable):
+    """In the shape of diffusers' test of compilation with group offloading."""
+    model = made("flux").to(torch.bfloat16)
+    given = {name: on_gpu(x) for name, x in flux_inputs(8).items()}
+    expected = forward(copy.deepcopy(model).to("cuda"), given)
+    model.enable_group_offload(
+        onload_device=torch.device("cuda"), offload_type="leaf_level", use_stream=use_stream
+    )
+    with torch._dynamo.config.patch(cache_size_limit=10000):
+        fast = torch.compile(model)
+        for _ in range(2):
+            assert relative_error(forward(fast, given).float(), expected.float()) < 0.05

@@ -1,0 +1,135 @@
+"""Attention backends and parallelism on quantized models: what is quantized does not notice.
+
+Activations are quantized token by token, so a sequence may be split anywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import ContextParallelConfig, TensorParallelConfig
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from tiny_families import forward
+from tiny_models import linears, load, quantized_folder
+from torch import distributed, multiprocessing, nn
+
+from lrq_kernels import QuantScheme
+from lrq_kernels.linear import LRQLinear
+from lrq_kernels.testing import make_state, relative_error
+from lrq_quant import fuse_projections
+
+F32 = torch.float32
+
+
+def inputs(device: str = "cpu", dtype: torch.dtype = F32) -> dict[str, Any]:
+    """16 picture and 8 text tokens, which two processes share evenly."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"dtype": dtype, "device": device}
+    return {
+        "hidden_states": torch.randn(1, 16, 16).to(**options),
+        "encoder_hidden_states": torch.randn(1, 8, 64).to(**options),
+        "pooled_projections": torch.randn(1, 32).to(**options),
+        "timestep": torch.tensor([0.5], **options),
+        "guidance": torch.tensor([3.5], **options),
+        "img_ids": torch.randint(0, 3, (16, 3)).to(**options),
+        "txt_ids": torch.zeros(8, 3, **options),
+    }
+
+
+# ---- attention backends -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("backend", ["native", "_native_math"])
+def test_attention_backends(
+    backend: str, fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # set_attention_backend sets the default of all models as well.
+    active = _AttentionBackendRegistry._active_backend
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", active)
+    model = load("flux", quantized_folder("flux", tmp_path, F32), torch_dtype=F32)
+    expected = forward(model, inputs())
+    if fused:
+        fuse_projections(model)
+    model.set_attention_backend(backend)
+    used = {m.processor._attention_backend for m in model.modules() if hasattr(m, "processor")}
+    assert {getattr(b, "value", b) for b in used} == {backend}
+    # Sums of attention are in another order, which turns a few codes by one.
+    assert relative_error(forward(model, inputs()), expected) < 1e-2
+
+
+# ---- parallelism --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "scheme", [QuantScheme(4, 8), QuantScheme(3, 4), QuantScheme(2, 8, "dual")]
+)
+def test_rows_do_not_depend_on_the_rows_beside_them(scheme: QuantScheme):
+    linear = LRQLinear.from_state(make_state(48, 128, scheme))
+    x = torch.randn(1, 37, 128, dtype=torch.bfloat16)
+    whole = linear(x)
+    for cut in (1, 8, 20):
+        assert torch.equal(torch.cat([linear(x[:, :cut]), linear(x[:, cut:])], dim=1), whole)
+
+
+def test_tensor_parallelism_is_refused(tmp_path: Path):
+    """diffusers cuts weights, and says that it does not cut quantized ones."""
+    model = load("flux", quantized_folder("flux", tmp_path, F32), torch_dtype=F32)
+    with pytest.raises(ValueError, match="quantiz"):
+        model.enable_parallelism(config=TensorParallelConfig(tp_degree=2))
+    assert linears(model)
+
+
+def _work(rank: int, folder: Path, port: int, device: str, fused: bool) -> None:
+    """One of two processes; raises where its output is not that of a single one."""
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    os.environ["RANK"] = str(rank)
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo" if device == "cpu" else "nccl")
+    if device == "cpu":
+        torch.accelerator.device_count = lambda: 1  # diffusers divides by the number of GPUs
+    else:
+        device = f"cuda:{rank}"
+        torch.cuda.set_device(device)
+    dtype = F32 if device == "cpu" else torch.bfloat16
+    model = load("flux", folder, torch_dtype=dtype).to(device)
+    given = inputs(device, dtype)
+    expected = forward(model, given)
+    if fused:
+        fuse_projections(model)
+    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+    tokens: list[int] = []
+    linear: nn.Module = model.transformer_blocks[0].ff.net[2]
+    linear.register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[1]))
+    error = relative_error(forward(model, given), expected)
+    assert tokens == [8] and error < 1e-2, (tokens, error)
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+            ],
+        ),
+    ],
+)
+def test_context_parallelism(device: str, tmp_path: Path):
+    """Two processes, each with half of the tokens, give what one gives."""
+    folder = quantized_folder("flux", tmp_path, F32)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(_work, (folder, port, device, True), nprocs=2)

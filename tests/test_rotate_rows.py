@@ -1,0 +1,438 @@
+"""The CUDA kernel behind lrq::_rotate_rows: its index maps and plans on a CPU, its codes on a GPU.
+
+The maps come from `_planner`; mma.m16n8k8, its fragments as the PTX ISA gives them, is emulated
+around them, so that a wrong map shows up as a wrong Hadamard matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.dit_shapes import IN_FEATURES
+from lrq_kernels import ops, reference
+
+planner = pytest.importorskip("lrq_kernels._planner")
+
+# A code may differ by 1 where v / x_scale is this close to a half ...
+TIE_DISTANCE = 1e-3
+# ... in this share of the codes; SMALL_SAMPLE more, for samples too small to show a rate.
+TIE_RATE = {"none": 20e-6, "layer": 300e-6, "rms": 300e-6}
+SMALL_SAMPLE = 2
+SCALE_ERROR = 1e-6
+
+BLOCKS = (128, 256, 512, 1024)
+# sms, shared memory of an SM and of a thread block
+DEVICES = {
+    "sm_80": (108, 167936, 166912),
+    "sm_89": (128, 102400, 101376),
+    "sm_90": (132, 233472, 232448),
+    "sm_120": (188, 102400, 101376),
+}
+
+
+# ---- index maps, CPU ----------------------------------------------------------------------------
+
+
+def sylvester(size: int) -> np.ndarray:
+    matrix = np.ones((1, 1), dtype=np.int64)
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix
+
+
+def warp_transform(x: np.ndarray, block_size: int) -> np.ndarray:
+    """What the lanes of one warp do with x [1024], in the kernel's order of stages."""
+    lanes = range(32)
+    lines = np.array(
+        [[x[planner.lane_chunk_to_k(lane, i) :][:8] for i in range(4)] for lane in lanes]
+    )  # [lane][chunk][element]
+    # The stage of bit 0 comes before the products.
+    even, odd = lines[..., 0::2], lines[..., 1::2]
+    lines = np.stack([even + odd, even - odd], axis=-1).reshape(lines.shape)
+
+    h16 = sylvester(16)
+    rows = [planner.mma_row_to_line(row) for row in range(16)]
+    result = np.zeros((32, 8, 4), dtype=np.int64)  # [lane][element][register of D]
+    for element in range(8):
+        d = np.zeros((16, 8), dtype=np.int64)
+        for step in range(2):
+            columns = [planner.mma_column_to_line(step, column) for column in range(8)]
+            a = h16[np.ix_(rows, columns)]
+            b = np.zeros((8, 8), dtype=np.int64)
+            for lane in lanes:
+                group, thread = lane // 4, lane % 4
+                b[thread, group] = lines[lane, 2 * step, element]
+                b[thread + 4, group] = lines[lane, 2 * step + 1, element]
+            d += a @ b
+        for lane in lanes:
+            group, thread = lane // 4, lane % 4
+            for register in range(4):
+                at = group + 8 * (register // 2), 2 * thread + register % 2
+                result[lane, element, register] = d[at]
+
+    def butterfly(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return a + b, a - b
+
+    for bit in (2, 4):
+        for element in range(8):
+            if not element & bit:
+                pair = butterfly(result[:, element], result[:, element | bit])
+                result[:, element], result[:, element | bit] = pair
+    if block_size >= 256:
+        for register in (0, 2):
+            pair = butterfly(result[..., register], result[..., register + 1])
+            result[..., register], result[..., register + 1] = pair
+    for bit in (1, 2):
+        if block_size >= 512 * bit:
+            other = result[np.arange(32) ^ bit]
+            sign = np.where(np.arange(32) & bit, -1, 1)[:, None, None]
+            result = result * sign + other
+
+    out = np.zeros(1024, dtype=np.int64)
+    for lane in lanes:
+        for register in range(4):
+            k = planner.lane_result_to_k(lane, register % 2, register // 2)
+            out[k : k + 8] = result[lane, :, register]
+    return out
+
+
+@pytest.mark.parametrize("block_size", BLOCKS)
+def test_a_warp_computes_the_natural_hadamard_transform_in_natural_order(
+    block_size: int, seed: int
+) -> None:
+    x = np.random.default_rng(seed).integers(-(2**20), 2**20, 1024)
+    expected = (x.reshape(-1, block_size) @ sylvester(block_size)).ravel()
+    np.testing.assert_array_equal(warp_transform(x, block_size), expected)
+
+
+def test_lanes_load_and_store_each_k_once_in_16_byte_pieces() -> None:
+    loaded = [planner.lane_chunk_to_k(lane, i) for i in range(4) for lane in range(32)]
+    assert sorted(loaded) == list(range(0, 1024, 8))  # 8 values of 16 bits
+    stored = []
+    for column in range(2):
+        for lane in range(32):
+            first = planner.lane_result_to_k(lane, column, 0)
+            assert planner.lane_result_to_k(lane, column, 1) == first + 8
+            stored.append(first)
+    assert sorted(stored) == list(range(0, 1024, 16))  # 16 codes
+
+
+def test_lanes_of_a_store_fill_whole_sectors() -> None:
+    """32 bytes, the unit of traffic: 8 lanes of a store lie side by side."""
+    for column in range(2):
+        stored = sorted(planner.lane_result_to_k(lane, column, 0) for lane in range(32))
+        runs = np.split(np.array(stored), np.nonzero(np.diff(stored) != 16)[0] + 1)
+        assert [len(run) for run in runs] == [8] * 4
+
+
+# ---- plans, CPU ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("norm", [False, True])
+def test_every_plan_fits_the_device_and_gives_each_token_to_one_group(
+    norm: bool, device: str
+) -> None:
+    largest = planner.ROTATE_MAX_NORM_FEATURES if norm else planner.ROTATE_MAX_FEATURES
+    _, per_sm, per_block = DEVICES[device]
+    for features in sorted({128, 1024, 1152, 8192, *IN_FEATURES, largest}):
+        if features > largest:
+            continue
+        for samples, tokens in ((1, 1), (1, 4608), (2, 300), (7, 131), (5000, 1)):
+            plan = planner.plan_rotate_rows(features, norm, samples, tokens, *DEVICES[device])
+            warps = plan.warps_per_token
+            assert 1024 * (warps - 1) < features <= 1024 * warps
+            assert plan.threads == 32 * warps * plan.tokens_per_block <= 512
+            assert plan.shared_bytes + 1536 <= per_block and plan.vectors % 16 == 0
+            groups = plan.tokens_per_block
+            assert plan.token_step == plan.blocks_per_sample * groups
+            starts = [b + plan.blocks_per_sample * g for b in range(plan.blocks_per_sample)
+                      for g in range(groups)]  # fmt: skip
+            taken = [t for start in starts for t in range(start, tokens, plan.token_step)]
+            assert sorted(taken) == list(range(tokens))
+
+
+def test_what_the_kernel_takes() -> None:
+    def takes(first=3072, second=0, block_size=128, norm=False, row_stride=3072, addresses=0):
+        return planner.supports_rotate_rows(first, second, block_size, norm, row_stride, addresses)
+
+    assert takes() and takes(norm=True) and takes(3072, 12288, row_stride=12288)
+    assert all(takes(block_size=size) for size in BLOCKS)
+    for block_size in (0, 1, 32, 64, 96, 384, 2048):
+        assert not takes(block_size=block_size)
+    assert takes(256) and not takes(192) and not takes(200, 56) and not takes(0, 256)
+    assert not takes(640, block_size=256) and takes(640, 384, 256)
+    assert takes(15360) and not takes(16384) and not takes(3072, 13312)
+    assert takes(8192, norm=True) and not takes(8320, norm=True)
+    assert not takes(addresses=8) and takes(addresses=4096 | 6144)
+    assert not takes(row_stride=1 << 21)
+    for features in IN_FEATURES:
+        assert takes(features, row_stride=features)
+
+
+def test_the_kernel_has_no_shorter_list_than_its_op() -> None:
+    """reference: norm 'none' with one source is lrq::rotate_quantize."""
+    x, channel_scale = torch.randn(5, 384), torch.randn(384)
+    for options in ((128, 8, "absmax", 1.0), (128, 4, "rms", 0.35)):
+        got = ops._rotate_rows(x, None, None, None, "none", 0.0, channel_scale, *options)
+        expected = ops.rotate_quantize(x, channel_scale, None, None, "hadamard", *options)
+        assert all(map(torch.equal, got, expected))
+
+
+# ---- codes, GPU ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    norm: str = "none"
+    block_size: int = 128
+    act_bits: int = 8
+    scale_mode: str = "absmax"
+    scale_factor: float = 1.0
+    eps: float = 1e-6
+
+    @property
+    def quantized(self) -> tuple[int, int, str, float]:
+        return self.block_size, self.act_bits, self.scale_mode, self.scale_factor
+
+
+MODES = (
+    Case(),
+    Case(act_bits=4, scale_factor=0.9),  # saturates
+    Case(scale_mode="rms", scale_factor=0.0315),
+    Case(act_bits=4, scale_mode="rms", scale_factor=0.3545),
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    x: torch.Tensor
+    second: torch.Tensor | None
+    scale: torch.Tensor | None
+    shift: torch.Tensor | None
+    channel_scale: torch.Tensor | None
+
+    def run(self, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+        return ops._rotate_rows(
+            self.x, self.second, self.scale, self.shift, case.norm, case.eps, self.channel_scale,
+            *case.quantized,
+        )  # fmt: skip
+
+    def oracle(self, case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Codes and scales in float64, and v / x_scale before rounding."""
+        wide = [None if t is None else t.double() for t in (self.x, self.second, self.scale)]
+        shift = None if self.shift is None else self.shift.double()
+        arguments = (*wide, shift, case.norm, case.eps, self.channel_scale)
+        codes, scales = reference.rotate_rows(*arguments, *case.quantized)
+        v = reference.rotated_rows(*arguments, case.block_size)
+        return codes, scales, v / scales[..., None]
+
+
+def draw(
+    shape: tuple[int, ...],
+    case: Case,
+    *,
+    second: int = 0,
+    samples: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    smooth: bool = True,
+) -> Inputs:
+    """x with a few loud channels and, for a norm, a mean; signs in channel_scale."""
+
+    def rows(features: int) -> torch.Tensor:
+        x = torch.randn(*shape[:-1], features, device="cuda")
+        x[..., :: max(1, features // 8)] *= 20.0
+        return (x + (0.5 if case.norm != "none" else 0.0)).to(dtype)
+
+    features = shape[-1] + second
+    signs = torch.randint(0, 2, (features,), device="cuda") * 2 - 1
+    channel_scale = (torch.rand(features, device="cuda") + 0.5) * signs
+    scale = shift = None
+    if samples:
+        scale = torch.randn(samples, features, device="cuda").to(dtype)
+        shift = torch.randn(samples, features, device="cuda")
+    return Inputs(
+        rows(shape[-1]),
+        rows(second) if second else None,
+        scale,
+        shift,
+        channel_scale if smooth else None,
+    )
+
+
+def check(inputs: Inputs, case: Case) -> None:
+    """x_scale to fp32 accuracy; codes equal float64's but for a few, by 1, at ties."""
+    x_q, x_scale = inputs.run(case)
+    expected_q, expected_scale, steps = inputs.oracle(case)
+    assert x_q.dtype == torch.int8 and x_q.is_contiguous() and x_q.shape == expected_q.shape
+    assert x_scale.dtype == torch.float32 and x_scale.shape == expected_scale.shape
+    if x_q.numel() == 0:
+        return
+    worst = float(
+        ((x_scale.double() - expected_scale) / expected_scale.clamp(min=1e-300)).abs().max()
+    )
+    assert worst <= SCALE_ERROR, f"x_scale is off by {worst:.2e} of itself"
+    difference = (x_q.int() - expected_q.int()).abs()
+    assert int(difference.max()) <= 1, f"codes differ by up to {int(difference.max())}"
+    differing = steps[difference == 1]
+    to_half = ((differing - differing.floor()) - 0.5).abs()
+    assert not (to_half > TIE_DISTANCE).any(), f"{float(to_half.max()):.2e} from a half, not a tie"
+    budget = math.ceil(TIE_RATE[case.norm] * x_q.numel()) + SMALL_SAMPLE
+    assert len(differing) <= budget, f"{len(differing)} ties in {x_q.numel()} codes, over {budget}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("features", sorted({128, 256, 384, 1024, 2048, 8192, *IN_FEATURES}))
+def test_every_width_and_block(features: int) -> None:
+    """What changes with K: warps of a token, groups of a thread block, blocks of the last warp."""
+    for block_size in BLOCKS:
+        if features % block_size == 0:
+            check(draw((131, features), case := Case(block_size=block_size)), case)
+            if features <= planner.ROTATE_MAX_NORM_FEATURES:
+                case = replace(case, norm="layer")
+                check(draw((131, features), case, samples=1), case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [0, 1, 2, 7, 131, 4608])
+@pytest.mark.parametrize("norm", ["none", "layer", "rms"])
+def test_every_number_of_tokens(norm: str, tokens: int) -> None:
+    """Fewer tokens than thread blocks, than groups, and many for each."""
+    for features in (1152, 3072):
+        case = Case(norm)
+        check(draw((tokens, features), case), case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm", ["none", "layer", "rms"])
+def test_every_mode(norm: str, dtype: torch.dtype) -> None:
+    for mode in MODES:
+        case = replace(mode, norm=norm)
+        for smooth in (True, False):
+            check(draw((257, 3072), case, dtype=dtype, smooth=smooth), case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("samples, tokens", [(1, 300), (2, 150), (3, 100), (300, 1), (7, 4)])
+def test_vectors_of_every_sample(samples: int, tokens: int, norm: str) -> None:
+    case = Case(norm)
+    inputs = draw((samples * tokens, 1152), case, samples=samples)
+    check(inputs, case)
+    check(replace(inputs, shift=None), case)
+    check(replace(inputs, scale=None, shift=inputs.shift[:1]), case)
+    wide = torch.randn(samples, 3 * 1152 + 1, device="cuda")  # chunks of one projection
+    check(replace(inputs, scale=wide[:, 1 : 1 + 1152], shift=wide[:, 1153:2305]), case)
+    check(replace(inputs, x=inputs.x.view(samples, tokens, 1152)), case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("first, second", [(3072, 12288), (128, 128), (1152, 4608), (640, 384)])
+def test_two_sources(first: int, second: int) -> None:
+    """Of different row strides; the border in a warp, and in a rotation."""
+    for block_size in (128, 256):
+        if (first + second) % block_size:
+            continue
+        case = Case(block_size=block_size)
+        inputs = draw((133, first), case, second=second)
+        check(inputs, case)
+        wide = torch.randn(133, second + 64, device="cuda").bfloat16()
+        check(replace(inputs, second=wide[:, 64:]), case)
+    case = Case("rms")
+    if first + second <= planner.ROTATE_MAX_NORM_FEATURES:
+        check(draw((133, first), case, second=second, samples=1), case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", ["none", "layer"])
+def test_row_strides_and_batches(norm: str) -> None:
+    """Wide rows, every other row, a batch whose samples are apart, one token a sample, one row."""
+    case = Case(norm)
+    base = torch.randn(3, 40, 4096, device="cuda").bfloat16()
+    views = [base[0, :, :3072], base[0, ::2, 64:3136], base[..., :3072], base[:, 5:, 8:3080]]
+    views += [base[:, :1, :3072], base[0, :1, :3072], base[0, :1, :3072].expand(5, -1)]
+    views += [base.transpose(0, 1)[..., :3072]]
+    for x in views:
+        inputs = draw((1, 3072), case, samples=1 if norm != "none" else 0)
+        check(replace(inputs, x=x), case)
+    if norm != "none":
+        inputs = draw((1, 3072), case, samples=3)
+        check(replace(inputs, x=base[:, 5:, :3072]), case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm", ["none", "layer", "rms"])
+def test_special_rows(norm: str, dtype: torch.dtype) -> None:
+    """Zeros, NaN and inf, next to ordinary rows that must not notice."""
+    for mode in MODES:
+        case = replace(mode, norm=norm)
+        inputs = draw((600, 1152), case, dtype=dtype)
+        x = inputs.x
+        x[1] = 0.0
+        x[3, 200] = float("nan")
+        x[4, 7] = float("-inf")
+        x[5, 1151] = float("inf")
+        x[599, 640] = float("nan")
+        x_q, x_scale = inputs.run(case)
+        assert float(x_scale[1]) == 0.0 and not x_q[1].any()
+        bad = torch.tensor([3, 4, 5, 599], device="cuda")
+        assert not x_scale[bad].isfinite().any() and not x_q[bad].any()
+        good = torch.tensor([i for i in range(600) if i not in (1, 3, 4, 5, 599)], device="cuda")
+        alone = replace(inputs, x=x[good]).run(case)
+        assert torch.equal(x_q[good], alone[0]) and torch.equal(x_scale[good], alone[1])
+        check(replace(inputs, x=x[good]), case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-6, 1e6, 1e30])
+def test_scale_of_values_does_not_matter(magnitude: float) -> None:
+    case = Case()
+    inputs = draw((64, 1152), case)
+    check(replace(inputs, x=(inputs.x.float() * magnitude).bfloat16()), case)
+
+
+@pytest.mark.gpu
+def test_a_mean_ten_times_the_deviation() -> None:
+    """sum x^2 - (sum x)^2 would lose its digits."""
+    case = Case("layer")
+    inputs = draw((131, 3072), case, samples=1, dtype=torch.float16)
+    check(replace(inputs, x=inputs.x / 4 + 4), case)
+
+
+@pytest.mark.gpu
+def test_outputs_are_repeatable_and_as_the_triton_kernel_has_them() -> None:
+    for mode in MODES:
+        inputs = draw((1024, 3072), mode)
+        first = inputs.run(mode)
+        assert all(map(torch.equal, first, inputs.run(mode)))
+        plain = (inputs.x, inputs.channel_scale, None, None, "hadamard", *mode.quantized)
+        x_q, x_scale = ops.rotate_quantize(*plain)
+        torch.testing.assert_close(first[1], x_scale, rtol=SCALE_ERROR, atol=0.0)
+        differing = int((first[0] != x_q).sum())
+        assert differing <= 2 * TIE_RATE["none"] * x_q.numel()
+
+
+@pytest.mark.gpu
+def test_what_the_kernel_does_not_take_is_an_error() -> None:
+    case = Case()
+    inputs = draw((5, 1152), case)
+    wide = torch.zeros(5, 1160, device="cuda", dtype=torch.bfloat16)
+    for x in (wide[:, 4:1156], torch.zeros(5, 1156, device="cuda").bfloat16()[:, :1152]):
+        with pytest.raises(ValueError, match="the problem must be one that .*supports_rotate_rows"):
+            replace(inputs, x=x).run(case)
+    for bad in (Case(block_size=64), Case(block_size=32)):
+        with pytest.raises(ValueError, match="the problem must be one that .*supports_rotate_rows"):
+            inputs.run(bad)
+    with pytest.raises(ValueError, match="dtype of x on CUDA must be one of"):
+        replace(inputs, x=inputs.x.float()).run(case)
+    uneven = torch.zeros(2, 6, 1152, device="cuda").bfloat16()[:, :4]
+    scale = torch.zeros(4, 1152, device="cuda")
+    with pytest.raises(ValueError, match="x must be evenly spaced"):
+        replace(inputs, x=uneven, scale=scale).run(Case("layer"))
