@@ -16,9 +16,10 @@ A candidate is a launch, "warps x values a thread" (see lrq_kernels/token_tiles.
     pre          persistent, next token loaded ahead, channel_scale from L1 for each token: fewer
                  registers than hoist+pre
 
-Modes other than plain and regs exist for the plain form alone. Persistent programs are as many as
-registers let run at once. Each candidate must give the codes of reference.py before it is timed;
-failures are printed and left out. No run asserts anything.
+Modes other than plain and regs exist for the plain form, and hoist and hoist+pre for "norm" too:
+there (1 + scale) * channel_scale and shift * channel_scale stay in registers. Persistent programs
+are as many as registers let run at once. Each candidate must give the codes of reference.py before
+it is timed; failures are printed and left out. No run asserts anything.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ from lrq_kernels.token_tiles import (
     piece_place,
     rotate_and_store,
     to_float,
+    token_square_sum,
+    token_sum,
 )
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -105,8 +108,11 @@ def candidates(in_features: int, block_size: int, form: str = "plain") -> list[C
         if not 8 < values <= MOST_VALUES:
             continue
         for name, mode in MODES.items():
-            # A second vector of values needs registers.
-            if mode.of_lrq_kernels or (form == "plain" and not (mode.hoisted and values > 72)):
+            # A second or a third vector of values needs registers.
+            exact = 32 * num_warps * values == in_features  # else a mean would count the padding
+            has_kernel = form == "plain" or (form == "norm" and mode.hoisted and exact)
+            room = values <= (48 if form == "norm" else 72) or not mode.hoisted
+            if mode.of_lrq_kernels or (has_kernel and room):
                 # The values and 24 more, in eights.
                 registers = -(-(values + 24) // 8) * 8 if mode.capped else None
                 launch = RowLaunch(num_warps, values, registers)
@@ -183,6 +189,73 @@ def candidate_kernel(
         )
 
 
+@triton.jit
+def norm_candidate_kernel(
+    x_ptr,  # [M, K] bf16, fp16 or fp32
+    x_row_stride,
+    scale_ptr,  # [K] of the same type, so shift
+    shift_ptr,
+    channel_scale_ptr,  # [K] fp32
+    out_ptr,  # [M, K] int8
+    x_scale_ptr,  # [M] fp32
+    eps,  # fp32
+    step_factor,  # fp32
+    tokens,  # M
+    K: tl.constexpr,  # N * VALUES
+    N: tl.constexpr,
+    VALUES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PREFETCHED: tl.constexpr,
+):
+    """norm_kernel for LayerNorm of one sample, absmax at scale factor 1, vectors hoisted."""
+    token = tl.program_id(0)
+    step = tl.num_programs(0)
+    smooth = load_pieces(channel_scale_ptr, None, K, N, VALUES)
+    factors = _times_one_plus(smooth, load_pieces(scale_ptr, None, K, N, VALUES))
+    terms = multiply(smooth, load_pieces(shift_ptr, None, K, N, VALUES))
+    if PREFETCHED:
+        x_row = x_ptr + token.to(tl.int64) * x_row_stride
+        pieces = _load_pieces(x_row, token < tokens, K, N, VALUES, "")
+    for index in tl.range(token, tokens, step, num_stages=1):
+        t = index + token * 0  # a tensor in the interpreter too
+        if not PREFETCHED:
+            x_row = x_ptr + t.to(tl.int64) * x_row_stride
+            pieces = _load_pieces(x_row, True, K, N, VALUES, "")
+        v = to_float(pieces)
+        if PREFETCHED:
+            after = t + step
+            x_row = x_ptr + after.to(tl.int64) * x_row_stride
+            pieces = _load_pieces(x_row, after < tokens, K, N, VALUES, "")
+        v = _minus(v, token_sum(v) / K)
+        v = _modulated(v, tl.rsqrt(token_square_sum(v) / K + eps), factors, terms)
+        out_row = out_ptr + t.to(tl.int64) * K
+        rotate_and_store(v, out_row, x_scale_ptr + t, step_factor, K, N, BLOCK, 127, False, False)
+
+
+@triton.jit
+def _times_one_plus(v, w):
+    out = ()
+    for piece in tl.static_range(len(v)):
+        out = out + (v[piece] * (1.0 + w[piece].to(tl.float32)),)
+    return out
+
+
+@triton.jit
+def _minus(v, mean):
+    out = ()
+    for piece in tl.static_range(len(v)):
+        out = out + (v[piece] - mean,)
+    return out
+
+
+@triton.jit
+def _modulated(v, inverse_deviation, factors, terms):
+    out = ()
+    for piece in tl.static_range(len(v)):
+        out = out + (tl.fma(v[piece] * inverse_deviation, factors[piece], terms[piece]),)
+    return out
+
+
 def kernel_constants(candidate: Candidate) -> dict[str, Any]:
     mode, launch = MODES[candidate.mode], candidate.launch
     return {
@@ -245,7 +318,22 @@ def _of_form(
 def launch_own(
     candidate: Candidate, x: Tensor, vectors: Vectors, out: tuple[Tensor, Tensor], programs: int
 ) -> Any:
-    """Run candidate_kernel; Triton's handle of it."""
+    """Run a kernel of this file; Triton's handle of it."""
+    constants = kernel_constants(candidate)
+    if candidate.form == "norm":
+        return norm_candidate_kernel[(programs,)](
+            x,
+            x.stride(0),
+            vectors.scale,
+            vectors.shift,
+            vectors.channel_scale,
+            *out,
+            EPS,
+            1 / 127,
+            x.shape[0],
+            **{name: constants[name] for name in ("K", "N", "VALUES", "BLOCK", "PREFETCHED")},
+            num_warps=candidate.launch.num_warps,
+        )
     return candidate_kernel[(programs,)](
         x,
         x.stride(0),
@@ -253,7 +341,7 @@ def launch_own(
         *out,
         1 / 127,
         x.shape[0],
-        **kernel_constants(candidate),
+        **constants,
         num_warps=candidate.launch.num_warps,
     )
 

@@ -119,3 +119,27 @@ def test_candidates_compile(mode: str) -> None:
     compiled = compile_kernel(module.candidate_kernel, arguments, candidate.launch.num_warps, 90)
     shuffles = lane_shuffles(candidate.launch.values, 128)
     assert_nothing_moves(compiled, candidate.launch.num_warps, shuffles)
+
+
+@not_interpreted
+def test_hoisted_norm_compiles() -> None:
+    from benchmarks import rotate_quantize_candidates as module
+
+    found = [c for c in module.candidates(3072, 128, "norm") if c.mode == "hoist+pre"]
+    assert [c.launch.num_warps for c in found] == [2, 4, 8]
+    constants = module.kernel_constants(found[0])
+    arguments = {
+        "x_ptr": "*bf16",
+        "x_row_stride": "i32",
+        "scale_ptr": "*bf16",
+        "shift_ptr": "*bf16",
+        "channel_scale_ptr": "*fp32",
+        "out_ptr": "*i8",
+        "x_scale_ptr": "*fp32",
+        "eps": "fp32",
+        "step_factor": "fp32",
+        "tokens": "i32",
+        **{name: constants[name] for name in ("K", "N", "VALUES", "BLOCK", "PREFETCHED")},
+    }
+    compiled = compile_kernel(module.norm_candidate_kernel, arguments, 2, 90)
+    assert_nothing_moves(compiled, 2, lane_shuffles(48, 128), 3)
