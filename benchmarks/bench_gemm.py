@@ -12,9 +12,10 @@ GPU at its power limit differ by 15 %:
 Operands rotate over at least 220 MB, so that they come from DRAM; calls shorter than 40 us run in a
 CUDA graph, so that launching them is not what is measured. us is the median over batches of the
 regime and over rounds, spread the distance of their quartiles over it; tops counts 2 M N K and
-gbps the bytes of all operands and the result, each once. roof is the larger share of two ceilings:
-the int8 rate of wgmma alone (INT8_TOPS, measured by a prototype) and the copy bandwidth of this
-run.
+gbps the bytes of all operands and the result, each once. roof is the larger share of two ceilings
+that this run measures first, in a burst: the copy bandwidth, and the rate of torch's products of
+8192 x 8192 x 8192 in the width in which the variant multiplies: bf16, or the better of fp8 and
+int8. sdnq and gemlite quantize their 16-bit tokens within the call, the others are given codes.
 """
 
 from __future__ import annotations
@@ -35,19 +36,20 @@ from benchmarks import peers
 from benchmarks.dit_shapes import FLUX_DEV, PIXART_SIGMA
 from benchmarks.timing import copy_gbps
 from lrq_kernels import _planner
-from lrq_kernels.ops import A16_TILES
+from lrq_kernels.ops import A16_TILES, GEMV_MAX_ROWS
 from lrq_kernels.testing import make_problem
 
 ROTATED_BYTES = 220_000_000
 GRAPH_BELOW_US, GRAPH_US = 40.0, 900.0
 SUSTAINED_WARMUP_S, SUSTAINED_S, BATCH_S = 0.2, 0.3, 0.003
 BURST_IDLE_S, BURST_WARMUP, BURST_BATCH, BURST_BATCHES = 0.4, 4, 4, 7
-INT8_TOPS = 1920.0  # wgmma m64n256k32 in a bare loop, one H200, November 2026
-FEW_ROWS = 8  # at most: gemv's, benchmarks.bench_gemv
+CEILING_SHAPE = (8192, 8192, 8192)
+# The best of which is a ceiling, by the bits of what is multiplied.
+CEILING_PEERS = {8: ("fp8_tensor", "int_mm"), 16: ("bf16",)}
 LRQ_BITS = {"w4a8": 4, "w3a8": 3, "w2a8": 2}
 LRQ_A16_BITS = {"w4a16": 4, "w3a16": 3, "w2a16": 2}
-PEERS = ("bf16", "fp8_row", "fp8_tensor", "int_mm", "tinygemm", "nf4")
-ABSENT = ("sdnq", "gemlite")
+PEERS = ("bf16", "fp8_row", "fp8_tensor", "int_mm", *peers.FUNCTIONS)
+MULTIPLIES_16 = ("bf16", "tinygemm", "nf4", *LRQ_A16_BITS)  # the others multiply 8 bits
 NAMES = (*LRQ_BITS, "w4a16", *PEERS)
 EPILOGUES = ("none", "bias", "gelu", "residual")
 
@@ -156,6 +158,23 @@ def a16_variant(name: str, shape: Shape, device: str, tile_m: int = 0) -> Varian
     return Variant(name, [call() for _ in range(sets_for(size))], size)
 
 
+def dequantize_variant(name: str, shape: Shape, device: str) -> Variant:
+    """lrq::dequantize and torch's linear, what lrq::gemm_a16 does where it has no better way."""
+    m, n, k = shape
+    bits = LRQ_A16_BITS[name]
+    problem = make_problem(1, n, k, bits, device=device)
+    x, bias = torch.randn(m, k, device=device), problem.bias.to(torch.bfloat16)
+
+    def call() -> Call:
+        rows, weight = x.to(torch.bfloat16), problem.weight.clone()
+        arguments = (weight, problem.levels, problem.weight_scale, n, k, bits, torch.bfloat16)
+        dequantize = torch.ops.lrq.dequantize.default
+        return lambda: torch.nn.functional.linear(rows, dequantize(*arguments), bias)
+
+    size = 2 * m * k + n * k * bits // 8 + 2 * m * n
+    return Variant(f"{name}:dequantize", [call() for _ in range(sets_for(size))], size)
+
+
 def peer_variant(name: str, shape: Shape, device: str) -> Variant:
     """A plain product of torch without an epilogue."""
     m, n, k = shape
@@ -174,7 +193,7 @@ def peer_variant(name: str, shape: Shape, device: str) -> Variant:
             a, b = (x * 30).to(torch.int8), (w * 30).to(torch.int8)
             return lambda: torch._int_mm(a, b.t())
     elif name in peers.FUNCTIONS:
-        size = 2 * m * k + n * k // 2 + 2 * m * n
+        size = 2 * m * k + n * k * peers.WEIGHT_BITS[name] // 8 + 2 * m * n
 
         def call() -> Call:
             return peers.FUNCTIONS[name](x.to(torch.bfloat16), w.to(torch.bfloat16))
@@ -215,6 +234,8 @@ def make_variants(
             kernel = torch.cuda.get_device_capability() == (9, 0)
             for tile_m in A16_TILES if sweep and kernel else A16_TILES[:1]:
                 yield a16_variant(name, shape, device, tile_m)
+            if sweep:
+                yield dequantize_variant(name, shape, device)
             continue
         try:
             variant = peer_variant(name, shape, device)
@@ -279,7 +300,30 @@ def spread(samples: list[float]) -> float:
     return (high - low) / middle
 
 
-def rows_of(variants: list[Variant], shape: Shape, epilogue: str, ceiling: float) -> list[dict]:
+@dataclass
+class Ceilings:
+    """What this GPU reaches at most: bytes, and operations by the bits that are multiplied."""
+
+    copy_gbps: float
+    tops: dict[int, float]
+
+    def tops_of(self, variant: str) -> float:
+        return self.tops[16 if variant.partition(":")[0] in MULTIPLIES_16 else 8]
+
+
+def measure_ceilings() -> Ceilings:
+    """Of peers that do not run here none is taken; without any the ceiling is infinite."""
+    m, n, k = CEILING_SHAPE
+    tops = {}
+    for bits, names in CEILING_PEERS.items():
+        best = float("inf")
+        for variant in make_variants(CEILING_SHAPE, list(names), "none", False, "cuda"):
+            best = min(best, statistics.median(burst(variant, prepare(variant))))
+        tops[bits] = 2e-6 * m * n * k / best if best < float("inf") else float("inf")
+    return Ceilings(copy_gbps(), tops)
+
+
+def rows_of(variants: list[Variant], shape: Shape, epilogue: str, ceilings: Ceilings) -> list[dict]:
     """One row for each variant and regime, with its ratios to bf16 and to the better fp8."""
     m, n, k = shape
     rows = []
@@ -291,6 +335,7 @@ def rows_of(variants: list[Variant], shape: Shape, epilogue: str, ceiling: float
                 continue
             time_us = us[variant.name]
             tops, gbps = 2e-6 * m * n * k / time_us, variant.bytes_per_call / time_us / 1e3
+            ceiling = ceilings.tops_of(variant.name)
             rows.append(
                 {
                     "op": "gemm",
@@ -304,7 +349,9 @@ def rows_of(variants: list[Variant], shape: Shape, epilogue: str, ceiling: float
                     "spread": spread(variant.samples[regime]),
                     "tops": tops,
                     "gbps": gbps,
-                    "roof": max(tops / INT8_TOPS, gbps / ceiling),
+                    "ceiling_tops": ceiling if ceiling < float("inf") else None,
+                    "ceiling_gbps": ceilings.copy_gbps,
+                    "roof": max(tops / ceiling, gbps / ceilings.copy_gbps),
                     "vs_bf16": us["bf16"] / time_us if "bf16" in us else None,
                     "vs_fp8": fp8 / time_us if fp8 else None,
                 }
@@ -339,8 +386,51 @@ def print_rows(rows: list[dict]) -> None:
         )
 
 
+def plot(rows: list[dict], path: Path) -> None:
+    """Roofline: operations a second over operations a byte, best regime of each variant and shape,
+    below the ceilings of this run. A word where matplotlib lacks."""
+    try:
+        import matplotlib
+
+        matplotlib.use("agg")
+        from matplotlib import pyplot
+    except ImportError:
+        print(f"no plot {path}: matplotlib is not installed")
+        return
+    best: dict[tuple, dict] = {}
+    for row in rows:
+        key = (row["variant"], row["m"], row["n"], row["k"])
+        if key not in best or row["us"] < best[key]["us"]:
+            best[key] = row
+    figure, axes = pyplot.subplots(figsize=(9.0, 6.0))
+    names = [*dict.fromkeys(row["variant"] for row in best.values())]
+    for index, name in enumerate(names):
+        points = [row for row in best.values() if row["variant"] == name]
+        axes.plot(
+            [1e3 * row["tops"] / row["gbps"] for row in points],
+            [row["tops"] for row in points],
+            "o^sD"[index // 10 % 4],
+            color=pyplot.get_cmap("tab10")(index % 10),
+            label=name,
+        )
+    intensities = [1e3 * row["tops"] / row["gbps"] for row in best.values()]
+    low, high = min(intensities) / 1.5, max(intensities) * 1.5
+    copy = rows[0]["ceiling_gbps"]
+    for ceiling in sorted({row["ceiling_tops"] for row in rows} - {None}):
+        knee = 1e3 * ceiling / copy
+        xs = [low, min(max(low, knee), high), high]
+        axes.plot(xs, [min(ceiling, x * copy / 1e3) for x in xs], color="0.4", linewidth=1)
+        axes.annotate(f"{ceiling:.0f} TOPS", (high, min(ceiling, high * copy / 1e3)), ha="right")
+    axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="TOPS")
+    axes.set_title(f"{copy:.0f} GB/s copy; ceilings measured in the same run")
+    axes.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
 def default_shapes() -> list[Shape]:
-    shapes = [shape[1:4] for shape in (*FLUX_DEV, *PIXART_SIGMA) if shape.m > FEW_ROWS]
+    shapes = [shape[1:4] for shape in (*FLUX_DEV, *PIXART_SIGMA) if shape.m > GEMV_MAX_ROWS]
     return [*dict.fromkeys(shapes), (4608, 3072, 3072), (8192, 8192, 8192)]
 
 
@@ -358,6 +448,7 @@ def main() -> None:
     parser.add_argument("--configs", action="store_true", help="every legal tile configuration too")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--plot", type=Path, help="draw a roofline of the rows into this file")
     arguments = parser.parse_args()
     known = (*NAMES, *LRQ_A16_BITS)
     if unknown := [name for name in arguments.variants if name not in known]:
@@ -366,9 +457,9 @@ def main() -> None:
         parser.error("needs a CUDA GPU")
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    print(f"not in this benchmark yet: {', '.join(ABSENT)}")
-    ceiling = copy_gbps()
-    print(f"copy {ceiling:.0f} GB/s; int8 ceiling {INT8_TOPS:.0f} TOPS")
+    ceilings = measure_ceilings()
+    of_bits = ", ".join(f"{tops:.0f} TOPS in {bits} bits" for bits, tops in ceilings.tops.items())
+    print(f"ceilings: copy {ceilings.copy_gbps:.0f} GB/s, {of_bits}")
     sizes = f"{'M':>6} {'N':>6} {'K':>6} {'variant':22} {'regime':10}"
     print(
         f"{sizes}{'us':>9} {'iqr':>5} {'TOPS':>7} {'GB/s':>7} {'roof':>5} {'xbf16':>6} {'xfp8':>6}"
@@ -379,12 +470,14 @@ def main() -> None:
             *make_variants(shape, arguments.variants, arguments.epilogue, arguments.configs, "cuda")
         ]
         measure(shape, variants, arguments.regimes, arguments.rounds)
-        rows += rows_of(variants, shape, arguments.epilogue, ceiling)
+        rows += rows_of(variants, shape, arguments.epilogue, ceilings)
         print_rows(rows[-sum(len(variant.samples) for variant in variants) :])
         del variants
         torch.cuda.empty_cache()
         if arguments.json:  # after every shape: a run cut short keeps what it has
             arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if arguments.plot:
+        plot(rows, arguments.plot)
 
 
 if __name__ == "__main__":

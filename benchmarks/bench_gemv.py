@@ -3,7 +3,7 @@
     python -m benchmarks.bench_gemv --json gemv.json
     python -m benchmarks.bench_gemv --shapes 18432x3072 --rows 1 4 --variants w4a16 tinygemm
 
-Modulation linears of real models, M = 1, 2, 4, 8. Calls run in a CUDA graph over buffers that
+Modulation linears of real models, M = 1, 2, 4, 8, 16. Calls run in a CUDA graph over buffers that
 rotate through four times the L2 (benchmarks/timing.py): weights come from DRAM and launching is
 not what is measured. A row: op, variant, m, n, k, us (median over rounds, in which variants take
 turns), spread (largest less smallest of them over us), tops (2 M N K), gbps (bytes of weights, x
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from benchmarks.peers import PeerMissing, nf4, tinygemm
 from benchmarks.timing import copy_gbps, graph_us, num_buffers
+from lrq_kernels.ops import GEMV_MAX_ROWS
 
 Row = dict[str, Any]
 Shape = tuple[int, int]  # N, K
@@ -45,7 +46,7 @@ SHAPES = {
     (9216, 1536): "SD3.5-medium",
     (14592, 2432): "SD3.5-large",
 }
-ROWS = (1, 2, 4, 8)
+ROWS = (1, 2, 4, 8, 16)
 LRQ_BITS = {"w4a16": 4, "w3a16": 3, "w2a16": 2}
 VARIANTS = (*LRQ_BITS, "bf16", "tinygemm", "nf4")
 
@@ -151,7 +152,12 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", type=parse_shape, default=[*SHAPES], metavar="NxK")
     parser.add_argument(
-        "--rows", nargs="+", type=int, choices=range(1, 9), default=ROWS, metavar="M"
+        "--rows",
+        nargs="+",
+        type=int,
+        choices=range(1, GEMV_MAX_ROWS + 1),
+        default=ROWS,
+        metavar="M",
     )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--rounds", type=int, default=2)

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.bench_model import make_inputs, make_model, tensor_bytes, time_forward
+from benchmarks.bench_model import REPEATS, WARMUP, make_inputs, make_model, tensor_bytes
 from benchmarks.dit_shapes import MODEL_CONFIGS
 
 ROWS = ("load-gpu", "load-cpu", "eager", "model", "group", "compile")
@@ -101,14 +101,28 @@ def measure(
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    with torch.inference_mode():
+    with torch.no_grad():  # as pipelines do
         output = runs(**arguments, return_dict=False)[0]
     if not bool(torch.isfinite(output).all()):
         raise RuntimeError(f"bench_load: {row} gave NaN or inf")
     facts["first_s"] = time.perf_counter() - start
     if device != "cpu":
-        facts["ms"] = time_forward(runs, arguments)
+        facts["ms"] = median_ms(runs, arguments)
     return facts | {"gpu_gb": gpu_gb(device)}
+
+
+@torch.no_grad()
+def median_ms(model: Any, arguments: dict[str, Any]) -> float:
+    """Of one forward, everything that hooks move included."""
+    times = []
+    for step in range(WARMUP + REPEATS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        model(**arguments, return_dict=False)
+        torch.cuda.synchronize()
+        if step >= WARMUP:
+            times.append((time.perf_counter() - start) * 1e3)
+    return sorted(times)[len(times) // 2]
 
 
 def gpu_gb(device: str) -> float:

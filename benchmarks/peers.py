@@ -49,4 +49,42 @@ def nf4(x: Tensor, weight: Tensor) -> Call:
     return lambda: bitsandbytes.matmul_4bit(x, packed.t(), quant_state=state)
 
 
-FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Call]] = {"tinygemm": tinygemm, "nf4": nf4}
+def sdnq(x: Tensor, weight: Tensor) -> Call:
+    """SDNQ's int8 path: weights and tokens to 8 bits by row; quantizing x is part of the call."""
+    module = package("sdnq")
+    n, k = weight.shape
+    layer = torch.nn.Linear(k, n, bias=False, device=weight.device, dtype=weight.dtype)
+    layer.weight.data.copy_(weight)
+    config = module.SDNQConfig(weights_dtype="int8", group_size=-1, use_quantized_matmul=True)
+    layer, _ = module.sdnq_quantize_layer(layer, config, torch_dtype=weight.dtype)
+    if not layer.sdnq_dequantizer.use_quantized_matmul:
+        raise PeerMissing(f"sdnq multiplies {n} x {k} in 16 bits")
+
+    def call() -> Tensor:
+        with torch.inference_mode():
+            return layer(x)
+
+    return call
+
+
+def gemlite(x: Tensor, weight: Tensor) -> Call:
+    """gemlite's A8W4: uniform levels with a scale a channel, tokens to int8 within the call."""
+    helper = package("gemlite.helper")
+    scale = weight.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-6) / 7
+    codes = (weight.float() / scale).round().clamp(-8, 7).add(8).to(torch.uint8)
+    processor = helper.A8Wn_HQQ_INT_dynamic(
+        device=str(weight.device), dtype=weight.dtype, fp8=torch.int8, W_nbits=4
+    )
+    zeros = torch.full_like(scale, 8.0)
+    layer = processor.from_weights(codes, scale.to(weight.dtype), zeros.to(weight.dtype))
+    return lambda: layer(x)
+
+
+FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Call]] = {
+    "tinygemm": tinygemm,
+    "nf4": nf4,
+    "sdnq": sdnq,
+    "gemlite": gemlite,
+}
+# Bits of a weight as it lies in memory.
+WEIGHT_BITS = {"tinygemm": 4, "nf4": 4, "sdnq": 8, "gemlite": 4}

@@ -14,6 +14,7 @@
 
 #include "gemm/config.h"
 #include "gemm/launch.h"
+#include "gemm/plan_a16.h"
 #include "gemm/problem.h"
 #include "layout/packed_weight.h"
 #include "layout/prepack.h"
@@ -355,7 +356,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// gemv for few rows, a kernel of its own where there is one, dequantize and torch elsewhere.
+// gemv for few rows; for more a kernel of its own where there is one and it is the quicker way,
+// dequantize and torch elsewhere.
 Tensor gemm_a16(const Tensor& x, const Tensor& weight, const Tensor& levels,
                 const Tensor& weight_scale, const std::optional<Tensor>& bias, int64_t weight_bits,
                 int64_t out_features, int64_t tile_m) {
@@ -377,11 +379,14 @@ Tensor gemm_a16(const Tensor& x, const Tensor& weight, const Tensor& levels,
   const DeviceGuard guard(device);
   const int arch = device_arch(kOp, device);
   A16Args args = a16_args(x, weight, levels, weight_scale, bias, weight_bits, out_features);
-  args.tile_m = static_cast<int>(tile_m);
   const bool has_kernel = !wide && has_gemm_a16(args, arch);
   LRQ_CHECK(has_kernel || tile_m == 0, (Argument{kOp, "tile_m"}),
             "0 where dtype, alignment or GPU leave no kernel", std::to_string(tile_m));
-  if (!has_kernel) {
+  args.tile_m = static_cast<int>(tile_m);
+  if (has_kernel && tile_m == 0) {
+    args.tile_m = choose_a16_tile(args.problem, multiprocessors(kOp, device));
+  }
+  if (!has_kernel || args.tile_m == kA16Dequantize) {
     const Tensor dense =
         dequantize(weight, levels, weight_scale, out_features, x.size(1), weight_bits, dtype);
     std::optional<Tensor> narrow_bias;
@@ -548,15 +553,17 @@ std::tuple<Tensor, Tensor> rotate_rows(const Tensor& x, const std::optional<Tens
     addresses |= reinterpret_cast<uintptr_t>(source.const_data_ptr()) |
                  static_cast<uint64_t>(2 * token_stride) | static_cast<uint64_t>(2 * sample_stride);
     row_stride = max_of(row_stride, token_stride);
-    return RowSource{source.const_data_ptr(), sample_stride, token_stride,
+    return RowSource{source.const_data_ptr(), sample_stride, static_cast<int>(token_stride),
                      static_cast<int>(source.size(source.dim() - 1))};
   };
   args.first = row_source(x, rows);
   if (second.has_value()) {
     args.second = row_source(*second, second_rows);
   }
-  LRQ_CHECK(supports_rotate_rows(first_features, features - first_features, block_size, with_norm,
-                                 row_stride, addresses),
+  args.channel_scale = const_pointer<float>(channel_scale);
+  addresses |= reinterpret_cast<uintptr_t>(args.channel_scale);
+  LRQ_CHECK(supports_rotate_rows(first_features, features - first_features, block_size, row_stride,
+                                 addresses),
             (Argument{kOp, "the problem"}), "one that _planner.supports_rotate_rows allows",
             tensor_text(x) + " with " + strides_text(x) + ", block_size " +
                 std::to_string(block_size) + " and " + std::to_string(features) + " features");
@@ -568,7 +575,6 @@ std::tuple<Tensor, Tensor> rotate_rows(const Tensor& x, const std::optional<Tens
   args.eps = static_cast<float>(eps);
   args.scale = sample_vectors(scale);
   args.shift = sample_vectors(shift);
-  args.channel_scale = const_pointer<float>(channel_scale);
   args.block_size = static_cast<int>(block_size);
   args.hadamard_norm = static_cast<float>(1.0 / std::sqrt(static_cast<double>(block_size)));
   args.inverse_features = static_cast<float>(1.0 / static_cast<double>(features));

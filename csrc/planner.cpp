@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "gemm/config.h"
+#include "gemm/plan_a16.h"
 #include "layout/packed_weight.h"
 #include "rotate/rotate_quantize.h"
 
@@ -109,6 +110,14 @@ void bind_gemm(py::module_& m) {
   m.def("max_shared_bytes", &max_shared_bytes, py::arg("arch"));
   m.attr("OLDEST_ARCH") = kOldestArch;
   m.attr("GEMV_MAX_TOKENS") = kGemvMaxTokens;
+  m.def(
+      "a16_tile",
+      [](int64_t m, int64_t n, int64_t k, int weight_bits, int sms) {
+        return choose_a16_tile({m, n, k, weight_bits}, sms);
+      },
+      py::arg("m"), py::arg("n"), py::arg("k"), py::arg("weight_bits"), py::arg("sms"),
+      "tile_m that lrq::gemm_a16 takes on Hopper for more than GEMV_MAX_TOKENS rows, 0 where it "
+      "dequantizes the weight instead.");
 }
 
 void bind_layout(py::module_& m) {
@@ -229,67 +238,46 @@ void bind_layout(py::module_& m) {
 
 void bind_rotate(py::module_& m) {
   m.attr("ROTATE_MAX_FEATURES") = kRotateMaxFeatures;
-  m.attr("ROTATE_MAX_NORM_FEATURES") = kRotateMaxNormFeatures;
-  m.def(
-      "supports_rotate_rows", &supports_rotate_rows, py::arg("first"), py::arg("second"),
-      py::arg("block_size"), py::arg("norm"), py::arg("row_stride"), py::arg("addresses"),
-      "Whether lrq::_rotate_rows takes 16-bit rows of first + second features (second 0: one "
-      "source), row_stride elements apart. addresses: bitwise or of the sources' addresses and of "
-      "the strides in bytes from row to row and from sample to sample.");
+  m.def("supports_rotate_rows", &supports_rotate_rows, py::arg("first"), py::arg("second"),
+        py::arg("block_size"), py::arg("row_stride"), py::arg("addresses"),
+        "Whether lrq::_rotate_rows takes 16-bit rows of first + second features (second 0: one "
+        "source), row_stride elements apart. addresses: bitwise or of the addresses of the sources "
+        "and of channel_scale, and of the strides in bytes from row to row and from sample to "
+        "sample.");
   py::class_<RotateRowsPlan>(m, "RotateRowsPlan")
-      .def_readonly("warps_per_token", &RotateRowsPlan::warps_per_token)
+      .def_readonly("units", &RotateRowsPlan::units)
+      .def_readonly("units_reciprocal", &RotateRowsPlan::units_reciprocal)
       .def_readonly("tokens_per_block", &RotateRowsPlan::tokens_per_block)
       .def_readonly("blocks_per_sample", &RotateRowsPlan::blocks_per_sample)
-      .def_readonly("token_step", &RotateRowsPlan::token_step)
-      .def_readonly("vectors", &RotateRowsPlan::vectors)
-      .def_readonly("shared_bytes", &RotateRowsPlan::shared_bytes)
-      .def_property_readonly("threads", &RotateRowsPlan::threads);
+      .def_readonly("threads", &RotateRowsPlan::threads)
+      .def_readonly("stay", &RotateRowsPlan::stay)
+      .def_readonly("shared_bytes", &RotateRowsPlan::shared_bytes);
   m.def(
       "plan_rotate_rows",
-      [](int features, bool norm, int64_t samples, int64_t tokens, int sms, int shared_bytes_per_sm,
-         int shared_bytes_per_block) {
-        check_range("features - 1", features - 1, kRotateMaxFeatures);
+      [](int features, bool norm, int64_t samples, int64_t tokens, int sms) {
+        check_range("features / 128 - 1", features / kTransform - 1, kRotateMaxUnits);
         check_range("samples - 1", samples - 1, INT64_MAX);
-        check_range("tokens - 1", tokens - 1, INT64_MAX);
-        return plan_rotate_rows(features, norm, samples, tokens,
-                                {sms, shared_bytes_per_sm, shared_bytes_per_block});
+        check_range("tokens - 1", tokens - 1, kRotateMaxTokens);
+        return plan_rotate_rows(features, norm, samples, tokens, sms);
       },
       py::arg("features"), py::arg("norm"), py::arg("samples"), py::arg("tokens"), py::arg("sms"),
-      py::arg("shared_bytes_per_sm"), py::arg("shared_bytes_per_block"),
       "How lrq::_rotate_rows divides samples of so many tokens on a device.");
   m.def(
       "lane_chunk_to_k",
       [](int lane, int chunk) {
         check_range("lane", lane, 32);
-        check_range("chunk", chunk, kLaneChunks);
+        check_range("chunk", chunk, kChunks);
         return lane_chunk_to_k(lane, chunk);
       },
-      py::arg("lane"), py::arg("chunk"), "First k 0..1023 of 8 that a lane loads.");
+      py::arg("lane"), py::arg("chunk"), "First k 0..1023 of the 8 that a lane loads as a chunk.");
   m.def(
       "lane_result_to_k",
-      [](int lane, int column, int upper) {
+      [](int lane, int chunk) {
         check_range("lane", lane, 32);
-        check_range("column", column, 2);
-        check_range("upper", upper, 2);
-        return lane_result_to_k(lane, column, upper);
+        check_range("chunk", chunk, kChunks);
+        return lane_result_to_k(lane, chunk);
       },
-      py::arg("lane"), py::arg("column"), py::arg("upper"),
-      "First k 0..1023 of 8 whose results are register column + 2 * upper of operands D.");
-  m.def(
-      "mma_row_to_line",
-      [](int row) {
-        check_range("row", row, kBlockLines);
-        return mma_row_to_line(row);
-      },
-      py::arg("row"), "Line 0..15 of a block that a row of operands A and D stands for.");
-  m.def(
-      "mma_column_to_line",
-      [](int step, int column) {
-        check_range("step", step, kMmaSteps);
-        check_range("column", column, 8);
-        return mma_column_to_line(step, column);
-      },
-      py::arg("step"), py::arg("column"), "Line 0..15 of a column of operand A.");
+      py::arg("lane"), py::arg("chunk"), "First k 0..1023 of the 8 results of a lane's chunk.");
 }
 
 }  // namespace

@@ -152,6 +152,12 @@ inline void check_cuda(const char* op, cudaError_t error) {
   }
 }
 
+inline int multiprocessors(const char* op, int32_t device) {
+  int count = 0;
+  check_cuda(op, cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
 // 10 * major + minor of a device, asked once; the error of every op below the oldest supported.
 inline int device_arch(const char* op, int32_t device) {
   constexpr int32_t kRemembered = 64;

@@ -33,19 +33,21 @@ def implementation(
     return CUDA if takes and form in CUDA_FORMS else TRITON
 
 
-def _kernel_takes(x: Tensor, second: Tensor | None, block_size: int, norm: bool) -> bool:
+def _kernel_takes(
+    x: Tensor, second: Tensor | None, channel_scale: Tensor | None, block_size: int
+) -> bool:
     """Whether lrq::_rotate_rows takes rows of these widths, strides and addresses."""
     from . import _planner
 
     sources = [x] if second is None else [x, second]
-    addresses = 0
+    addresses = 0 if channel_scale is None else channel_scale.data_ptr()
     for source in sources:
         addresses |= source.data_ptr()
         for stride in source.stride()[:-1]:
             addresses |= stride * source.element_size()
     row_stride = max(source.stride(-2) for source in sources)
     widths = (x.shape[-1], 0 if second is None else second.shape[-1])
-    return _planner.supports_rotate_rows(*widths, block_size, norm, row_stride, addresses)
+    return _planner.supports_rotate_rows(*widths, block_size, row_stride, addresses)
 
 
 def _rotate_rows(
@@ -90,7 +92,7 @@ def rotate_quantize(
     permuted = permutation is not None
     problem = (x.dtype, x.shape[-1], rotation, block_size, permuted, step[1])
     chosen = x.dim() in (2, 3) and implementation("plain", *problem) == CUDA
-    if chosen and _kernel_takes(x, None, block_size, False):
+    if chosen and _kernel_takes(x, None, channel_scale, block_size):
         return _rotate_rows(x, None, None, None, "none", 0.0, channel_scale, block_size, *step)
     from . import rotate_quantize as kernels
 
@@ -119,7 +121,7 @@ def concat_rotate_quantize(
     in_features, permuted = first.shape[-1] + second.shape[-1], permutation is not None
     problem = (first.dtype, in_features, rotation, block_size, permuted, step[1])
     chosen = first.dim() in (2, 3) and implementation("concat", *problem) == CUDA
-    if chosen and _kernel_takes(first, second, block_size, False):
+    if chosen and _kernel_takes(first, second, channel_scale, block_size):
         return _rotate_rows(
             first, second, None, None, "none", 0.0, channel_scale, block_size, *step
         )
@@ -157,7 +159,7 @@ def norm_modulate_rotate_quantize(
     simple = norm_weight is None and norm_bias is None and not keep
     problem = (x.dtype, x.shape[-1], rotation, block_size, permutation is not None, step[1])
     chosen = simple and implementation("norm_modulate", *problem) == CUDA
-    if chosen and _kernel_takes(x, None, block_size, True):
+    if chosen and _kernel_takes(x, None, channel_scale, block_size):
         vectors = (scale, shift, norm, eps, channel_scale)
         return (*_rotate_rows(x, None, *vectors, block_size, *step), x.new_empty(0))
     from . import rotate_quantize as kernels

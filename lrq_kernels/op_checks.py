@@ -16,7 +16,7 @@ GEMM_ACTIVATIONS = ("none", "gelu_tanh")
 ACTIVATIONS = ("gelu_tanh", "gelu_erf", "silu")
 NORMS = ("layer", "rms")
 TOKEN_NORMS = ("none", *NORMS)
-GEMV_MAX_ROWS = 8
+GEMV_MAX_ROWS = 16
 A16_TILES = (0, 64, 128, 192, 256)  # tile_m of gemm_a16; 0: chosen for the problem
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # float64 exists on the CPU only, as the oracle of the tests.

@@ -551,7 +551,7 @@ def gemv(
     weight_bits: int,
     out_features: int,
 ) -> Tensor:
-    """Weight-only linear for at most 8 rows, x [M, K] in 16 bits. See reference.gemv."""
+    """Weight-only linear for at most 16 rows, x [M, K] in 16 bits. See reference.gemv."""
     return torch.ops.lrq.gemv.default(
         x, weight, levels, weight_scale, bias, weight_bits, out_features
     )
@@ -569,9 +569,10 @@ def gemm_a16(
 ) -> Tensor:
     """Weight-only linear for any number of rows, x [M, K] -> [M, N] of x's dtype.
 
-    gemv for at most 8 rows of 16 bits; above that a kernel that decodes into the product on Hopper,
-    dequantize and torch's linear elsewhere and for fp32. tile_m, tokens of a tile of that kernel,
-    is for tests and benchmarks; there the kernel runs for few rows too. See reference.gemm_a16.
+    gemv for at most 16 rows of 16 bits; above that a kernel that decodes into the product on
+    Hopper, dequantize and torch's linear elsewhere, for fp32, and where _planner.a16_tile finds it
+    quicker. tile_m, tokens of a tile of that kernel, is for tests and benchmarks; there the kernel
+    runs for few rows too. See reference.gemm_a16.
     """
     return torch.ops.lrq.gemm_a16.default(
         x, weight, levels, weight_scale, bias, weight_bits, out_features, tile_m

@@ -125,7 +125,14 @@ def _quantize(arguments: argparse.Namespace) -> int:
     from lrq_kernels import QuantScheme
 
     from . import QuantRecipe
-    from .pipeline_io import check_writable, load_pipeline, quantize_pipeline, recipe_for
+    from .pipeline_io import (
+        check_writable,
+        load_pipeline,
+        load_report,
+        quantize_pipeline,
+        recipe_for,
+        transformer_names,
+    )
 
     prompts = _read_prompts(arguments)
     modulation = None
@@ -143,7 +150,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
     recipe = recipe_for(pipeline, recipe, _call_options(arguments))
     print(recipe.resolve(pipeline.transformer).summary())
     with ProgressBar() as bar:
-        report = quantize_pipeline(
+        quantize_pipeline(
             pipeline,
             recipe,
             prompts,
@@ -151,7 +158,8 @@ def _quantize(arguments: argparse.Namespace) -> int:
             call_options=_call_options(arguments),
             progress=bar.update,
         )
-    print(report.summary())
+    for name in transformer_names(pipeline):
+        print(load_report(arguments.out / name).summary())
     print(f"written to {arguments.out}")
     return 0
 

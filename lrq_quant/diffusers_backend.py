@@ -52,6 +52,7 @@ class LRQQuantizer(DiffusersQuantizer):
     def __init__(self, quantization_config: LRQConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._header: Header | None = None
+        self._groups: dict[str, list[str]] = {}
         self._dense_loader: DenseLoader | None = None
         self._arrived: dict[str, Tensor] = {}
         self._model: Any = None
@@ -70,6 +71,7 @@ class LRQQuantizer(DiffusersQuantizer):
     ) -> list[str]:
         if self.pre_quantized:
             self._header = checkpoint.read_header(checkpoint_files)
+            self._groups = self._header.groups()
         return loaded_keys
 
     def _process_model_before_weight_loading(
@@ -193,7 +195,7 @@ class LRQQuantizer(DiffusersQuantizer):
         dtype: torch.dtype,
     ) -> None:
         """Linears of one input are built once the tensors of all of them are here."""
-        members = header.groups()[header.layers[layer].get("shared_input", layer)]
+        members = self._groups[header.layers[layer].get("shared_input", layer)]
         names = [name for member in members for name in header.fields(member).values()]
         if not all(name in self._arrived for name in names):
             return

@@ -53,10 +53,21 @@ def load_pipeline(
     FileNotFoundError, or CheckpointError when the checkpoint is damaged or of another model.
     """
     pipeline = pipeline_class(path).from_pretrained(path, dtype=dtype)
-    transformer = getattr(pipeline, TRANSFORMER, None)
-    if fuse and getattr(transformer, "is_quantized", False):
-        fuse_projections(transformer)
+    for name in transformer_names(pipeline):
+        transformer = getattr(pipeline, name)
+        if fuse and getattr(transformer, "is_quantized", False):
+            fuse_projections(transformer)
     return pipeline.to(device)
+
+
+def transformer_names(pipeline: Any) -> list[str]:
+    """Names of the components that are diffusion transformers: "transformer", and others of its
+    class (of Wan 2.2, for the less noisy steps); none where there is no "transformer"."""
+    first = getattr(pipeline, TRANSFORMER, None)
+    if first is None:
+        return []
+    others = (n for n, c in pipeline.components.items() if type(c) is type(first))
+    return [TRANSFORMER, *(name for name in others if name != TRANSFORMER)]
 
 
 def load_transformer(
@@ -149,12 +160,14 @@ def quantize_pipeline(
     call_options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> QuantReport:
-    """Quantize the transformer of `pipeline` and write the whole pipeline to the folder `out`.
+    """Quantize every transformer of `pipeline` (transformer_names) and write the whole pipeline to
+    the folder `out`. Returns the report of "transformer"; load_report reads that of another.
 
     Calibrated by drawing `prompts` (every step, both guidance halves) with call_options as further
     arguments of the pipeline's call; prompts None looks at the weights alone. A killed run leaves
-    `<out>.partial` and, called again, continues from it. Raises FileExistsError or OSError when
-    `out` is taken or cannot be written, and what quantize_model raises, before anything is written.
+    `<out>.partial` (of another transformer `<out>.<its name>.partial`) and, called again, continues
+    from it. Raises FileExistsError or OSError when `out` is taken or cannot be written, and what
+    quantize_model raises, before anything is written.
     """
     out = check_writable(out)
     run = _runner(pipeline, call_options)
@@ -163,21 +176,32 @@ def quantize_pipeline(
     options = _run_options(pipeline, call_options)
     run_key = json.dumps(options, sort_keys=True, default=repr)
     recipe = replace(recipe, calibration=replace(recipe.calibration, run_key=run_key))
-    quantized = quantize_model(
-        pipeline.transformer,
-        recipe,
-        run=None if prompts is None else run,
-        prompts=prompts or (),
-        work_folder=out.with_name(f"{out.name}.partial"),
-        progress=progress,
-    )
+    quantized = {
+        name: quantize_model(
+            getattr(pipeline, name),
+            recipe,
+            run=None if prompts is None else run,
+            prompts=prompts or (),
+            work_folder=_work_folder(out, name),
+            progress=progress,
+        )
+        for name in transformer_names(pipeline)
+    }
     save_pipeline(pipeline, quantized, out)
-    quantized.remove_work_folder()
-    return quantized.report
+    for result in quantized.values():
+        result.remove_work_folder()
+    return quantized[TRANSFORMER].report
 
 
-def save_pipeline(pipeline: Any, quantized: QuantizedModel, out: str | os.PathLike) -> Path:
-    """Write `pipeline` with its transformer replaced by `quantized` to the folder `out`, which
+def _work_folder(out: Path, name: str) -> Path:
+    part = "" if name == TRANSFORMER else f".{name}"
+    return out.with_name(f"{out.name}{part}.partial")
+
+
+def save_pipeline(
+    pipeline: Any, quantized: Mapping[str, QuantizedModel], out: str | os.PathLike
+) -> Path:
+    """Write `pipeline` with the components named in `quantized` replaced to the folder `out`, which
     appears under its name when it is complete.
 
     Raises FileExistsError when `out` holds something already, OSError when it cannot be written.
@@ -188,10 +212,11 @@ def save_pipeline(pipeline: Any, quantized: QuantizedModel, out: str | os.PathLi
     try:
         temporary.mkdir(parents=True)
         for name, component in pipeline.components.items():
-            if name != TRANSFORMER and hasattr(component, "save_pretrained"):
+            if name in quantized:
+                save_transformer(component, quantized[name], temporary / name)
+            elif hasattr(component, "save_pretrained"):
                 component.save_pretrained(temporary / name)
         pipeline.save_config(temporary)
-        save_transformer(pipeline.transformer, quantized, temporary / TRANSFORMER)
         if out.exists():
             out.rmdir()  # empty, as check_writable found
         os.replace(temporary, out)

@@ -107,13 +107,26 @@ def gemms(bits: int) -> None:
 
 
 def gemvs(bits: int) -> None:
-    for (n, k), m in itertools.product(((1, 1), (33, 130), (16, 1152)), (1, 2, 3, 5, 8)):
+    for (n, k), m in itertools.product(((1, 1), (33, 130), (16, 1152)), (1, 3, 5, 16)):
         problem = on_gpu(m, n, k, bits)
         constants = (problem.weight, problem.levels, problem.weight_scale, problem.bias, bits, n)
         for dtype in (torch.bfloat16, torch.float16):
             y = ops.gemv(exact_rows(torch.randn(m, k).to(dtype), k + 1), *constants)
             if not bool(y.isfinite().all()):
                 raise SystemExit(f"wrong result: gemv {m, n, k, dtype}")
+
+
+def a16_gemms(bits: int) -> None:
+    """Rows of 16 bits that TMA reads where the GPU has a kernel for them, else dequantized."""
+    tiles = ops.A16_TILES if torch.cuda.get_device_capability() == (9, 0) else (0,)
+    for (n, k), tile in itertools.product(((1, 8), (136, 200)), tiles):
+        m = max(tile, 16) + 1
+        problem = on_gpu(m, n, k, bits)
+        constants = (problem.weight, problem.levels, problem.weight_scale, problem.bias, bits, n)
+        for dtype in (torch.bfloat16, torch.float16):
+            x = exact_rows(torch.randn(m, k).to(dtype), k + 8)
+            if not bool(ops.gemm_a16(x, *constants, tile).isfinite().all()):
+                raise SystemExit(f"wrong result: gemm_a16 {m, n, k, tile, dtype}")
 
 
 def rotations() -> None:
@@ -218,6 +231,7 @@ def main() -> None:
         layouts(bits)
         gemms(bits)
         gemvs(bits)
+        a16_gemms(bits)
     rotations()
     fused_rotations()
     rotated_rows()

@@ -102,14 +102,14 @@ def disassemble(file: Path) -> dict[str, list[tuple[int, str]]]:
     return kernels
 
 
-def main_loop(code: list[tuple[int, str]]) -> list[str]:
-    """The shortest loop around two steps of wgmma, eight instructions."""
+def main_loop(code: list[tuple[int, str]], products: int) -> list[str]:
+    """The shortest loop around so many wgmma."""
     loops = []
     for address, instruction in code:
         target = re.search(r"BRA.*?0x([0-9a-f]+)", instruction)
         if target and int(target[1], 16) < address:
             body = [text for at, text in code if int(target[1], 16) <= at <= address]
-            if sum("IGMMA" in text for text in body) == 8:
+            if sum("IGMMA" in text for text in body) == products:
                 loops.append(body)
     return min(loops, key=len)
 
@@ -123,26 +123,30 @@ def test_main_loop_of_the_hopper_gemm(setup_py, bits: int):
     if "90a" not in planner.cuda_archs() or not built.exists():
         pytest.skip("no code for sm_90a was built here")
     kernels = disassemble(built)
-    assert len(kernels) == len({c.tile_m for c in planner.gemm_configs() if c.arch == 90})
-    # A lane decodes 128 weights in two steps, four a lookup; LOP3 is for selectors and signs.
-    decode = {4: (64, 80), 3: (32, 40), 2: (32, 32)}[bits]
+    tiles = {(c.tile_m, c.tile_n) for c in planner.gemm_configs() if c.arch == 90}
+    assert len(kernels) == len(tiles)
+    # A lane decodes 64 weights a step, four a lookup; LOP3 is for selectors and signs.
+    decode = {4: (32, 40), 3: (16, 20), 2: (16, 16)}[bits]
     for name, code in kernels.items():
-        body = main_loop(code)
+        tile, consumers = map(int, re.search(r"ILi\dELi(\d+)ELi(\d)", name).groups())
+        # Two operands take turns in a loop of two steps; a single one is refilled slice by slice.
+        steps, waits = (2, 1) if consumers == 2 else (1, 4)
+        body = main_loop(code, 4 * steps)
 
         def count(pattern: str, texts: list[str] = body) -> int:
             return sum(bool(re.search(pattern, text)) for text in texts)
 
-        tile = re.search(r"ILi\dELi(\d+)", name)[1]
-        assert count(rf"IGMMA\.64x{tile}x32\.S8\.S8") == 8, name
-        assert count("WARPGROUP.DEPBAR.LE gsb0, 0x1") == 2, name  # one product stays in flight
+        assert count(rf"IGMMA\.64x{tile}x32\.S8\.S8") == 4 * steps, name
+        # One product, or one of the slices, stays in flight.
+        assert count("WARPGROUP.DEPBAR.LE gsb0, 0x1") == waits * steps, name
         assert count("MEMBAR|ERRBAR|LDL|STL") == 0, name
-        assert count(r"LDS\.128") == {4: 4, 3: 2, 2: 2}[bits], name
-        assert decode[0] <= count("PRMT") <= decode[0] + 4, name
-        assert count("LOP3") <= decode[1] + 4, name
+        assert count(r"LDS\.128") == {4: 2, 3: 1, 2: 1}[bits] * steps, name
+        assert decode[0] * steps <= count("PRMT") <= decode[0] * steps + 4, name
+        assert count("LOP3") <= decode[1] * steps + 4, name
         # Two A buffers: what one step multiplies, the step before does not.
         operands = [re.search(r"IGMMA\S+ R\d+, (R\d+)", text) for text in body]
         registers = [match[1] for match in operands if match]
-        assert len(set(registers)) == 8, name
+        assert len(set(registers)) == 4 * steps, name
 
 
 @needs_library

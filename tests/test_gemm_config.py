@@ -40,24 +40,27 @@ def test_chosen_configuration_is_legal(arch: int, bits: int, sm90: bool) -> None
         assert planner.workspace_bytes(config, m, n, k, bits) == 0
 
 
-# Layers whose best tile was measured on an H200 with a prototype of the same pipeline, 4 bits.
+# (tile_m, tile_n, split_k) that was fastest, or within 2 % of it, on one H100 in November 2026.
 @pytest.mark.parametrize(
-    ("m", "n", "k", "tile_m", "cluster"),
+    ("m", "n", "k", "tile_m", "tile_n", "split_k"),
     [
-        (4608, 12288, 3072, 256, 2),  # FLUX proj_mlp: many waves, the largest tile
-        (4608, 9216, 3072, 256, 2),
-        (8192, 8192, 8192, 256, 2),
-        (4608, 3072, 3072, 224, 2),  # 256 tokens would leave a last wave of a quarter
-        (4608, 3072, 12288, 224, 2),
-        (4608, 3072, 15360, 224, 2),
-        (4096, 1152, 4608, 144, 1),  # PixArt: nine channel tiles, an odd number
+        (4608, 12288, 3072, 256, 128, 1),  # FLUX proj_mlp: many waves, the largest tile
+        (4096, 9216, 3072, 256, 128, 1),
+        (4608, 3072, 3072, 192, 192, 1),  # 256 tokens would leave a last wave of a quarter
+        (4096, 1152, 4608, 192, 192, 1),  # PixArt: one wave of exactly 132 tiles
+        (4096, 3456, 1152, 192, 192, 1),  # three of them
+        (512, 3072, 12288, 256, 128, 2),  # 48 tiles, too few for the GPU
+        (256, 3072, 12288, 128, 128, 2),
+        (64, 3072, 12288, 64, 128, 3),
+        (16, 18432, 3072, 16, 128, 1),  # as many channel tiles as SMs
+        (300, 1152, 1152, 32, 128, 1),
     ],
 )
-def test_hopper_tiles_of_the_prototype_are_chosen(
-    m: int, n: int, k: int, tile_m: int, cluster: int
+def test_hopper_tiles_that_were_fastest_are_chosen(
+    m: int, n: int, k: int, tile_m: int, tile_n: int, split_k: int
 ) -> None:
-    config = planner.select(m, n, k, 4, 90, sm90=True)
-    assert (config.tile_m, config.cluster) == (tile_m, cluster)
+    config = planner.select(m, n, k, 4, 90)
+    assert (config.tile_m, config.tile_n, config.split_k) == (tile_m, tile_n, split_k)
 
 
 def test_hopper_rows_run_on_hopper_alone_and_clusters_want_whole_groups() -> None:
@@ -93,3 +96,25 @@ def test_impossible_problem_is_named(problem: tuple[int, int, int, int]) -> None
     m, n, k, bits = problem
     with pytest.raises(ValueError, match=f"M={m}, N={n}, K={k}, weight_bits={bits}"):
         planner.select(*problem, 90)
+
+
+@pytest.mark.parametrize(
+    ("problem", "tile"),
+    [
+        ((4608, 12288, 3072), 256),  # products bound it
+        ((64, 12288, 3072), 64),  # bytes do: no larger tile than the tokens fill
+        ((300, 2304, 1152), 64),  # larger ones would leave SMs idle
+        ((4096, 1152, 4608), 0),  # a small weight, tiles that fill one wave and a half
+    ],
+)
+def test_way_of_16_bit_activations(problem: tuple[int, int, int], tile: int) -> None:
+    assert planner.a16_tile(*problem, 4, 132) == tile
+
+
+@pytest.mark.parametrize("bits", (2, 3, 4))
+def test_ways_of_16_bit_activations_exist_and_few_tokens_do_not_dequantize(bits: int) -> None:
+    """Writing a large weight in 16 bits costs more than few tokens are worth."""
+    for n, k in ((1152, 1152), (3072, 3072), (18432, 3072)):
+        tiles = {planner.a16_tile(m, n, k, bits, 132) for m in range(17, 9000, 61)}
+        assert tiles <= {0, 64, 128, 192, 256}
+    assert all(planner.a16_tile(m, 18432, 3072, bits, 132) > 0 for m in range(17, 600))

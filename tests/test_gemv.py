@@ -23,7 +23,7 @@ SIZES = (
     (129, 1000),  # one channel in the second tile; a k tile that is not full
     (33, 77),  # rows of x that start at odd addresses
     (1152, 384),  # fewer k tiles than warps
-    (18432, 3072),  # modulation of FLUX: more groups than blocks; tokens 5..8 in two windows
+    (18432, 3072),  # modulation of FLUX: more groups than blocks; all inputs in one window
     (36864, 640),  # blocks with more groups than they hold sums of
     (3072, 15360),  # the longest sums: several windows of inputs
     (40000, 4700),  # both: sums that wait for the next window, then for the next batch
@@ -50,8 +50,8 @@ def test_every_number_of_tokens_is_as_good_as_torch(bits: int, n: int, k: int):
     problem = draw(n, k, bits)
     exact, narrow = weight(problem, torch.float64), weight(problem, torch.float32)
     for dtype in DTYPES:
-        inputs = torch.randn(8, k, device="cuda").to(dtype)
-        for rows in range(1, 9):
+        inputs = torch.randn(16, k, device="cuda").to(dtype)
+        for rows in (*range(1, 10), 13, 16):
             x = inputs[:rows]
             for bias in (None, problem.bias):
                 oracle = F.linear(x.double(), exact, None if bias is None else bias.double())
@@ -79,9 +79,9 @@ def hard_rows(k: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize(("n", "k"), SIZES)
 def test_bits_of_the_reference(bits: int, dtype: torch.dtype, n: int, k: int):
     problem = draw(n, k, bits)
-    x = hard_rows(k, dtype)
+    x = torch.cat([hard_rows(k, dtype), hard_rows(k, dtype)])
     constants = (problem.weight, problem.levels, problem.weight_scale)
-    for rows in (1, 3, 4, 5, 8):
+    for rows in (1, 3, 4, 5, 8, 9, 14, 16):
         for bias in (None, problem.bias):
             expected = reference.gemv(x[:rows], *constants, bias, bits, n)
             got = run(problem, x[:rows], bias)
@@ -96,7 +96,7 @@ def test_one_hot_tokens_return_the_columns_of_the_weight(
     bits: int, dtype: torch.dtype, n: int, k: int
 ):
     problem = draw(n, k, bits)
-    columns = torch.cat([run(problem, x) for x in torch.eye(k, device="cuda").to(dtype).split(8)])
+    columns = torch.cat([run(problem, x) for x in torch.eye(k, device="cuda").to(dtype).split(13)])
     assert torch.equal(columns, weight(problem, torch.float32).to(dtype).T)
 
 
@@ -104,14 +104,15 @@ def test_one_hot_tokens_return_the_columns_of_the_weight(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_token_does_not_depend_on_its_neighbours(bits: int, dtype: torch.dtype):
     problem = draw(130, 1160, bits)
-    x = torch.randn(8, 1160, device="cuda").to(dtype)
+    x = torch.randn(16, 1160, device="cuda").to(dtype)
     together = run(problem, x, problem.bias)
-    for m in range(8):
+    for m in range(16):
         assert torch.equal(run(problem, x[m : m + 1], problem.bias)[0], together[m])
+    assert torch.equal(run(problem, x[4:11], problem.bias), together[4:11])
     x[3, 5], x[4, 7] = float("nan"), float("inf")
     spoilt = run(problem, x, problem.bias)
     assert bool(spoilt[3].isnan().all()) and not bool(spoilt[4].isfinite().any())
-    kept = [0, 1, 2, 5, 6, 7]
+    kept = [0, 1, 2, *range(5, 16)]
     assert torch.equal(spoilt[kept], together[kept])
 
 
@@ -144,6 +145,37 @@ def test_a_hundred_runs_are_bit_identical(dtype: torch.dtype):
     x = torch.randn(2, 3072, device="cuda").to(dtype)
     first = run(problem, x)
     assert all(torch.equal(run(problem, x), first) for _ in range(100))
+
+
+def test_kernels_in_a_row_see_what_those_in_front_wrote():
+    """Blocks of a gemv start while the one in front still runs: as a chain, alone and in a graph,
+    where an input or a weight is written just before."""
+    problem = draw(1024, 1024, 4)
+    other = draw(1024, 1024, 4)
+    x = torch.randn(4, 1024, device="cuda").bfloat16()
+    problem.weight_scale.fill_(2.0**-12)
+    weight = problem.weight.clone()
+    constants = (problem.levels, problem.weight_scale, None, 4, 1024)
+
+    def chain(wait: bool) -> Tensor:
+        y = x
+        for step in range(24):
+            weight.copy_((problem if step % 3 else other).weight)
+            for _ in range(2):
+                y = ops.gemv(y, weight, *constants)
+                if wait:
+                    torch.cuda.synchronize()
+        return y
+
+    expected = chain(wait=True)
+    assert all(torch.equal(chain(wait=False), expected) for _ in range(20))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain(wait=False)
+    for _ in range(20):
+        captured.zero_()
+        graph.replay()
+        assert torch.equal(captured, expected)
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -132,7 +132,7 @@ def test_is_the_linear_that_its_codes_mean(scheme: QuantScheme):
 
 
 @pytest.mark.parametrize("scheme", WEIGHT_ONLY.values(), ids=WEIGHT_ONLY.keys())
-@pytest.mark.parametrize("rows", [1, 8, 9, 33])  # gemv up to 8, fp32 sums above
+@pytest.mark.parametrize("rows", [1, 9, 16, 17, 33])  # gemv up to 16, fp32 sums above
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weight_only_is_as_good_as_torch(scheme: QuantScheme, rows: int, dtype: torch.dtype):
     state, x = draw(scheme), tokens(rows, dtype=dtype)

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import flux_inputs, tiny_flux, tiny_pipeline, tiny_pixart
+from diffusers import DiffusionPipeline
+from tiny_models import flux_inputs, linears, tiny_flux, tiny_pipeline, tiny_pixart
 
 from lrq_kernels.checkpoint import CheckpointError
-from lrq_quant import QuantRecipe, quantize_model
-from lrq_quant.demo.pipeline import prompt_generators
+from lrq_quant import QuantRecipe, check, quantize_model
+from lrq_quant.demo.pipeline import ShapesPipeline, prompt_generators
 from lrq_quant.pipeline_io import (
     check_writable,
     load_pipeline,
@@ -19,6 +20,7 @@ from lrq_quant.pipeline_io import (
     load_transformer,
     quantize_pipeline,
     save_transformer,
+    transformer_names,
 )
 
 WEIGHTS_ONLY = QuantRecipe.from_name("w4a8")
@@ -113,3 +115,42 @@ def test_cpu_and_gpu_load_the_same_model(tmp_path: Path) -> None:
     moved = {n: v.cuda() if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
     expected, got = on_cpu(**inputs)[0].float(), on_gpu(**moved)[0].float().cpu()
     assert float((expected - got).norm() / expected.norm()) < 0.05
+
+
+class TwoTransformers(ShapesPipeline):
+    """Draws with one transformer, then with the other, as Wan 2.2 does."""
+
+    def __init__(self, transformer, transformer_2, text_encoder, scheduler) -> None:
+        DiffusionPipeline.__init__(self)
+        self.register_modules(
+            transformer=transformer,
+            transformer_2=transformer_2,
+            text_encoder=text_encoder,
+            scheduler=scheduler,
+        )
+
+    def __call__(self, *args, **kwargs):
+        first, second = self.transformer, self.transformer_2
+        drawn = [ShapesPipeline.__call__(self, *args, **kwargs)]
+        try:
+            self.transformer = second
+            drawn.append(ShapesPipeline.__call__(self, *args, **kwargs))
+        finally:
+            self.transformer = first
+        return drawn[1]
+
+
+def test_a_second_transformer_is_quantized_too(tmp_path: Path) -> None:
+    parts = tiny_pipeline().components
+    pipeline = TwoTransformers(**parts, transformer_2=tiny_pixart())
+    assert transformer_names(pipeline) == ["transformer", "transformer_2"]
+    options = {"num_inference_steps": 1}
+    out = tmp_path / "q"
+    quantize_pipeline(pipeline, WEIGHTS_ONLY, ["a red circle"], out, call_options=options)
+    assert not list(tmp_path.glob("*.partial"))
+    one, two = (load_report(out / name) for name in ("transformer", "transformer_2"))
+    assert one.calibrated and two.calibrated
+    assert [a.weight_sqnr_db for a in one.linears] != [b.weight_sqnr_db for b in two.linears]
+    loaded = TwoTransformers.from_pretrained(out)
+    assert len(linears(loaded.transformer)) == len(linears(loaded.transformer_2)) == 21
+    assert check(loaded).problems == ()

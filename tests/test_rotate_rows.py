@@ -1,7 +1,7 @@
 """The CUDA kernel behind lrq::_rotate_rows: its index maps and plans on a CPU, its codes on a GPU.
 
-The maps come from `_planner`; mma.m16n8k8, its fragments as the PTX ISA gives them, is emulated
-around them, so that a wrong map shows up as a wrong Hadamard matrix.
+The maps come from `_planner`; the stages between them are emulated lane by lane, so that a wrong
+map or a wrong sign shows up as a wrong Hadamard matrix.
 """
 
 from __future__ import annotations
@@ -26,13 +26,7 @@ SMALL_SAMPLE = 2
 SCALE_ERROR = 1e-6
 
 BLOCKS = (128, 256, 512, 1024)
-# sms, shared memory of an SM and of a thread block
-DEVICES = {
-    "sm_80": (108, 167936, 166912),
-    "sm_89": (128, 102400, 101376),
-    "sm_90": (132, 233472, 232448),
-    "sm_120": (188, 102400, 101376),
-}
+STREAMING_MULTIPROCESSORS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_120": 188}
 
 
 # ---- index maps, CPU ----------------------------------------------------------------------------
@@ -47,57 +41,37 @@ def sylvester(size: int) -> np.ndarray:
 
 def warp_transform(x: np.ndarray, block_size: int) -> np.ndarray:
     """What the lanes of one warp do with x [1024], in the kernel's order of stages."""
-    lanes = range(32)
-    lines = np.array(
-        [[x[planner.lane_chunk_to_k(lane, i) :][:8] for i in range(4)] for lane in lanes]
-    )  # [lane][chunk][element]
-    # The stage of bit 0 comes before the products.
-    even, odd = lines[..., 0::2], lines[..., 1::2]
-    lines = np.stack([even + odd, even - odd], axis=-1).reshape(lines.shape)
+    lanes = np.arange(32)
 
-    h16 = sylvester(16)
-    rows = [planner.mma_row_to_line(row) for row in range(16)]
-    result = np.zeros((32, 8, 4), dtype=np.int64)  # [lane][element][register of D]
-    for element in range(8):
-        d = np.zeros((16, 8), dtype=np.int64)
-        for step in range(2):
-            columns = [planner.mma_column_to_line(step, column) for column in range(8)]
-            a = h16[np.ix_(rows, columns)]
-            b = np.zeros((8, 8), dtype=np.int64)
-            for lane in lanes:
-                group, thread = lane // 4, lane % 4
-                b[thread, group] = lines[lane, 2 * step, element]
-                b[thread + 4, group] = lines[lane, 2 * step + 1, element]
-            d += a @ b
-        for lane in lanes:
-            group, thread = lane // 4, lane % 4
-            for register in range(4):
-                at = group + 8 * (register // 2), 2 * thread + register % 2
-                result[lane, element, register] = d[at]
+    def sign(bit: int) -> np.ndarray:
+        return np.where(lanes & bit, -1, 1)[:, None]
 
-    def butterfly(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return a + b, a - b
-
-    for bit in (2, 4):
-        for element in range(8):
-            if not element & bit:
-                pair = butterfly(result[:, element], result[:, element | bit])
-                result[:, element], result[:, element | bit] = pair
-    if block_size >= 256:
-        for register in (0, 2):
-            pair = butterfly(result[..., register], result[..., register + 1])
-            result[..., register], result[..., register + 1] = pair
-    for bit in (1, 2):
-        if block_size >= 512 * bit:
-            other = result[np.arange(32) ^ bit]
-            sign = np.where(np.arange(32) & bit, -1, 1)[:, None, None]
-            result = result * sign + other
+    v = np.array([[x[planner.lane_chunk_to_k(lane, chunk) :][:8] for chunk in range(4)]
+                  for lane in lanes])  # fmt: skip
+    # v [lane, chunk, element]; elements first
+    for bit in (1, 2, 4):
+        for e in range(8):
+            if not e & bit:
+                a, b = v[..., e].copy(), v[..., e | bit].copy()
+                v[..., e], v[..., e | bit] = a + b, a - b
+    a, b = v[:, :2].copy(), v[:, 2:].copy()
+    v[:, :2], v[:, 2:] = a + b, a - b
+    for chunk in (0, 2):
+        a, b = v[:, chunk].copy(), v[:, chunk + 1].copy()
+        kept, sent = a + sign(1) * b, a - sign(1) * b
+        received = sent[lanes ^ 1]
+        v[:, chunk], v[:, chunk + 1] = kept + received, kept - received
+    bit = 2
+    while bit == 2 or (bit < 32 and block_size > bit // 4 * 128):
+        v = v * sign(bit)[..., None] + v[lanes ^ bit]
+        bit *= 2
+    v[:, 1::2] *= sign(1)[..., None]
 
     out = np.zeros(1024, dtype=np.int64)
     for lane in lanes:
-        for register in range(4):
-            k = planner.lane_result_to_k(lane, register % 2, register // 2)
-            out[k : k + 8] = result[lane, :, register]
+        for chunk in range(4):
+            k = planner.lane_result_to_k(lane, chunk)
+            out[k : k + 8] = v[lane, chunk]
     return out
 
 
@@ -114,61 +88,70 @@ def test_lanes_load_and_store_each_k_once_in_16_byte_pieces() -> None:
     loaded = [planner.lane_chunk_to_k(lane, i) for i in range(4) for lane in range(32)]
     assert sorted(loaded) == list(range(0, 1024, 8))  # 8 values of 16 bits
     stored = []
-    for column in range(2):
+    for chunk in (0, 2):
         for lane in range(32):
-            first = planner.lane_result_to_k(lane, column, 0)
-            assert planner.lane_result_to_k(lane, column, 1) == first + 8
+            first = planner.lane_result_to_k(lane, chunk)
+            assert planner.lane_result_to_k(lane, chunk + 1) == first + 8
             stored.append(first)
     assert sorted(stored) == list(range(0, 1024, 16))  # 16 codes
 
 
-def test_lanes_of_a_store_fill_whole_sectors() -> None:
-    """32 bytes, the unit of traffic: 8 lanes of a store lie side by side."""
-    for column in range(2):
-        stored = sorted(planner.lane_result_to_k(lane, column, 0) for lane in range(32))
-        runs = np.split(np.array(stored), np.nonzero(np.diff(stored) != 16)[0] + 1)
-        assert [len(run) for run in runs] == [8] * 4
+def test_lanes_of_an_access_fill_whole_sectors() -> None:
+    """32 bytes, the unit of traffic: the pieces of 64 bytes side by side."""
+
+    def runs(starts: list[int], piece: int) -> list[int]:
+        starts = sorted(starts)
+        gaps = np.nonzero(np.diff(starts) != piece)[0] + 1
+        return [len(run) for run in np.split(np.array(starts), gaps)]
+
+    for chunk in range(4):
+        assert runs([planner.lane_chunk_to_k(lane, chunk) for lane in range(32)], 8) == [4] * 8
+    for chunk in (0, 2):
+        assert runs([planner.lane_result_to_k(lane, chunk) for lane in range(32)], 16) == [4] * 8
 
 
 # ---- plans, CPU ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", STREAMING_MULTIPROCESSORS)
 @pytest.mark.parametrize("norm", [False, True])
-def test_every_plan_fits_the_device_and_gives_each_token_to_one_group(
-    norm: bool, device: str
-) -> None:
-    largest = planner.ROTATE_MAX_NORM_FEATURES if norm else planner.ROTATE_MAX_FEATURES
-    _, per_sm, per_block = DEVICES[device]
-    for features in sorted({128, 1024, 1152, 8192, *IN_FEATURES, largest}):
-        if features > largest:
-            continue
+def test_every_plan_gives_each_token_to_one_group_of_lanes(norm: bool, device: str) -> None:
+    sms = STREAMING_MULTIPROCESSORS[device]
+    for features in sorted({128, 1024, 1152, 8192, *IN_FEATURES, planner.ROTATE_MAX_FEATURES}):
         for samples, tokens in ((1, 1), (1, 4608), (2, 300), (7, 131), (5000, 1)):
-            plan = planner.plan_rotate_rows(features, norm, samples, tokens, *DEVICES[device])
-            warps = plan.warps_per_token
-            assert 1024 * (warps - 1) < features <= 1024 * warps
-            assert plan.threads == 32 * warps * plan.tokens_per_block <= 512
-            assert plan.shared_bytes + 1536 <= per_block and plan.vectors % 16 == 0
-            groups = plan.tokens_per_block
-            assert plan.token_step == plan.blocks_per_sample * groups
-            starts = [b + plan.blocks_per_sample * g for b in range(plan.blocks_per_sample)
-                      for g in range(groups)]  # fmt: skip
-            taken = [t for start in starts for t in range(start, tokens, plan.token_step)]
+            plan = planner.plan_rotate_rows(features, norm, samples, tokens, sms)
+            assert plan.units == features // 128 and plan.threads % 32 == 0
+            used = 4 * plan.units * plan.tokens_per_block
+            assert used <= plan.threads <= 512 and used >= 0.87 * plan.threads
+            unit = np.arange(plan.threads // 4)
+            slot = unit * plan.units_reciprocal >> 16
+            np.testing.assert_array_equal(slot, unit // plan.units)
+            blocks = np.arange(plan.blocks_per_sample)
+            slots = np.arange(plan.tokens_per_block)
+            if plan.stay:
+                assert plan.tokens_per_block == 1 and not norm
+                assert plan.shared_bytes == 64 * plan.threads
+                assert plan.threads * plan.blocks_per_sample * samples <= max(
+                    1024 * sms, plan.threads * samples
+                )
+                taken = np.concatenate([np.arange(b, tokens, len(blocks)) for b in blocks])
+            else:
+                taken = (blocks[:, None] * len(slots) + slots).ravel()
+                taken = taken[taken < tokens]
             assert sorted(taken) == list(range(tokens))
 
 
 def test_what_the_kernel_takes() -> None:
-    def takes(first=3072, second=0, block_size=128, norm=False, row_stride=3072, addresses=0):
-        return planner.supports_rotate_rows(first, second, block_size, norm, row_stride, addresses)
+    def takes(first=3072, second=0, block_size=128, row_stride=3072, addresses=0):
+        return planner.supports_rotate_rows(first, second, block_size, row_stride, addresses)
 
-    assert takes() and takes(norm=True) and takes(3072, 12288, row_stride=12288)
+    assert takes() and takes(3072, 12288, row_stride=12288)
     assert all(takes(block_size=size) for size in BLOCKS)
     for block_size in (0, 1, 32, 64, 96, 384, 2048):
         assert not takes(block_size=block_size)
     assert takes(256) and not takes(192) and not takes(200, 56) and not takes(0, 256)
     assert not takes(640, block_size=256) and takes(640, 384, 256)
-    assert takes(15360) and not takes(16384) and not takes(3072, 13312)
-    assert takes(8192, norm=True) and not takes(8320, norm=True)
+    assert takes(16384) and not takes(16512) and not takes(3072, 13440)
     assert not takes(addresses=8) and takes(addresses=4096 | 6144)
     assert not takes(row_stride=1 << 21)
     for features in IN_FEATURES:
@@ -289,21 +272,20 @@ def check(inputs: Inputs, case: Case) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("features", sorted({128, 256, 384, 1024, 2048, 8192, *IN_FEATURES}))
 def test_every_width_and_block(features: int) -> None:
-    """What changes with K: warps of a token, groups of a thread block, blocks of the last warp."""
+    """What changes with K: tokens and warps of a thread block, whether it stays, idle lanes."""
     for block_size in BLOCKS:
         if features % block_size == 0:
             check(draw((131, features), case := Case(block_size=block_size)), case)
-            if features <= planner.ROTATE_MAX_NORM_FEATURES:
-                case = replace(case, norm="layer")
-                check(draw((131, features), case, samples=1), case)
+            case = replace(case, norm="layer")
+            check(draw((131, features), case, samples=1), case)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [0, 1, 2, 7, 131, 4608])
 @pytest.mark.parametrize("norm", ["none", "layer", "rms"])
 def test_every_number_of_tokens(norm: str, tokens: int) -> None:
-    """Fewer tokens than thread blocks, than groups, and many for each."""
-    for features in (1152, 3072):
+    """Fewer tokens than a thread block takes, than thread blocks that stay, and many for each."""
+    for features in (1152, 3072, 12288):
         case = Case(norm)
         check(draw((tokens, features), case), case)
 
@@ -322,11 +304,14 @@ def test_every_mode(norm: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("samples, tokens", [(1, 300), (2, 150), (3, 100), (300, 1), (7, 4)])
 def test_vectors_of_every_sample(samples: int, tokens: int, norm: str) -> None:
+    """Of x's dtype and aligned, the fast form, and any other."""
     case = Case(norm)
     inputs = draw((samples * tokens, 1152), case, samples=samples)
     check(inputs, case)
     check(replace(inputs, shift=None), case)
     check(replace(inputs, scale=None, shift=inputs.shift[:1]), case)
+    check(replace(inputs, shift=inputs.shift.bfloat16()), case)
+    check(replace(inputs, scale=None, shift=inputs.shift.bfloat16()), case)
     wide = torch.randn(samples, 3 * 1152 + 1, device="cuda")  # chunks of one projection
     check(replace(inputs, scale=wide[:, 1 : 1 + 1152], shift=wide[:, 1153:2305]), case)
     check(replace(inputs, x=inputs.x.view(samples, tokens, 1152)), case)
@@ -345,8 +330,7 @@ def test_two_sources(first: int, second: int) -> None:
         wide = torch.randn(133, second + 64, device="cuda").bfloat16()
         check(replace(inputs, second=wide[:, 64:]), case)
     case = Case("rms")
-    if first + second <= planner.ROTATE_MAX_NORM_FEATURES:
-        check(draw((133, first), case, second=second, samples=1), case)
+    check(draw((133, first), case, second=second, samples=1), case)
 
 
 @pytest.mark.gpu
@@ -427,6 +411,9 @@ def test_what_the_kernel_does_not_take_is_an_error() -> None:
     for x in (wide[:, 4:1156], torch.zeros(5, 1156, device="cuda").bfloat16()[:, :1152]):
         with pytest.raises(ValueError, match="the problem must be one that .*supports_rotate_rows"):
             replace(inputs, x=x).run(case)
+    shifted = torch.ones(1153, device="cuda")[1:]
+    with pytest.raises(ValueError, match="the problem must be one that .*supports_rotate_rows"):
+        replace(inputs, channel_scale=shifted).run(case)
     for bad in (Case(block_size=64), Case(block_size=32)):
         with pytest.raises(ValueError, match="the problem must be one that .*supports_rotate_rows"):
             inputs.run(bad)

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.quantizers import auto
 
-from lrq_kernels import CheckpointError
+from lrq_kernels import CheckpointError, checkpoint
 from lrq_kernels.testing import relative_error
 from lrq_quant import LRQConfig, QuantRecipe, check, quantize_model
 from lrq_quant.transformers_backend import LRQHfQuantizer
@@ -149,6 +149,17 @@ def test_float_data_survives_another_dtype(tmp_path: Path):
         assert torch.equal(linear.weight_scale, half[name].weight_scale)
         assert linear.bias is None or torch.equal(linear.bias, half[name].bias)
         assert half[name].weight.dtype == BF16
+
+
+def test_what_is_tied_is_stored_once(tmp_path: Path):
+    saved("t5", tmp_path / "dense")
+    options = {"quantization_config": LRQConfig("w4a8"), "dtype": BF16}
+    model = T5EncoderModel.from_pretrained(tmp_path / "dense", **options)
+    model.save_pretrained(tmp_path / "q")
+    header = checkpoint.read_header([tmp_path / "q" / "model.safetensors"])
+    assert {"shared.weight", "encoder.embed_tokens.weight"} & header.dense() == {"shared.weight"}
+    again = T5EncoderModel.from_pretrained(tmp_path / "q", dtype=BF16)
+    assert again.encoder.embed_tokens.weight is again.shared.weight
 
 
 def test_config_decides_what_is_converted(tmp_path: Path):

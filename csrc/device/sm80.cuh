@@ -34,6 +34,27 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Asks for the line of L2 at an address (PTX ISA 9.7.9.19, prefetch).
+__device__ __forceinline__ void prefetch_l2(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
+// Waits until the kernel in front, which this one may overlap, is done and what it wrote is seen;
+// before 9.0 none overlaps (PTX ISA 9.7.13.14, griddepcontrol.wait).
+__device__ __forceinline__ void grid_dependency_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the kernel behind start once every block has said so (PTX ISA 9.7.13.14,
+// griddepcontrol.launch_dependents).
+__device__ __forceinline__ void grid_dependency_trigger() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Loads four 8 x 16-byte matrices, row addresses from lanes 8i..8i+7 for matrix i; lane l receives
 // bytes 4(l%4)..+3 of row l/4 of each (PTX ISA 9.7.14.5.15, ldmatrix).
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&matrix)[4], uint32_t row_address) {
@@ -54,17 +75,6 @@ __device__ __forceinline__ void mma_m16n8k32_s8(int (&d)[4], const uint32_t (&a)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// d += a * b, 16 x 8 x 8, tf32 in, fp32 accumulation; of operands the low 13 bits are not looked at
-// (PTX ISA 9.7.14.5.14, mma).
-__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                                 uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 // The larger number, NaN when one is (PTX ISA 9.7.3.12, max).
 __device__ __forceinline__ float max_or_nan(float a, float b) {
   float larger;
@@ -79,26 +89,23 @@ __device__ __forceinline__ uint32_t reduce_max_u32(uint32_t value) {
   return largest;
 }
 
-// threadIdx.x, read again at each call, so that what follows from it need not stay in registers
-// between calls (PTX ISA 10.1, %tid).
-__device__ __forceinline__ uint32_t read_thread_index() {
-  uint32_t index;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
-  return index;
-}
-
-// Barrier of `threads` threads of the thread block, by a number 1..15 of their own; 0 is
-// __syncthreads (PTX ISA 9.7.13.1, barrier).
-__device__ __forceinline__ void named_barrier_sync(int barrier, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
 // Byte permute: nibble i of `selector` picks byte i of the result from the eight bytes {high, low};
 // its top bit replicates the sign of that byte instead (PTX ISA 9.7.9.7, prmt).
 __device__ __forceinline__ uint32_t prmt(uint32_t low, uint32_t high, uint32_t selector) {
   uint32_t result;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
   return result;
+}
+
+// 16 bytes that nobody writes and that are read once: they take no place in the L1 cache (PTX ISA
+// 9.7.9.9, ld.global.nc).
+template <int kOffset>
+__device__ __forceinline__ uint4 load_global_once_16(const void* global) {
+  uint4 value;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4 + %5];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(global), "n"(kOffset));
+  return value;
 }
 
 // Stores 8 bytes to global memory in one piece (PTX ISA 9.7.9.12, st).

@@ -27,12 +27,12 @@ template <int kBits>
 struct LevelTable;
 
 template <>
-struct LevelTable<4> {
+struct alignas(16) LevelTable<4> {
   uint32_t even03, even47, odd03, odd47;
 };
 
 template <>
-struct LevelTable<3> {
+struct alignas(8) LevelTable<3> {
   uint32_t level03, level47;
 };
 

@@ -66,17 +66,18 @@ inline constexpr GemmConfig kGemmConfigs[] = {
     {"sm90_m16", 90, 16, 128, 128, 8, 1, 16, 1, 1},
     {"sm90_m256_k2", 90, 256, 128, 128, 8, 1, 4, 1, 1, 2},
     {"sm90_m256_k3", 90, 256, 128, 128, 8, 1, 4, 1, 1, 3},
-    {"sm90_m256_k5", 90, 256, 128, 128, 8, 1, 4, 1, 1, 5},
+    {"sm90_m256_k4", 90, 256, 128, 128, 8, 1, 4, 1, 1, 4},
     {"sm90_m128_k2", 90, 128, 128, 128, 8, 1, 7, 1, 1, 2},
     {"sm90_m128_k3", 90, 128, 128, 128, 8, 1, 7, 1, 1, 3},
-    {"sm90_m128_k5", 90, 128, 128, 128, 8, 1, 7, 1, 1, 5},
+    {"sm90_m128_k4", 90, 128, 128, 128, 8, 1, 7, 1, 1, 4},
     {"sm90_m64_k2", 90, 64, 128, 128, 8, 1, 10, 1, 1, 2},
     {"sm90_m64_k3", 90, 64, 128, 128, 8, 1, 10, 1, 1, 3},
-    {"sm90_m64_k5", 90, 64, 128, 128, 8, 1, 10, 1, 1, 5},
+    {"sm90_m64_k4", 90, 64, 128, 128, 8, 1, 10, 1, 1, 4},
     {"sm90_m32_k2", 90, 32, 128, 128, 8, 1, 14, 1, 1, 2},
-    {"sm90_m32_k5", 90, 32, 128, 128, 8, 1, 14, 1, 1, 5},
+    {"sm90_m32_k4", 90, 32, 128, 128, 8, 1, 14, 1, 1, 4},
+    {"sm90_m32_k3", 90, 32, 128, 128, 8, 1, 14, 1, 1, 3},
     {"sm90_m16_k2", 90, 16, 128, 128, 8, 1, 16, 1, 1, 2},
-    {"sm90_m16_k5", 90, 16, 128, 128, 8, 1, 16, 1, 1, 5},
+    {"sm90_m16_k4", 90, 16, 128, 128, 8, 1, 16, 1, 1, 4},
     {"sm90_m16_k8", 90, 16, 128, 128, 8, 1, 16, 1, 1, 8},
 };
 inline constexpr int kGemmConfigCount = sizeof(kGemmConfigs) / sizeof(kGemmConfigs[0]);
@@ -200,29 +201,32 @@ inline std::string arch_name(int arch) {
   return std::to_string(arch / 10) + "." + std::to_string(arch % 10);
 }
 
-// arch 90: clocks that the last block to finish takes, fitted to one H100 (2026-11-25, every row on
-// the shapes of benchmarks/dit_shapes.py): a step of 128 k takes the products of the consumers, or
-// decoding beside them where that is longer; a tile costs an epilogue besides, and a split one the
-// exchange of sums.
+// arch 90: clocks from launch until the last block is done, fitted to every row on the shapes of
+// benchmarks/dit_shapes.py (one H100, November 2026). A step of 128 k takes the products of all
+// consumers, or one consumer's decoding and products in turn where that is longer; a tile costs an
+// epilogue besides, and a split one the exchange of sums.
 constexpr int64_t kSm90Sms = 132;
 
-// Clusters that run at once: they stay within a GPC, of 16 or 18 SMs.
-constexpr int64_t sm90_clusters(int blocks) { return blocks == 1 ? kSm90Sms : 16 / blocks * 8; }
+// Clusters that run at once: each stays within a GPC, of 16 or 18 SMs.
+constexpr int64_t sm90_clusters_at_once(int blocks) {
+  constexpr int64_t kAtOnce[] = {0, kSm90Sms, 66, 40, 30, 20, 16, 16, 14};
+  return kAtOnce[blocks];
+}
 
 constexpr int64_t sm90_clocks(const GemmConfig& config, const GemmProblem& problem) {
   constexpr int kDecodeClocks[] = {0, 0, 340, 380, 490};  // by weight_bits
-  const int64_t products = 2 * config.tile_m * sm90_consumers(config);
+  constexpr int kLaunchClocks = 5000;
   const bool two = sm90_consumers(config) == 2;
-  const int64_t decode = kDecodeClocks[problem.weight_bits] + 23 * config.tile_m / 10;
-  const int64_t step = two ? max_of(products + 30, decode) : products + 100;
+  const int64_t products = 2 * config.tile_m * sm90_consumers(config);
+  const int64_t in_turn = kDecodeClocks[problem.weight_bits] + 23 * config.tile_m / 10;
+  const int64_t step = two ? max_of(products + 40, in_turn) : products + 100;
   const int64_t steps =
       ceil_div<int64_t>(ceil_div<int64_t>(problem.k, config.tile_k), config.split_k);
-  const int64_t exchange = config.split_k > 1 ? 2000 + 12 * config.tile_m : 0;
-  const int64_t tile = steps * step + (two ? 700 : 2200) + 9 * config.tile_m + exchange;
+  const int64_t epilogue = (two ? 1000 : 2500) + 9 * config.tile_m;
+  const int64_t exchange = config.split_k > 1 ? 2500 + 12 * config.tile_m : 0;
   const int64_t waves =
-      config.split_k > 1 ? ceil_div(block_count(config, problem), sm90_clusters(config.split_k))
-                         : ceil_div(block_count(config, problem), kSm90Sms);
-  return waves * tile;
+      ceil_div(block_count(config, problem), sm90_clusters_at_once(config.split_k));
+  return waves * (steps * step + epilogue + exchange) + kLaunchClocks;
 }
 
 // The cheapest legal row of arch 90, or null. A row further down the table must be 2 % cheaper; so

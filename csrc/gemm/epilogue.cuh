@@ -128,14 +128,17 @@ __device__ __forceinline__ Pack<int, kCount> load_staged(const int* staging, int
   return sums;
 }
 
-// Sums of a tile as they are staged in this block's shared memory.
+// Sums of a tile as they are staged in this block's shared memory. What store_tile reads sums from
+// loads `channel` and its neighbours of kBatch tokens, all of them before the first is used.
 template <int kTileN>
 struct StagedSums {
+  static constexpr int kBatch = 1;
   const int* staging;
 
   template <int kCount>
-  __device__ __forceinline__ Pack<int, kCount> load(int token, int channel) const {
-    return load_staged<kCount>(staging, token, channel, kTileN);
+  __device__ __forceinline__ void load(Pack<int, kCount> (&sums)[kBatch],
+                                       const int (&token)[kBatch], int channel) const {
+    sums[0] = load_staged<kCount>(staging, token[0], channel, kTileN);
   }
 };
 
@@ -170,15 +173,12 @@ __device__ __forceinline__ void store_tile(const Sums& sums, const GemmArgs& arg
     }
   }
 
-#pragma unroll 1
-  for (int token = thread / kPiecesPerToken; token < tokens; token += kTokensPerPass) {
-    const Pack<int, kPiece> acc = sums.template load<kPiece>(token, channel);
+  const auto write_token = [&](int token, const Pack<int, kPiece>& acc, float x_scale) {
     Out* const target = y + token * args.problem.n;
     if constexpr (std::is_same_v<Out, int>) {
       store_piece(target, acc, count, aligned);
     } else {
       const int64_t m = m0 + token;
-      const float x_scale = args.x_scale[m];
       float value[kPiece];
 #pragma unroll
       for (int i = 0; i < kPiece; ++i) {
@@ -216,6 +216,28 @@ __device__ __forceinline__ void store_tile(const Sums& sums, const GemmArgs& arg
         rounded.value[i] = round_to<Out>(value[i]);
       }
       store_piece(target, rounded, count, aligned);
+    }
+  };
+
+  constexpr int kBatch = Sums::kBatch;
+#pragma unroll 1
+  for (int first = thread / kPiecesPerToken; first < tokens; first += kBatch * kTokensPerPass) {
+    Pack<int, kPiece> acc[kBatch];
+    int token[kBatch];
+    float x_scale[kBatch] = {};
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      token[i] = min_of(first + i * kTokensPerPass, tokens - 1);  // the last, again, past the end
+      if constexpr (!std::is_same_v<Out, int>) {
+        x_scale[i] = args.x_scale[m0 + token[i]];
+      }
+    }
+    sums.load(acc, token, channel);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (kBatch == 1 || first + i * kTokensPerPass < tokens) {
+        write_token(token[i], acc[i], x_scale[i]);
+      }
     }
   }
 }

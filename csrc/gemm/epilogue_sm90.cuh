@@ -89,24 +89,36 @@ __device__ __forceinline__ void widen_pair(float (&value)[2], uint32_t bits) {
 
 // Sums of a tile that the blocks of a cluster have staged at the same offset, from token `first` on.
 struct ClusterSums {
+  static constexpr int kBatch = 4;  // loads from another block take hundreds of clocks
   uint32_t staging;
   int first;
   int blocks;
 
   template <int kCount>
-  __device__ __forceinline__ Pack<int, kCount> load(int token, int channel) const {
+  __device__ __forceinline__ void load(Pack<int, kCount> (&sums)[kBatch],
+                                       const int (&token)[kBatch], int channel) const {
     static_assert(kCount == 4, "one piece of 16 bytes");
-    const uint32_t own = staging + 4 * token_channel_to_staging(first + token, channel,
-                                                                kHalfTileChannels);
-    int4 sum = {};
-    for (int block = 0; block < blocks; ++block) {
-      const int4 part = load_cluster_16(cluster_address(own, block));
-      sum.x += part.x;
-      sum.y += part.y;
-      sum.z += part.z;
-      sum.w += part.w;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      sums[i] = {};
     }
-    return {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll 1
+    for (int block = 0; block < blocks; ++block) {
+      int4 part[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int offset =
+            token_channel_to_staging(first + token[i], channel, kHalfTileChannels);
+        part[i] = load_cluster_16(cluster_address(staging + 4 * offset, block));
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        sums[i].value[0] += part[i].x;
+        sums[i].value[1] += part[i].y;
+        sums[i].value[2] += part[i].z;
+        sums[i].value[3] += part[i].w;
+      }
+    }
   }
 };
 

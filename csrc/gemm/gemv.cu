@@ -13,19 +13,23 @@
 // wrong by at most step / 2. The sum over a block is exact in int32, sum += float(sum of block) *
 // step rounds. A lane of the result holds both limbs of one token in two channels.
 //
-// A group is 16 channels: one warp's share of a half tile, 256 * kBits bytes of every k tile. The
-// k tiles are dealt to the warps of a block,
+// A group is 16 channels: one warp's share of a half tile, 256 * kBits bytes of every k tile. A
+// team of eight warps multiplies a group; the k tiles are dealt to its warps,
 //
 //     k tile     0   1   2  ...  7   8   9  ...
-//     warp       0   1   2  ...  7   0   1  ...
+//     part       0   1   2  ...  7   0   1  ...
 //
-// each of which adds its own in order and needs its own inputs alone. Sums of the warps are added
-// in their order. So the bits of a result depend on x, the weight and K, not on the tokens beside
-// it, the instance that runs, the grid or the GPU; reference.gemv computes the same bits.
+// each of which adds its own in order. Sums of the parts are added in their order. So the bits of a
+// result depend on x, the weight and K, not on the tokens beside it, the instance that runs, the
+// grid or the GPU; reference.gemv computes the same bits.
 //
-// Blocks stay, two an SM, and walk over groups: inputs are converted once, and every warp keeps
-// kStages copies of 256 * kBits bytes in flight in a ring of its own, across groups. A lane reads
-// what it copied itself, so neither ring nor inputs need a barrier of the block.
+// One block an SM walks over groups with two teams, which share the limbs: all warps convert them,
+// once. Every warp keeps kStages copies of 256 * kBits bytes in flight in a ring of its own, across
+// groups; a lane reads what it copied itself. For few tokens half of an SM is enough, so that where
+// one gemv follows another, the blocks of the next are there before these leave, and ask for
+// weights to come to L2 (which is safe whoever wrote them) while these still run.
+#include <type_traits>
+
 #include "../device/numeric.cuh"
 #include "../device/twin_log.cuh"
 #include "launch.h"
@@ -33,55 +37,75 @@
 namespace lrq {
 namespace {
 
-constexpr int kWarps = 8;
-constexpr int kThreads = 32 * kWarps;
+constexpr int kParts = 8;
+constexpr int kTeamThreads = 32 * kParts;
 constexpr int kChannels = 16;
-constexpr int kBlocksPerSm = 2;
 constexpr int kQuad = 4;   // tokens whose limbs fill operand B
 constexpr int kLimbs = 2;  // high, low
 constexpr int kInputsPerLane = kTileInputs / 32;
+constexpr int kPrefetchedTiles = 8;  // of a warp
 
-template <int kBits, int kQuads>
-struct GemvShared {
+// From 9.0 on kernels overlap, which only those gain from that leave room for another.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kOverlaps = false;
+#else
+constexpr bool kOverlaps = true;
+#endif
+
+template <int kBits_, int kQuads_, int kTeams_>
+struct Gemv {
+  static constexpr int kBits = kBits_;
+  static constexpr int kQuads = kQuads_;
+  static constexpr int kTeams = kTeams_;
   static constexpr int kTokens = kQuad * kQuads;
-  static constexpr int kWindow = 4 / kQuads;  // k tiles of a warp whose inputs are held at once
-  static constexpr int kBatch = 8 / kQuads;   // groups whose sums are held at once
-  static constexpr int kStages = 20 / kBits;
+  static constexpr int kThreads = kTeamThreads * kTeams;
+  static constexpr int kWarps = kParts * kTeams;
+  // Eights of k tiles whose limbs are held at once.
+  static constexpr int kWindow = kTeams == 2 || kQuads == 1 ? 3 : 4 / kQuads;
+  static constexpr int kBatch = kQuads < 4 ? 5 : 3;  // groups of a team whose sums are held at once
+  static constexpr int kConverted = kQuads < 4 ? 6 : 4;  // by a warp at once
+  static constexpr int kStages = kBits == 2 ? 8 : 4;
+  static constexpr int kBlocksThatFit = kQuads == 1 ? 2 : 1;  // of an SM; one of them is ours
 
-  struct Warp {
-    uint32_t words[kStages][32 * words_per_lane(kBits)];
+  struct Shared {
+    uint32_t words[kWarps][kStages][32 * words_per_lane(kBits)];
     // Operand B of slices 2 half and 2 half + 1, four registers of every lane.
-    uint32_t limbs[kWindow][kQuads][kSlices / 2][32][4];
-    float sum[kBatch][kQuads][kRowsPerLane][32];
-    float step[kWindow][kTokens];
+    uint32_t limbs[kWindow * kParts][kQuads][kSlices / 2][32][4];
+    float step[kWindow * kParts][kTokens];
+    float sum[kTeams][kBatch][kQuads][kRowsPerLane][kParts][32];
+    LevelTable<kBits> tables[kTeams][kBatch][kChannels];
+    float weight_scale[kTeams][kBatch][kChannels];
+    float bias[kTeams][kBatch][kChannels];
   };
-
-  Warp warp[kWarps];
 };
 
-using Raw4 = Pack<uint16_t, kInputsPerLane>;
-
-// Inputs k..k+3 of a token, zeros past K.
-__device__ __forceinline__ Raw4 load_inputs(const uint16_t* row, int k, int k_size, bool aligned) {
-  if (aligned && k + kInputsPerLane <= k_size) {
-    return *reinterpret_cast<const Raw4*>(row + k);
-  }
-  Raw4 inputs = {};
+// Inputs k..k+3 of a token, two in a word, zeros past K. kWhole: no four of them straddle K or an
+// address that is not a multiple of 8.
+template <bool kWhole>
+__device__ __forceinline__ uint2 load_inputs(const uint16_t* row, int k, int k_size) {
+  uint2 inputs = {0, 0};
+  if constexpr (kWhole) {
+    if (k < k_size) {
+      inputs = __ldcg(reinterpret_cast<const uint2*>(row + k));
+    }
+  } else {
 #pragma unroll
-  for (int i = 0; i < kInputsPerLane; ++i) {
-    if (k + i < k_size) {
-      inputs.value[i] = row[k + i];
+    for (int i = 0; i < kInputsPerLane; ++i) {
+      if (k + i < k_size) {
+        (i < 2 ? inputs.x : inputs.y) |= static_cast<uint32_t>(__ldcg(row + k + i)) << i % 2 * 16;
+      }
     }
   }
   return inputs;
 }
 
+// One of the two in a word.
 template <typename T>
-__device__ __forceinline__ float raw_to_float(uint32_t raw) {
+__device__ __forceinline__ float input_to_float(uint32_t word, int which) {
   if constexpr (std::is_same_v<T, __half>) {
-    return __half2float(__ushort_as_half(static_cast<uint16_t>(raw)));
+    return __half2float(__ushort_as_half(static_cast<uint16_t>(word >> 16 * which)));
   } else {
-    return __uint_as_float(raw << 16);
+    return __uint_as_float(which == 0 ? word << 16 : word & 0xffff0000u);
   }
 }
 
@@ -114,18 +138,16 @@ struct LimbWords {
 
 // Called by a whole warp, whose lanes hold the 128 inputs of a block.
 template <typename T>
-__device__ __forceinline__ LimbWords split_inputs(const Raw4& inputs) {
+__device__ __forceinline__ LimbWords split_inputs(uint2 inputs) {
   constexpr uint32_t kInfinity = std::is_same_v<T, __half> ? 0x7c00u : 0x7f80u;
-  uint32_t largest = 0;
-#pragma unroll
-  for (int i = 0; i < kInputsPerLane; ++i) {
-    largest = max_of(largest, inputs.value[i] & 0x7fffu);
-  }
-  largest = __reduce_max_sync(0xffffffffu, largest);
+  const uint32_t x = inputs.x & 0x7fff7fffu;
+  const uint32_t y = inputs.y & 0x7fff7fffu;
+  // A word's larger half decides beside what the other half is, which the shift drops.
+  const uint32_t largest = reduce_max_u32(max_of(max_of(x, y), max_of(x << 16, y << 16))) >> 16;
 
   // With |x| = c 2^e, 1 <= c < 2: step = 2^(e - 14), or twice that where c 2^14 could exceed 32639.
   // Below 2^-112 a step of 2^-126 stays, which float can invert.
-  const uint32_t bits = __float_as_uint(raw_to_float<T>(largest));
+  const uint32_t bits = __float_as_uint(input_to_float<T>(largest, 0));
   const uint32_t exponent = max_of((bits + 0x10000u) >> 23, 15u);
   const float inverse = __uint_as_float((268u - exponent) << 23);
 
@@ -134,7 +156,8 @@ __device__ __forceinline__ LimbWords split_inputs(const Raw4& inputs) {
   uint32_t sum[kInputsPerLane];
 #pragma unroll
   for (int i = 0; i < kInputsPerLane; ++i) {
-    sum[i] = __float_as_uint(__fmaf_rn(raw_to_float<T>(inputs.value[i]), inverse, kRoundToInteger));
+    const float input = input_to_float<T>(i < 2 ? inputs.x : inputs.y, i % 2);
+    sum[i] = __float_as_uint(__fmaf_rn(input, inverse, kRoundToInteger));
   }
   LimbWords result;
   result.high = prmt(prmt(sum[0], sum[1], 0x51), prmt(sum[2], sum[3], 0x51), 0x5410);
@@ -144,7 +167,7 @@ __device__ __forceinline__ LimbWords split_inputs(const Raw4& inputs) {
 }
 
 // The order of a warp's k tiles: those of one group after the other while their inputs are held.
-template <typename Shared>
+template <typename G>
 struct Walk {
   int batch = 0;   // first group of those whose sums are held
   int window = 0;  // first of the warp's tiles whose inputs are held
@@ -153,14 +176,14 @@ struct Walk {
 
   // Whether the next tile is of another group or window.
   __device__ __forceinline__ bool advance(int groups, int tiles) {
-    if (++tile < min_of(window + Shared::kWindow, tiles)) {
+    if (++tile < min_of(window + G::kWindow, tiles)) {
       return false;
     }
-    if (++group == min_of(batch + Shared::kBatch, groups)) {
-      window += Shared::kWindow;
+    if (++group == min_of(batch + G::kBatch, groups)) {
+      window += G::kWindow;
       if (window >= tiles) {
         window = 0;
-        batch += Shared::kBatch;
+        batch += G::kBatch;
       }
       group = batch;
     }
@@ -169,137 +192,167 @@ struct Walk {
   }
 };
 
-template <int kBits, int kQuads>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    gemv_kernel(const __grid_constant__ A16Args args, const bool aligned) {
-  using Shared = GemvShared<kBits, kQuads>;
-  constexpr int kWindow = Shared::kWindow;
-  constexpr int kStages = Shared::kStages;
-  extern __shared__ __align__(128) unsigned char shared[];
-  Shared& all = *reinterpret_cast<Shared*>(shared);
+template <typename G>
+__global__ void __launch_bounds__(G::kThreads, kOverlaps ? G::kBlocksThatFit : 1)
+    gemv_kernel(const __grid_constant__ A16Args args, const bool whole) {
+  constexpr int kBits = G::kBits;
+  constexpr int kQuads = G::kQuads;
+  constexpr int kStages = G::kStages;
+  extern __shared__ __align__(128) unsigned char shared_bytes[];
+  auto& shared = *reinterpret_cast<typename G::Shared*>(shared_bytes);
 
   const int m_size = static_cast<int>(args.problem.m);
   const int n_size = static_cast<int>(args.problem.n);
   const int k_size = static_cast<int>(args.problem.k);
   const int k_tiles = ceil_div(k_size, kTileInputs);
+  const int rounds = ceil_div(k_tiles, kParts);  // of dealing k tiles out
+  const int token_bits =
+      (m_size > 1) + (m_size > 2) + (m_size > 4) + (m_size > 8);  // of a token's number
   const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-  const int row_of_lane = lane / 4;    // mma's g
-  const int token_of_lane = lane % 4;  // mma's t: of the result, a token of the quad
-  typename Shared::Warp& mine = all.warp[warp];
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);  // known uniform
+  const int part = warp % kParts;
+  const int team = warp / kParts;
 
-  // Counts of this block and of this warp; group i of the block is group block + i * blocks.
-  const int first_group = blockIdx.x;
-  const int groups = ceil_div(ceil_div(n_size, kChannels) - first_group, int(gridDim.x));
-  const int tiles = warp < k_tiles ? ceil_div(k_tiles - warp, kWarps) : 0;
-
-  Walk<Shared> ahead;
-  int to_copy = groups * tiles;
-  int copy_stage = 0;
-  const uint32_t* source = nullptr;
-  int second_piece = 0;  // from the words 0..3 of the lane to its others
-  const auto find_source = [&]() {
-    const int n0 = (first_group + ahead.group * int(gridDim.x)) * kChannels;
-    const int64_t k0 = (warp + ahead.tile * int64_t{kWarps}) * kTileInputs;
-    const int half_tile_lane = n0 % kHalfTileChannels / kChannels * 32 + lane;
-    source = args.weight + nk_to_half_tile(n0, k0, k_tiles) * half_tile_words(kBits) +
-             lane_word_to_offset(kBits, half_tile_lane, 0);
-    second_piece = lane_word_to_offset(kBits, half_tile_lane, 4) -
-                   lane_word_to_offset(kBits, half_tile_lane, 0);
+  // Group i of a team is the weight's group_of(team, i).
+  const int all_groups = ceil_div(n_size, kChannels);
+  const int team_groups = G::kTeams * static_cast<int>(gridDim.x);
+  const auto group_of = [&](int of_team, int i) {
+    return static_cast<int>(blockIdx.x + of_team * gridDim.x) + i * team_groups;
   };
-  const auto copy_next = [&]() {
+  const int groups = ceil_div(all_groups - group_of(team, 0), team_groups);
+  const int tiles = part < k_tiles ? ceil_div(k_tiles - part, kParts) : 0;  // of this warp
+
+  struct Source {
+    const uint32_t* words;  // the lane's 0..3
+    int others;             // from there
+  };
+  const auto source_of = [&](const Walk<G>& walk) -> Source {
+    // nk_to_half_tile of the group's first channel, in 32 bits as far as it goes.
+    constexpr int kGroupsOfHalf = kHalfTileChannels / kChannels;
+    const int group = group_of(team, walk.group);
+    const int half_tile = (group / (2 * kGroupsOfHalf) * k_tiles + walk.tile * kParts + part) * 2 +
+                          group / kGroupsOfHalf % 2;
+    const int half_tile_lane = group % kGroupsOfHalf * 32 + lane;
+    const int first = lane_word_to_offset(kBits, half_tile_lane, 0);
+    return {args.weight + static_cast<int64_t>(half_tile) * half_tile_words(kBits) + first,
+            lane_word_to_offset(kBits, half_tile_lane, 4) - first};
+  };
+
+  // L2 is coherent: what comes there before the kernel in front is done may be read later.
+  Walk<G> prefetch;
+#pragma unroll 1
+  for (int left = min_of(kPrefetchedTiles, groups * tiles); left > 0; --left) {
+    const Source source = source_of(prefetch);
+    if (lane % 8 == 0) {  // lines of 128 bytes
+      prefetch_l2(source.words);
+      if constexpr (kBits > 2) {
+        prefetch_l2(source.words + source.others);
+      }
+    }
+    prefetch.advance(groups, tiles);
+  }
+  grid_dependency_wait();
+  grid_dependency_trigger();
+
+  Walk<G> ahead;
+  int to_copy = groups * tiles;
+  int stage = 0;  // of the tile that comes next; copies land behind it
+  Source source = source_of(ahead);
+  const auto copy_into = [&](int copy_stage) {
     if (to_copy > 0) {
-      uint32_t* target = mine.words[copy_stage];
-      cp_async_16(shared_address(target + 4 * lane), source, 16);
+      uint32_t* target = shared.words[warp][copy_stage];
+      cp_async_16(shared_address(target + 4 * lane), source.words, 16);
       if constexpr (kBits == 4) {
-        cp_async_16(shared_address(target + 128 + 4 * lane), source + second_piece, 16);
+        cp_async_16(shared_address(target + 128 + 4 * lane), source.words + source.others, 16);
       } else if constexpr (kBits == 3) {
-        cp_async_8(shared_address(target + 128 + 2 * lane), source + second_piece);
+        cp_async_8(shared_address(target + 128 + 2 * lane), source.words + source.others);
       }
       --to_copy;
       if (ahead.advance(groups, tiles)) {
-        find_source();
+        source = source_of(ahead);
       } else {
-        source += kWarps * 2 * half_tile_words(kBits);
+        source.words += kParts * 2 * half_tile_words(kBits);
       }
     }
     // Empty groups count too, so that "all but kStages - 2" means "this tile".
     cp_async_commit();
-    copy_stage = copy_stage + 1 == kStages ? 0 : copy_stage + 1;
   };
-  find_source();
 #pragma unroll 1
   for (int i = 0; i < kStages - 1; ++i) {
-    copy_next();
+    copy_into(i);
   }
 
-  const auto load_levels = [&](CanonicalLevels<kBits>(&levels)[kRowsPerLane], int group) {
-    const int n0 = (first_group + group * int(gridDim.x)) * kChannels;
-#pragma unroll
-    for (int row = 0; row < kRowsPerLane; ++row) {
-      const int64_t n = min_of(n0 + row_of_lane + 8 * row, n_size - 1);
-      levels[row] = load_canonical_levels<kBits>(args.levels + (n << kBits));
+  // What channels need, of all groups whose sums will be held; past N that of the last channel.
+  const auto hold_constants = [&](int batch) {
+    const int i = static_cast<int>(read_thread_index());
+    if (i < G::kTeams * G::kBatch * kChannels) {
+      const int of_team = i / (G::kBatch * kChannels);
+      const int held = i / kChannels % G::kBatch;
+      const int channel = i % kChannels;
+      const int n = min_of(group_of(of_team, batch + held) * kChannels + channel, n_size - 1);
+      shared.tables[of_team][held][channel] =
+          load_level_table<kBits>(args.levels + (static_cast<int64_t>(n) << kBits));
+      shared.weight_scale[of_team][held][channel] = __ldg(args.weight_scale + n);
+      // fma(a, b, -0) is rn(a * b) in every case, sign of zero included.
+      shared.bias[of_team][held][channel] = args.bias == nullptr ? -0.0f : __ldg(args.bias + n);
     }
   };
-  CanonicalLevels<kBits> next_levels[kRowsPerLane];
-  load_levels(next_levels, 0);
 
-  // Puts the limbs of a window into shared memory, a quad of tokens of a k tile at a time, whose
-  // inputs are read while the quad before is converted. Limbs of tokens past M are never written;
-  // what they multiply to is never stored.
+  // Puts the limbs of a window into shared memory: a warp takes every kWarps-th pair of a k tile
+  // and a token, and asks for several before it converts the first. Limbs of tokens past M are
+  // never written; what they multiply to is never stored.
   const auto hold_inputs = [&](auto type_tag, int window) {
     using T = decltype(type_tag);
-    const int held_tiles = min_of(kWindow, tiles - window);
-    Raw4 next[kQuad];
-    const auto fetch = [&](int held, int quad) {
-      const int k = (warp + (window + held) * kWarps) * kTileInputs + kInputsPerLane * lane;
-#pragma unroll
-      for (int i = 0; i < kQuad; ++i) {
-        const int m = kQuad * quad + i;
-        if (m < m_size && held < held_tiles) {
-          const auto* row = static_cast<const uint16_t*>(args.x) + m * args.x_stride;
-          next[i] = load_inputs(row, k, k_size, aligned);
-        }
-      }
-    };
-    fetch(0, 0);
-    __syncwarp();  // all lanes have left the window before
+    const int first_tile = window * kParts;
+    const int pairs = min_of(G::kWindow * kParts, k_tiles - first_tile) << token_bits;
+    const int token_mask = (1 << token_bits) - 1;
 #pragma unroll 1
-    for (int i = 0; i < held_tiles * kQuads; ++i) {
-      const int held = i / kQuads;
-      const int quad = i % kQuads;
-      Raw4 inputs[kQuad];
+    for (int first = warp; first < pairs; first += G::kWarps * G::kConverted) {
+      uint2 inputs[G::kConverted];
+      const auto fetch = [&](auto whole_tag) {
 #pragma unroll
-      for (int token = 0; token < kQuad; ++token) {
-        inputs[token] = next[token];
+        for (int i = 0; i < G::kConverted; ++i) {
+          const int pair = first + i * G::kWarps;
+          const int m = pair & token_mask;
+          if (pair < pairs && m < m_size) {
+            const auto* row = static_cast<const uint16_t*>(args.x) + m * args.x_stride;
+            const int k = (first_tile + (pair >> token_bits)) * kTileInputs + kInputsPerLane * lane;
+            inputs[i] = load_inputs<decltype(whole_tag)::value>(row, k, k_size);
+          }
+        }
+      };
+      if (whole) {
+        fetch(std::true_type{});
+      } else {
+        fetch(std::false_type{});
       }
-      fetch((i + 1) / kQuads, (i + 1) % kQuads);
-      // Inputs 4 lane .. 4 lane + 3: slice lane / 8, register lane / 4 % 2, mma's t = lane % 4.
-      auto& target = mine.limbs[held][quad][lane / 16];
 #pragma unroll
-      for (int token = 0; token < kQuad; ++token) {
-        if (kQuad * quad + token < m_size) {
-          const LimbWords words = split_inputs<T>(inputs[token]);
-          const int high = kLimbs * token;  // a column of operand B
+      for (int i = 0; i < G::kConverted; ++i) {
+        const int pair = first + i * G::kWarps;
+        const int m = pair & token_mask;
+        const int held = pair >> token_bits;
+        if (pair < pairs && m < m_size) {
+          const LimbWords words = split_inputs<T>(inputs[i]);
+          // Inputs 4 lane .. 4 lane + 3: slice lane / 8, register lane / 4 % 2, mma's t = lane % 4.
+          auto& target = shared.limbs[held][m / kQuad][lane / 16];
+          const int high = kLimbs * (m % kQuad);  // a column of operand B
           target[4 * high + lane % 4][lane / 4 % 4] = words.high;
           target[4 * (high + 1) + lane % 4][lane / 4 % 4] = words.low;
           if (lane == 0) {
-            mine.step[held][kQuad * quad + token] = words.step;
+            shared.step[held][m] = words.step;
           }
         }
       }
     }
-    __syncwarp();
   };
 
-  int stage = 0;
   float sum[kQuads][kRowsPerLane];
   const auto add_tile = [&](const LevelTable<kBits>(&tables)[kRowsPerLane], int held) {
     cp_async_wait<kStages - 2>();
     uint32_t words[words_per_lane(kBits)];
-    load_ring_words<kBits>(words, mine.words[stage], lane);
-    stage = stage + 1 == kStages ? 0 : stage + 1;
-    copy_next();  // into the stage of the tile before
+    load_ring_words<kBits>(words, shared.words[warp][stage], lane);
+    copy_into((stage + kStages - 1) % kStages);  // that of the tile before
+    stage = (stage + 1) % kStages;
 
     int d[kQuads][4] = {};
 #pragma unroll
@@ -307,7 +360,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       uint4 b[kQuads];
 #pragma unroll
       for (int quad = 0; quad < kQuads; ++quad) {
-        b[quad] = *reinterpret_cast<const uint4*>(mine.limbs[held][quad][half][lane]);
+        b[quad] = *reinterpret_cast<const uint4*>(shared.limbs[held][quad][half][lane]);
       }
       uint32_t a[4];
       decode_slice<kBits>(a, words, tables, 2 * half);
@@ -323,7 +376,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     }
 #pragma unroll
     for (int quad = 0; quad < kQuads; ++quad) {
-      const float step = mine.step[held][kQuad * quad + token_of_lane];
+      const float step = shared.step[held][kQuad * quad + lane % 4];  // mma's t: a token
 #pragma unroll
       for (int row = 0; row < kRowsPerLane; ++row) {
         const int exact = 256 * d[quad][2 * row] + d[quad][2 * row + 1];
@@ -332,72 +385,27 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     }
   };
 
+  // Adds the parts of one team's sums and stores the results.
+  const auto store_sums = [&](int batch, int batch_groups) {
 #pragma unroll 1
-  for (int batch = 0; batch < groups; batch += Shared::kBatch) {
-    const int batch_groups = min_of(Shared::kBatch, groups - batch);
-    int window = 0;
-    do {  // once without tiles, for the zeros
-      if (batch == 0 || tiles > kWindow) {
-        if (args.type == OutType::kBFloat16) {
-          hold_inputs(__nv_bfloat16{}, window);
-        } else {
-          hold_inputs(__half{}, window);
-        }
-      }
-      const int held_tiles = min_of(kWindow, tiles - window);
-#pragma unroll 1
-      for (int group = 0; group < batch_groups; ++group) {
-        LevelTable<kBits> tables[kRowsPerLane];
-#pragma unroll
-        for (int row = 0; row < kRowsPerLane; ++row) {
-          tables[row] = make_level_table<kBits>(next_levels[row]);
-        }
-        // The group that follows, of this batch once more when a window is left.
-        const bool last = group + 1 == batch_groups;
-        const int next = !last ? group + 1 : window + kWindow < tiles ? 0 : batch_groups;
-        load_levels(next_levels, min_of(batch + next, groups - 1));
-
-        auto& held_sum = mine.sum[group];
-#pragma unroll
-        for (int quad = 0; quad < kQuads; ++quad) {
-#pragma unroll
-          for (int row = 0; row < kRowsPerLane; ++row) {
-            sum[quad][row] = window == 0 ? 0.0f : held_sum[quad][row][lane];
-          }
-        }
-#pragma unroll 1
-        for (int held = 0; held < held_tiles; ++held) {
-          add_tile(tables, held);
-        }
-#pragma unroll
-        for (int quad = 0; quad < kQuads; ++quad) {
-#pragma unroll
-          for (int row = 0; row < kRowsPerLane; ++row) {
-            held_sum[quad][row][lane] = sum[quad][row];
-          }
-        }
-      }
-      window += kWindow;
-    } while (window < tiles);
-
-    __syncthreads();
-    for (int i = threadIdx.x; i < batch_groups * m_size * kChannels; i += kThreads) {
+    for (int i = static_cast<int>(read_thread_index()) % kTeamThreads;
+         i < batch_groups * kChannels << token_bits; i += kTeamThreads) {
       const int channel = i % kChannels;
-      const int m = i / kChannels % m_size;
-      const int group = i / kChannels / m_size;
-      const int n = (first_group + (batch + group) * int(gridDim.x)) * kChannels + channel;
-      if (n >= n_size) {
+      const int m = i / kChannels & ((1 << token_bits) - 1);
+      const int held = i / kChannels >> token_bits;
+      const int n = group_of(team, batch + held) * kChannels + channel;
+      if (n >= n_size || m >= m_size) {
         continue;
       }
+      const auto& parts = shared.sum[team][held][m / kQuad][channel / 8];
       const int owner = 4 * (channel % 8) + m % kQuad;
-      float total = all.warp[0].sum[group][m / kQuad][channel / 8][owner];
+      float total = parts[0][owner];
 #pragma unroll
-      for (int other = 1; other < kWarps; ++other) {
-        total = __fadd_rn(total, all.warp[other].sum[group][m / kQuad][channel / 8][owner]);
+      for (int other = 1; other < kParts; ++other) {
+        total = __fadd_rn(total, parts[other][owner]);
       }
-      // fma(a, b, -0) is rn(a * b) in every case, sign of zero included.
-      const float y =
-          __fmaf_rn(total, args.weight_scale[n], args.bias == nullptr ? -0.0f : args.bias[n]);
+      const float y = __fmaf_rn(total, shared.weight_scale[team][held][channel],
+                                shared.bias[team][held][channel]);
       const int64_t at = static_cast<int64_t>(m) * n_size + n;
       if (args.type == OutType::kBFloat16) {
         static_cast<__nv_bfloat16*>(args.y)[at] = round_to<__nv_bfloat16>(y);
@@ -405,53 +413,128 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
         static_cast<__half*>(args.y)[at] = round_to<__half>(y);
       }
     }
+  };
+
+#pragma unroll 1
+  for (int batch = 0; group_of(0, batch) < all_groups; batch += G::kBatch) {  // of any team
+    const int batch_groups = max_of(min_of(G::kBatch, groups - batch), 0);
+    int window = 0;
+    do {  // once without tiles, for the zeros
+      const bool new_inputs = batch == 0 || rounds > G::kWindow;
+      if (new_inputs || window == 0) {
+        __syncthreads();  // all have left what is replaced
+        if (window == 0) {
+          hold_constants(batch);
+        }
+        if (new_inputs && args.type == OutType::kBFloat16) {
+          hold_inputs(__nv_bfloat16{}, window);
+        } else if (new_inputs) {
+          hold_inputs(__half{}, window);
+        }
+        __syncthreads();
+      }
+      const int held_tiles = min_of(G::kWindow, tiles - window);
+#pragma unroll 1
+      for (int group = 0; group < batch_groups; ++group) {
+        LevelTable<kBits> tables[kRowsPerLane];
+#pragma unroll
+        for (int row = 0; row < kRowsPerLane; ++row) {
+          tables[row] = shared.tables[team][group][lane / 4 + 8 * row];
+        }
+#pragma unroll
+        for (int quad = 0; quad < kQuads; ++quad) {
+#pragma unroll
+          for (int row = 0; row < kRowsPerLane; ++row) {
+            sum[quad][row] = window == 0 ? 0.0f : shared.sum[team][group][quad][row][part][lane];
+          }
+        }
+#pragma unroll 1
+        for (int held = 0; held < held_tiles; ++held) {
+          add_tile(tables, held * kParts + part);
+        }
+#pragma unroll
+        for (int quad = 0; quad < kQuads; ++quad) {
+#pragma unroll
+          for (int row = 0; row < kRowsPerLane; ++row) {
+            shared.sum[team][group][quad][row][part][lane] = sum[quad][row];
+          }
+        }
+      }
+      window += G::kWindow;
+    } while (window < rounds);
     __syncthreads();
+    store_sums(batch, batch_groups);
   }
 }
 
-// As many blocks as are resident at once, or as there are groups.
-cudaError_t resident_blocks(int shared_bytes, int* blocks) {
-  int device = 0;
+// Starts one block an SM, where kernels can be told to overlap (9.0) before the one in front ends.
+template <typename G>
+cudaError_t launch_instance(const A16Args& args, int device, cudaStream_t stream) {
+  constexpr int kSharedBytes = sizeof(typename G::Shared);
+  const auto kernel = gemv_kernel<G>;
   int sms = 0;
-  int shared_per_sm = 0;
-  cudaError_t error = cudaGetDevice(&device);
+  int major = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   }
-  if (error == cudaSuccess) {
-    error =
-        cudaDeviceGetAttribute(&shared_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  }
-  constexpr int kReserved = 1024;  // of shared memory, by the system, for every block
-  *blocks = sms * max_of(1, min_of(kBlocksPerSm, shared_per_sm / (shared_bytes + kReserved)));
-  return error;
-}
-
-template <int kBits, int kQuads>
-cudaError_t launch_instance(const A16Args& args, cudaStream_t stream) {
-  constexpr int kSharedBytes = sizeof(GemvShared<kBits, kQuads>);
-  static_assert(kSharedBytes <= 99 * 1024, "what every architecture from 8.0 has for a block");
-  const auto kernel = gemv_kernel<kBits, kQuads>;
-  int blocks = 0;
-  cudaError_t error = resident_blocks(kSharedBytes, &blocks);
   if (error == cudaSuccess) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  }
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared);
   }
   if (error != cudaSuccess) {
     return error;
   }
   const int64_t groups = ceil_div<int64_t>(args.problem.n, kChannels);
-  const bool aligned = reinterpret_cast<uintptr_t>(args.x) % sizeof(Raw4) == 0 &&
-                       args.x_stride % kInputsPerLane == 0;
-  kernel<<<static_cast<unsigned>(min_of<int64_t>(blocks, groups)), kThreads, kSharedBytes,
-           stream>>>(args, aligned);
-  return cudaGetLastError();
+  const bool whole = reinterpret_cast<uintptr_t>(args.x) % sizeof(uint2) == 0 &&
+                     args.x_stride % kInputsPerLane == 0 && args.problem.k % kInputsPerLane == 0;
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(min_of<int64_t>(sms, groups)));
+  config.blockDim = dim3(G::kThreads);
+  config.dynamicSmemBytes = kSharedBytes;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = major >= 9 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, args, whole);
+}
+
+// Two teams where a block may have that much shared memory (9.0 and 10.0, few tokens on 8.0 too),
+// else one.
+template <int kBits, int kQuads>
+cudaError_t launch_teams(const A16Args& args, cudaStream_t stream) {
+  using One = Gemv<kBits, kQuads, 1>;
+  using Two = Gemv<kBits, kQuads, 2>;
+  static_assert(sizeof(typename One::Shared) <= 99 * 1024, "what every architecture has");
+  static_assert(sizeof(typename Two::Shared) <= (Two::kBlocksThatFit == 2 ? 113 : 227) * 1024,
+                "so many blocks on an SM of 9.0");
+  int device = 0;
+  int shared_bytes = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  if (error != cudaSuccess) {
+    return error;
+  }
+  return shared_bytes >= static_cast<int>(sizeof(typename Two::Shared))
+             ? launch_instance<Two>(args, device, stream)
+             : launch_instance<One>(args, device, stream);
 }
 
 template <int kBits>
 cudaError_t launch_tokens(const A16Args& args, cudaStream_t stream) {
-  return args.problem.m <= kQuad ? launch_instance<kBits, 1>(args, stream)
-                                 : launch_instance<kBits, kGemvMaxTokens / kQuad>(args, stream);
+  static_assert(kGemvMaxTokens == 4 * kQuad, "the last instance's");
+  if (args.problem.m <= kQuad) {
+    return launch_teams<kBits, 1>(args, stream);
+  }
+  return args.problem.m <= 2 * kQuad ? launch_teams<kBits, 2>(args, stream)
+                                     : launch_teams<kBits, 4>(args, stream);
 }
 
 }  // namespace

@@ -50,9 +50,9 @@ struct A16Args {
   const float* bias;
   OutType type;  // of x and y: bf16 or fp16
   void* y;       // [M, N], contiguous
-  int tile_m;    // tokens of a tile of the GEMM; 0: chosen for the problem
+  int tile_m;    // tokens of a tile of the GEMM
 };
 
-constexpr int kGemvMaxTokens = 8;
+constexpr int kGemvMaxTokens = 16;
 
 }  // namespace lrq

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "../int_math.h"
+
 namespace lrq {
 
 struct TensorMapMatrix {
@@ -16,11 +18,16 @@ struct TensorMapMatrix {
   int64_t row_bytes;  // from row to row, a multiple of 16
 };
 
+// A single row has no stride of its own: the kernel never reaches a second.
+inline int64_t row_bytes_of(int64_t rows, int64_t stride, int64_t columns, int bytes) {
+  return rows > 1 ? stride * bytes : align_up<int64_t>(columns * bytes, 16);
+}
+
 // A map of boxes that are box_rows x 128 bytes in shared memory, in the 128-byte swizzle; zeros
 // where a box leaves the matrix. The driver's function is found by the runtime: linking libcuda
 // would tie the library to a driver.
-inline cudaError_t encode_tensor_map(CUtensorMap& map, const TensorMapMatrix& matrix,
-                                     int box_columns, int box_rows) {
+inline cudaError_t encode_map(CUtensorMap& map, const TensorMapMatrix& matrix, int box_columns,
+                              int box_rows) {
   using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
   static const auto encode = []() -> EncodeTiled {
     void* function = nullptr;

@@ -5,47 +5,65 @@
 namespace lrq {
 namespace {
 
-cudaError_t query_device(RotateDevice& device) {
-  int index = 0;
-  cudaError_t error = cudaGetDevice(&index);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&device.sms, cudaDevAttrMultiProcessorCount, index);
-  }
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&device.shared_bytes_per_sm,
-                                   cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
-  }
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&device.shared_bytes_per_block,
-                                   cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
-  }
-  return error;
+constexpr int64_t kMaxGridRows = 65535;
+
+// Fewer and the compiler spills for one GPU or another.
+template <bool kNorm, bool kShareWarps>
+constexpr int kRegisters = !kNorm        ? 48
+                           : kShareWarps ? 80
+                                         : 72;
+
+template <typename T, NormForm kForm, bool kShareWarps, Stay kStay, int kMaxRegisters>
+cudaError_t launch_instance(const RotateRowsArgs& args, const RotateRowsPlan& plan,
+                            cudaStream_t stream) {
+  const int64_t rows = min_of(args.samples, kMaxGridRows);
+  const dim3 grid(plan.blocks_per_sample, static_cast<unsigned>(rows),
+                  static_cast<unsigned>(ceil_div(args.samples, rows)));
+  rotate_rows_kernel<T, kForm, kShareWarps, kStay, kMaxRegisters>
+      <<<grid, plan.threads, plan.shared_bytes, stream>>>(args, plan);
+  return cudaGetLastError();
 }
 
-template <typename T, bool kNorm>
-cudaError_t launch_instance(const RotateRowsArgs& args, cudaStream_t stream) {
-  RotateDevice device = {};
-  cudaError_t error = query_device(device);
+template <typename T, NormForm kForm>
+cudaError_t launch_form(const RotateRowsArgs& args, cudaStream_t stream) {
+  constexpr bool kNorm = kForm != NormForm::kNone;
+  int device = 0;
+  int sms = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  }
   if (error != cudaSuccess) {
     return error;
   }
   const RotateRowsPlan plan =
-      plan_rotate_rows(args.features, kNorm, args.samples, args.tokens, device);
-  const auto kernel = rotate_rows_kernel<T, kNorm>;
-  error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
-  if (error != cudaSuccess) {
-    return error;
+      plan_rotate_rows(args.features, kNorm, args.samples, args.tokens, sms);
+  if constexpr (!kNorm) {
+    if (plan.stay) {
+      return launch_instance<T, kForm, false, Stay::kYes, kRotateStayRegisters>(args, plan, stream);
+    }
   }
-  const auto blocks = static_cast<unsigned>(args.samples * plan.blocks_per_sample);
-  kernel<<<blocks, plan.threads(), plan.shared_bytes, stream>>>(args, plan);
-  return cudaGetLastError();
+  return plan.tokens_per_block > 1
+             ? launch_instance<T, kForm, true, Stay::kNo, kRegisters<kNorm, true>>(args, plan,
+                                                                                   stream)
+             : launch_instance<T, kForm, false, Stay::kNo, kRegisters<kNorm, false>>(args, plan,
+                                                                                     stream);
+}
+
+bool is_aligned(const SampleVectors& vectors, OutType type) {
+  return vectors.data != nullptr && vectors.type == type &&
+         (reinterpret_cast<uintptr_t>(vectors.data) | 2 * vectors.sample_stride) % 16 == 0;
 }
 
 template <typename T>
 cudaError_t launch_type(const RotateRowsArgs& args, cudaStream_t stream) {
-  return args.norm == TokenNorm::kNone ? launch_instance<T, false>(args, stream)
-                                       : launch_instance<T, true>(args, stream);
+  if (args.norm == TokenNorm::kNone) {
+    return launch_form<T, NormForm::kNone>(args, stream);
+  }
+  const bool neither = args.scale.data == nullptr && args.shift.data == nullptr;
+  return neither || (is_aligned(args.scale, args.type) && is_aligned(args.shift, args.type))
+             ? launch_form<T, NormForm::kAligned>(args, stream)
+             : launch_form<T, NormForm::kAny>(args, stream);
 }
 
 }  // namespace

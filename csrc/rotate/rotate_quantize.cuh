@@ -1,19 +1,21 @@
-// (LayerNorm or RMSNorm, modulation) -> channel scale -> block Hadamard -> int8 codes, one token at
-// a time in the registers of a group of warps (rotate_quantize.h). Bound by memory: 3 bytes of an
-// element, in whose time an H200 at full bandwidth issues 21 instructions of a lane.
+// (LayerNorm or RMSNorm, modulation) -> channel scale -> block Hadamard -> int8 codes, one token in
+// the registers of a group of lanes (rotate_quantize.h). Bound by memory: 3 bytes of an element, in
+// whose time an H200 at full bandwidth issues 21 instructions of a lane.
 //
-// Why tensor cores for a transform of additions: a lane has 32 values, so two of the seven stages
-// of H128 would go through shuffles, and codes would leave in runs of 8. mma.m16n8k8 does four
-// stages and moves the data (token_layout.h). Its operands are tf32, so a value v goes in as
-// hi + lo, hi = the 11 leading bits of v and lo = v - hi, exact in fp32, of which mma drops what is
-// below 2^-21 of v: no more ties than with fp32 additions. (One bf16 part is too coarse for the tie
-// budget, two miss it by three times, three cost more than hi and lo.)
-// Instructions per element, without 5 for what is done once a token:
+// Every stage of the transform is fp32 additions. Tensor cores do four stages in one mma, but only
+// on parts of a value: as tf32 it goes in as hi + lo, and splitting costs what the stages cost (20
+// instructions an element in all, and 64 registers). bf16 x itself would be exact, but the channel
+// scale comes first, so the matrix would differ from block to block. Instructions per element:
 //
-//                     unpack  scale, bit 0  other bits                 max  fma  bytes  memory
-//     tensor cores       1        1.5       2 hi, lo + 1 mma + 2        1    1   0.75 0.5    10.75
-//     additions          1        1.5       6 + 2 shuffles              1    1   0.75 0.5    13.75
+//     unpack   scale, bit 0   5 stages, 1 exchange   bit 4   max  fma  bytes   memory   rest
+//       1          1.5                5.5              2       1    1   0.75     0.44    4.4
+//
+// Next to memory, the L1 cache and the shuffles, which share a unit, are the limit: about 160
+// cycles for 1024 elements (8 for each load or store of a warp, for it touches 8 lines; 1 for a
+// shuffle), of which 64 go to the channel scale.
 #pragma once
+
+#include <type_traits>
 
 #include "../device/numeric.cuh"
 #include "rotate_quantize.h"
@@ -24,72 +26,86 @@ namespace lrq {
 // the sum is the rounded integer in two's complement.
 constexpr float kRoundingMagic = 12582912.0f;
 
-// State between tokens lies in shared memory, and what follows from threadIdx is computed anew at
-// each use: the transform leaves no registers for either.
-struct alignas(16) LaneState {
-  const void* next_x;  // of the token after the next, or null past K
-  int x_step;          // to the token after that, in units of 16 bytes
-  int row;             // of x_q, of the token at hand
-};
-static_assert(sizeof(LaneState) == sizeof(uint4), "one piece");
-
-struct alignas(16) WarpState {
-  int warp;        // of the token's group
-  int first_warp;  // of the group, in the thread block
-  int end_row;     // of the sample
+// Of 128 values, for a norm.
+struct UnitMoments {
+  float mean;
+  float squares;  // of deviations from the mean
 };
 
 struct RotateShared {
-  uint4 hadamard[kMmaSteps][32];  // operand A of each lane
-  WarpState warps[kRotateMaxWarps];
-  // One number of each warp. Reductions that follow each other use different rows:
-  // 0, 1, 2 with a norm, else 0 and 1 in turn.
-  float exchange[3][kRotateMaxWarps];
-};
-static_assert(sizeof(RotateShared) <= kRotateStaticShared, "as planned");
-
-// The warps of a token, for its reductions.
-struct TokenGroup {
-  RotateShared& shared;
-  int warps;
-
-  // Lane i < warps of each warp of the token gets `value` of the token's warp i, the others 0.
-  __device__ __forceinline__ float gather(float value, int row) const {
-    const uint32_t thread = read_thread_index();
-    const int lane = thread % 32;
-    if (lane == 0) {
-      shared.exchange[row][thread / 32] = value;
-    }
-    // Groups of several warps start at different warps below kRotateMaxWarps - 1: their barriers.
-    const int first_warp = shared.warps[thread / 32].first_warp;
-    named_barrier_sync(1 + first_warp, 32 * warps);
-    const float gathered = lane < warps ? shared.exchange[row][first_warp + lane] : 0.0f;
-    return gathered;
-  }
+  float size[2]
+            [kRotateMaxUnits];  // of warps, or of units where tokens share a warp; tokens in turn
+  UnitMoments moments[kRotateMaxUnits];  // with a norm only
 };
 
-__device__ __forceinline__ float warp_sum(float value) {
+// ---- reductions ---------------------------------------------------------------------------------
+
+__device__ __forceinline__ float other_lane(float value, int distance) {
+  return __shfl_xor_sync(0xffffffffu, value, distance);
+}
+
+// Over `kLanes` neighbour lanes: a warp or a unit.
+template <int kLanes>
+__device__ __forceinline__ float lanes_sum(float value) {
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) {
-    value += __shfl_xor_sync(0xffffffffu, value, offset);
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    value += other_lane(value, distance);
   }
   return value;
 }
 
 // Of non-negative numbers: their bits sort like they do, and NaN above infinity.
-__device__ __forceinline__ float warp_max(float value) {
-  return __uint_as_float(reduce_max_u32(__float_as_uint(value)));
+template <int kLanes>
+__device__ __forceinline__ float lanes_max(float value) {
+  if constexpr (kLanes == 32) {
+    return __uint_as_float(reduce_max_u32(__float_as_uint(value)));
+  } else {
+#pragma unroll
+    for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+      value = max_or_nan(value, other_lane(value, distance));
+    }
+    return value;
+  }
 }
 
-__device__ __forceinline__ float group_sum(TokenGroup group, float value, int row) {
-  value = warp_sum(value);
-  return group.warps == 1 ? value : warp_sum(group.gather(value, row));
-}
+// The lanes that reduce together before shared memory, and read it together after: a warp of one
+// token, or a unit. Each group writes one value.
+template <bool kShareWarps>
+struct TokenLanes {
+  static constexpr int kLanes = kShareWarps ? kUnitLanes : 32;
+  int lane;         // in the group
+  int group;        // in the thread block
+  int first_group;  // of the token
+  int groups;
 
-__device__ __forceinline__ float group_max(TokenGroup group, float value, int row) {
-  value = warp_max(value);
-  return group.warps == 1 ? value : warp_max(group.gather(value, row));
-}
+  template <bool kMax>
+  __device__ __forceinline__ static float reduce(float value) {
+    return kMax ? lanes_max<kLanes>(value) : lanes_sum<kLanes>(value);
+  }
+
+  template <bool kMax>
+  __device__ __forceinline__ float reduce_token(float value, float* exchange) const {
+    value = reduce<kMax>(value);
+    if (groups == 1) {
+      return value;
+    }
+    if (lane == 0) {
+      exchange[group] = value;
+    }
+    __syncthreads();
+    float all = 0.0f;
+    if constexpr (kShareWarps) {
+#pragma unroll 1
+      for (int i = lane; i < groups; i += kLanes) {
+        const float one = exchange[first_group + i];
+        all = kMax ? max_or_nan(all, one) : all + one;
+      }
+    } else {
+      all = lane < groups ? exchange[lane] : 0.0f;
+    }
+    return reduce<kMax>(all);
+  }
+};
 
 // ---- 16-bit values ------------------------------------------------------------------------------
 
@@ -109,77 +125,136 @@ __device__ __forceinline__ float2 unpack<__half>(uint32_t word) {
   return __half22float2(halves);
 }
 
-// A lane's 32 values: kLaneChunks lines of four words.
-using RawLines = uint4[kLaneChunks];
-
-// Calls use(float2) for each pair of neighbours.
-template <typename T, typename Use>
-__device__ __forceinline__ void for_each_pair(const RawLines& raw, Use use) {
+template <typename T>
+__device__ __forceinline__ void unpack_chunk(float (&v)[kChunkElements], uint4 raw) {
+  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
-  for (int chunk = 0; chunk < kLaneChunks; ++chunk) {
-    use(unpack<T>(raw[chunk].x));
-    use(unpack<T>(raw[chunk].y));
-    use(unpack<T>(raw[chunk].z));
-    use(unpack<T>(raw[chunk].w));
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = unpack<T>(words[i]);
+    v[2 * i] = pair.x;
+    v[2 * i + 1] = pair.y;
+  }
+}
+
+__device__ __forceinline__ void load_chunk(float (&v)[kChunkElements], const float* source) {
+  const float4 low = __ldg(reinterpret_cast<const float4*>(source));
+  const float4 high = __ldg(reinterpret_cast<const float4*>(source) + 1);
+  v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
+  v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
+}
+
+// A lane's 32 values of a token, in memory and in registers.
+using RawChunks = uint4[kChunks];
+using LaneValues = float[kChunks][kChunkElements];
+
+template <typename Use>
+__device__ __forceinline__ void for_each_value(LaneValues& v, Use use) {
+#pragma unroll
+  for (int chunk = 0; chunk < kChunks; ++chunk) {
+#pragma unroll
+    for (int e = 0; e < kChunkElements; ++e) {
+      use(v[chunk][e]);
+    }
   }
 }
 
 // ---- norm ---------------------------------------------------------------------------------------
 
-// norm(x) = x * rstd + offset
-struct NormScalars {
-  float rstd;
-  float offset;
-};
-
-// The squares of deviations from the mean, not of x: a large mean would cost the variance its
-// digits. Lanes past K hold zeros, and `active` keeps them out of the second sum.
-template <typename T>
-__device__ __forceinline__ NormScalars norm_scalars(TokenGroup group, const RawLines& raw,
-                                                    bool active, const RotateRowsArgs& args) {
+// v becomes norm(v). Each unit subtracts its own mean before it squares, so that a large mean costs
+// no digits and one barrier is enough: with units of 128 and their means m_u,
+//     mean = avg(m_u),   K variance = sum(squares_u) + 128 sum((m_u - mean)^2).
+// The unit's mean leaves v with the last step: (v - m_u) rstd + (m_u - mean) rstd.
+template <bool kShareWarps>
+__device__ __forceinline__ void normalize(LaneValues& v, int unit, int units,
+                                          TokenLanes<kShareWarps> token, UnitMoments* moments,
+                                          const RotateRowsArgs& args) {
+  using Lanes = TokenLanes<kShareWarps>;
+  UnitMoments own = {0.0f, 0.0f};
+  if (args.norm == TokenNorm::kLayer) {
+    for_each_value(v, [&](float x) { own.mean += x; });
+    own.mean = lanes_sum<kUnitLanes>(own.mean) * (1.0f / kTransform);
+    for_each_value(v, [&](float& x) { x -= own.mean; });
+  }
+  for_each_value(v, [&](float x) { own.squares = fmaf(x, x, own.squares); });
+  own.squares = lanes_sum<kUnitLanes>(own.squares);
+  if (threadIdx.x % kUnitLanes == 0) {
+    moments[unit] = own;
+  }
+  __syncthreads();
+  const UnitMoments* const of_token = moments + (kShareWarps ? token.first_group : 0);
   float mean = 0.0f;
   if (args.norm == TokenNorm::kLayer) {
-    float sum = 0.0f;
-    for_each_pair<T>(raw, [&](float2 x) { sum += x.x + x.y; });
-    mean = group_sum(group, sum, 0) * args.inverse_features;
+#pragma unroll 1
+    for (int i = token.lane; i < units; i += Lanes::kLanes) {
+      mean += of_token[i].mean;
+    }
+    mean = lanes_sum<Lanes::kLanes>(mean) * (kTransform * args.inverse_features);
   }
-  float square = 0.0f;
-  if (active) {
-    for_each_pair<T>(raw, [&](float2 x) {
-      const float low = x.x - mean;
-      const float high = x.y - mean;
-      square = fmaf(low, low, square);
-      square = fmaf(high, high, square);
-    });
+  float squares = 0.0f;
+#pragma unroll 1
+  for (int i = token.lane; i < units; i += Lanes::kLanes) {
+    const UnitMoments one = of_token[i];
+    const float deviation = one.mean - mean;
+    squares += fmaf(deviation * kTransform, deviation, one.squares);
   }
-  const float rstd = rsqrtf(group_sum(group, square, 1) * args.inverse_features + args.eps);
-  return {rstd, -mean * rstd};
+  squares = lanes_sum<Lanes::kLanes>(squares);
+  const float rstd = rsqrtf(squares * args.inverse_features + args.eps);
+  const float offset = (own.mean - mean) * rstd;
+  for_each_value(v, [&](float& x) { x = fmaf(x, rstd, offset); });
+}
+
+__device__ __forceinline__ float sample_value(const SampleVectors& vectors, int64_t at) {
+  switch (vectors.type) {
+    case OutType::kBFloat16:
+      return to_float(static_cast<const __nv_bfloat16*>(vectors.data)[at]);
+    case OutType::kFloat16:
+      return to_float(static_cast<const __half*>(vectors.data)[at]);
+    default:
+      return static_cast<const float*>(vectors.data)[at];
+  }
+}
+
+// v = v (1 + scale) + shift. kAligned: both are there, of x's type T, and lie on 16 bytes.
+template <typename T, bool kAligned>
+__device__ __forceinline__ void modulate(LaneValues& v, const RotateRowsArgs& args, int sample,
+                                         int k) {
+  const int64_t scale_at = sample * args.scale.sample_stride + k;
+  const int64_t shift_at = sample * args.shift.sample_stride + k;
+  const T* const scales = static_cast<const T*>(args.scale.data) + scale_at;
+  const T* const shifts = static_cast<const T*>(args.shift.data) + shift_at;
+#pragma unroll
+  for (int chunk = 0; chunk < kChunks; ++chunk) {
+    const int offset = lane_chunk_to_k(0, chunk);
+    float scale[kChunkElements] = {};
+    float shift[kChunkElements] = {};
+    if constexpr (kAligned) {
+      unpack_chunk<T>(scale, __ldg(reinterpret_cast<const uint4*>(scales + offset)));
+      unpack_chunk<T>(shift, __ldg(reinterpret_cast<const uint4*>(shifts + offset)));
+    } else {
+#pragma unroll
+      for (int e = 0; e < kChunkElements; ++e) {
+        if (args.scale.data != nullptr) {
+          scale[e] = sample_value(args.scale, scale_at + offset + e);
+        }
+        if (args.shift.data != nullptr) {
+          shift[e] = sample_value(args.shift, shift_at + offset + e);
+        }
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < kChunkElements; ++e) {
+      v[chunk][e] = fmaf(v[chunk][e], scale[e], v[chunk][e] + shift[e]);
+    }
+  }
 }
 
 // ---- transform ----------------------------------------------------------------------------------
 
-constexpr uint32_t kLeadingBits = 0xffffe000u;  // what tf32 holds of fp32
-
-// A lane's part of the 16 x 16 Hadamard matrix: operand A of a step, +-1 as tf32.
-__device__ __forceinline__ uint4 hadamard_operand(int step, int lane) {
-  uint32_t a[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int row = mma_row_to_line(lane / 4 + 8 * (i % 2));
-    const int column = mma_column_to_line(step, lane % 4 + 4 * (i / 2));
-    a[i] = hadamard_is_negative(row, column) ? 0xbf800000u : 0x3f800000u;
-  }
-  return make_uint4(a[0], a[1], a[2], a[3]);
-}
-
-// Adds to one element of all lines (registers of operand D) what a step's two chunks contribute.
-__device__ __forceinline__ void add_lines(float (&result)[4], const uint32_t (&hadamard)[4],
-                                          float even_chunk, float odd_chunk) {
-  const uint32_t even = __float_as_uint(even_chunk) & kLeadingBits;
-  const uint32_t odd = __float_as_uint(odd_chunk) & kLeadingBits;
-  mma_m16n8k8_tf32(result, hadamard, __float_as_uint(even_chunk - __uint_as_float(even)),
-                   __float_as_uint(odd_chunk - __uint_as_float(odd)));
-  mma_m16n8k8_tf32(result, hadamard, even, odd);
+// a, b = a + b, a - b, where `sign` is 1; exchanged where it is -1.
+__device__ __forceinline__ void butterfly(float& a, float& b, float sign) {
+  const float difference = fmaf(-sign, b, a);
+  a = fmaf(sign, b, a);
+  b = difference;
 }
 
 __device__ __forceinline__ void butterfly(float& a, float& b) {
@@ -188,142 +263,121 @@ __device__ __forceinline__ void butterfly(float& a, float& b) {
   b = difference;
 }
 
-// A lane's results: [element of the line][register of operand D].
-using Rotated = float[kLineElements][4];
-
-// Stages of blocks within a rotation of 256, 512 and 1024: registers of a lane, then lanes.
-__device__ __forceinline__ void transform_blocks(Rotated& v, int block_size) {
-  if (block_size >= 256) {
+// Stage of bit 0, and the channel scale in front of it: a c0 +- b c1. Without one, kScale false.
+template <bool kScale>
+__device__ __forceinline__ void scale_chunk(float (&v)[kChunkElements],
+                                            const float (&scale)[kChunkElements]) {
 #pragma unroll
-    for (int e = 0; e < kLineElements; ++e) {
-      butterfly(v[e][0], v[e][1]);
-      butterfly(v[e][2], v[e][3]);
-    }
-  }
-#pragma unroll
-  for (int bit = 1; bit <= 2; bit *= 2) {
-    if (block_size >= 512 * bit) {
-      const float sign = read_thread_index() & bit ? -1.0f : 1.0f;
-#pragma unroll
-      for (int e = 0; e < kLineElements; ++e) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          v[e][i] = fmaf(v[e][i], sign, __shfl_xor_sync(0xffffffffu, v[e][i], bit));
-        }
-      }
+  for (int e = 0; e < kChunkElements; e += 2) {
+    if constexpr (kScale) {
+      const float even = v[e];
+      const float odd = v[e + 1] * scale[e + 1];
+      v[e] = fmaf(even, scale[e], odd);
+      v[e + 1] = fmaf(even, scale[e], -odd);
+    } else {
+      butterfly(v[e], v[e + 1]);
     }
   }
 }
 
-// Vectors of the sample in shared memory, in the order of use: a piece is four values of a lane, of
-// word w (elements 2w, 2w + 1) of the two chunks of a step. Pieces 4 * step + w of the lanes of a
-// warp lie side by side.
-constexpr int kVectorPieces = 32 / 4;
+// -1 in lanes that have `bit`, else 1.
+__device__ __forceinline__ float lane_sign(int lane, int bit) {
+  return __uint_as_float(0x3f800000u | (lane & bit ? 0x80000000u : 0u));
+}
 
-// Pieces of gain and, with a norm, of shift alternate.
-template <bool kNorm>
-constexpr int kVectorStride = kNorm ? 64 : 32;
-
-// v = H (norm(raw) * gain + shift), not normalized; `vectors` from this lane on.
-template <typename T, bool kNorm>
-__device__ __forceinline__ void rotate_lane(Rotated& v, const RawLines& raw, const float4* vectors,
-                                            NormScalars norm, const uint4* hadamard) {
+// The other stages of v = H v, not normalized. v goes in by lane_chunk_to_k and comes out by
+// lane_result_to_k; the values of odd chunks come out with the sign lane_sign(lane, 1).
+__device__ __forceinline__ void rotate_lane(LaneValues& v, int lane, int block_size) {
 #pragma unroll
-  for (int e = 0; e < kLineElements; ++e) {
+  for (int chunk = 0; chunk < kChunks; ++chunk) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      v[e][i] = 0.0f;
-    }
-  }
+    for (int bit = 2; bit <= 4; bit *= 2) {
 #pragma unroll
-  for (int step = 0; step < kMmaSteps; ++step) {
-    const uint4 a = hadamard[32 * step];
-    const uint32_t operand[4] = {a.x, a.y, a.z, a.w};
-    const uint4 even = raw[2 * step];
-    const uint4 odd = raw[2 * step + 1];
-    const uint32_t even_words[4] = {even.x, even.y, even.z, even.w};
-    const uint32_t odd_words[4] = {odd.x, odd.y, odd.z, odd.w};
-#pragma unroll
-    for (int word = 0; word < 4; ++word) {
-      const float4* const piece = vectors + kVectorStride<kNorm> * (4 * step + word);
-      const float4 gain = piece[0];
-      const float2 x = unpack<T>(even_words[word]);
-      const float2 y = unpack<T>(odd_words[word]);
-      // x[0] +- x[1] and y[0] +- y[1], the stage of bit 0
-      float2 sum;
-      float2 difference;
-      if constexpr (kNorm) {
-        const float4 shift = piece[32];
-        const float x0 = fmaf(fmaf(x.x, norm.rstd, norm.offset), gain.x, shift.x);
-        const float x1 = fmaf(fmaf(x.y, norm.rstd, norm.offset), gain.y, shift.y);
-        const float y0 = fmaf(fmaf(y.x, norm.rstd, norm.offset), gain.z, shift.z);
-        const float y1 = fmaf(fmaf(y.y, norm.rstd, norm.offset), gain.w, shift.w);
-        sum = make_float2(x0 + x1, y0 + y1);
-        difference = make_float2(x0 - x1, y0 - y1);
-      } else {
-        const float x1 = x.y * gain.y;
-        const float y1 = y.y * gain.w;
-        sum = make_float2(fmaf(x.x, gain.x, x1), fmaf(y.x, gain.z, y1));
-        difference = make_float2(fmaf(x.x, gain.x, -x1), fmaf(y.x, gain.z, -y1));
-      }
-      add_lines(v[2 * word], operand, sum.x, sum.y);
-      add_lines(v[2 * word + 1], operand, difference.x, difference.y);
-    }
-  }
-#pragma unroll
-  for (int bit = 2; bit <= 4; bit *= 2) {
-#pragma unroll
-    for (int e = 0; e < kLineElements; ++e) {
-      if ((e & bit) == 0) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          butterfly(v[e][i], v[e | bit][i]);
+      for (int e = 0; e < kChunkElements; ++e) {
+        if ((e & bit) == 0) {
+          butterfly(v[chunk][e], v[chunk][e | bit]);
         }
       }
+    }
+  }
+  const float sign = lane_sign(lane, 1);
+  const float sign_of_4 = lane_sign(lane, 2);
+#pragma unroll
+  for (int e = 0; e < kChunkElements; ++e) {
+    butterfly(v[0][e], v[2][e]);
+    butterfly(v[1][e], v[3][e]);
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; chunk += 2) {
+      // Bit 5. Even lanes keep its sum and odd ones its difference, which then is the even chunk.
+      butterfly(v[chunk][e], v[chunk + 1][e], sign);
+      v[chunk + 1][e] = other_lane(v[chunk + 1][e], 1);
+      // Bit 3. In odd lanes the even chunk is that of bit 3 set: the difference changes its sign.
+      butterfly(v[chunk][e], v[chunk + 1][e]);
+    }
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      v[chunk][e] = fmaf(v[chunk][e], sign_of_4, other_lane(v[chunk][e], 2));
+    }
+  }
+  // Units within a rotation of 256, 512 and 1024.
+#pragma unroll
+  for (int bit = kUnitLanes; bit < 32; bit *= 2) {
+    if (block_size > bit / kUnitLanes * kTransform) {
+      const float sign_of_unit = lane_sign(lane, bit);
+      for_each_value(v, [&](float& x) { x = fmaf(x, sign_of_unit, other_lane(x, bit)); });
     }
   }
 }
 
 // ---- quantization -------------------------------------------------------------------------------
 
-// sqrt(mean v^2) or max|v| of the token; NaN when any value is.
-__device__ __forceinline__ float token_size(TokenGroup group, const Rotated& v, int row,
+// sqrt(mean v^2) or max|v| of the token; NaN when any value is. Lanes that are not active have no
+// part in it.
+template <bool kShareWarps>
+__device__ __forceinline__ float token_size(const LaneValues& v, bool active,
+                                            TokenLanes<kShareWarps> token, float* exchange,
                                             const RotateRowsArgs& args) {
-  float size = 0.0f;
+  // Four chains: one of 32 steps would wait for itself.
+  float size[kChunks] = {};
   if (args.rms) {
 #pragma unroll
-    for (int e = 0; e < kLineElements; ++e) {
+    for (int e = 0; e < kChunkElements; ++e) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        size = fmaf(v[e][i], v[e][i], size);
+      for (int chunk = 0; chunk < kChunks; ++chunk) {
+        size[chunk] = fmaf(v[chunk][e], v[chunk][e], size[chunk]);
       }
     }
-    return __fsqrt_rn(group_sum(group, size, row) * args.inverse_features);
+    const float square = active ? (size[0] + size[1]) + (size[2] + size[3]) : 0.0f;
+    return __fsqrt_rn(token.template reduce_token<false>(square, exchange) * args.inverse_features);
   }
 #pragma unroll
-  for (int e = 0; e < kLineElements; ++e) {
+  for (int e = 0; e < kChunkElements; ++e) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      size = max_or_nan(size, fabsf(v[e][i]));
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      size[chunk] = e == 0 ? fabsf(v[chunk][e]) : max_or_nan(size[chunk], fabsf(v[chunk][e]));
     }
   }
-  return group_max(group, size, row);
+  const float largest = max_or_nan(max_or_nan(size[0], size[1]), max_or_nan(size[2], size[3]));
+  return token.template reduce_token<true>(active ? largest : 0.0f, exchange);
 }
 
 __device__ __forceinline__ uint32_t low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   return prmt(prmt(a, b, 0x0040), prmt(c, d, 0x0040), 0x5410);
 }
 
-// Codes of the 16 neighbours in registers `column` and `column + 2`.
+// Codes of two chunks, 16 neighbours; `factor` of each.
 template <bool kClamp>
-__device__ __forceinline__ uint4 encode(const Rotated& v, int column, float inverse, float qmax) {
+__device__ __forceinline__ uint4 encode(const float (&even)[kChunkElements],
+                                        const float (&odd)[kChunkElements],
+                                        const float (&factor)[2], float qmax) {
   uint32_t word[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     uint32_t code[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      float sum = fmaf(v[4 * (i % 2) + j][column + 2 * (i / 2)], inverse, kRoundingMagic);
+      const float value = i < 2 ? even[4 * i + j] : odd[4 * i - 8 + j];
+      float sum = fmaf(value, factor[i / 2], kRoundingMagic);
       if (kClamp) {
         sum = fminf(fmaxf(sum, kRoundingMagic - qmax), kRoundingMagic + qmax);
       }
@@ -336,180 +390,174 @@ __device__ __forceinline__ uint4 encode(const Rotated& v, int column, float inve
 
 // ---- kernel -------------------------------------------------------------------------------------
 
-__device__ __forceinline__ float sample_value(const SampleVectors& vectors, int64_t sample, int k) {
-  const int64_t at = sample * vectors.sample_stride + k;
-  switch (vectors.type) {
-    case OutType::kBFloat16:
-      return to_float(static_cast<const __nv_bfloat16*>(vectors.data)[at]);
-    case OutType::kFloat16:
-      return to_float(static_cast<const __half*>(vectors.data)[at]);
-    default:
-      return static_cast<const float*>(vectors.data)[at];
-  }
-}
+// Whether a norm comes first, and whether its scale and shift, if any, are as `modulate` likes
+// them.
+enum class NormForm { kNone, kAligned, kAny };
 
-// gain = (1 + scale) * channel_scale and shift * channel_scale of every k; zeros past K.
-template <bool kNorm>
-__device__ __forceinline__ void load_vectors(float* vectors, const RotateRowsArgs& args,
-                                             int64_t sample, int features, int warps) {
-  for (int at = threadIdx.x; at < kWarpElements * warps; at += blockDim.x) {
-    const int lane = at / 4 % 32;
-    const int piece = at / 128 % kVectorPieces;
-    const int chunk = 2 * (piece / 4) + at % 4 / 2;
-    const int k = at / kWarpElements * kWarpElements + lane_chunk_to_k(lane, chunk) +
-                  2 * (piece % 4) + at % 2;
-    const bool inside = k < features;
-    const float channel = !inside                         ? 0.0f
-                          : args.channel_scale == nullptr ? 1.0f
-                                                          : args.channel_scale[k];
-    float* const target = vectors + at / 128 * (4 * kVectorStride<kNorm>)+at % 128;
-    target[0] = channel;
-    if constexpr (kNorm) {
-      if (inside && args.scale.data != nullptr) {
-        target[0] = (1.0f + sample_value(args.scale, sample, k)) * channel;
-      }
-      const bool shifted = inside && args.shift.data != nullptr;
-      target[128] = shifted ? sample_value(args.shift, sample, k) * channel : 0.0f;
-    }
-  }
-}
+// Whether a thread block stays for lot after lot of tokens, plan.blocks_per_sample lots apart. It
+// then loads the next one under the arithmetic of the one at hand, and may keep the channel scale
+// in registers.
+enum class Stay { kNo, kYes, kWithScale };
 
-template <typename T, bool kNorm>
-__global__ void __launch_bounds__(kRotateMaxThreads, kRotateBlocksPerSm)
+template <typename T, NormForm kForm, bool kShareWarps, Stay kStay, int kRegisters>
+__global__ void __maxnreg__(kRegisters)
     rotate_rows_kernel(const __grid_constant__ RotateRowsArgs args,
                        const __grid_constant__ RotateRowsPlan plan) {
-  extern __shared__ __align__(16) uint4 dynamic_shared[];
-  __shared__ RotateShared scratch;
-  const int features = args.features;
+  constexpr bool kNorm = kForm != NormForm::kNone;
+  constexpr bool kStays = kStay != Stay::kNo;
+  __shared__ RotateShared shared;
   const int tokens = static_cast<int>(args.tokens);
+  const int sample = blockIdx.y + gridDim.y * blockIdx.z;
+  if (sample >= static_cast<int>(args.samples)) {
+    return;
+  }
+  const int lane = threadIdx.x % 32;
+  const int unit = threadIdx.x / kUnitLanes;
+  int unit_of_token = unit;
+  int token = blockIdx.x;
+  int step = plan.blocks_per_sample;
+  int lot_left = tokens - token;  // from the first token of the lot on
+  TokenLanes<kShareWarps> lanes = {lane, unit / kWarpUnits, 0, plan.threads / 32};
+  if constexpr (kShareWarps) {
+    const int slot = unit * plan.units_reciprocal >> 16;
+    unit_of_token = unit - slot * plan.units;
+    step *= plan.tokens_per_block;
+    token *= plan.tokens_per_block;
+    lot_left = tokens - token;
+    token += slot;
+    lanes = {lane % kUnitLanes, unit, slot * plan.units, plan.units};
+  }
+  // Lanes past the lot, and those of a token past the last, are idle. Nothing leads from lane to
+  // lane but within a token, so what they compute need not be defined.
+  const bool in_token = unit < plan.units * plan.tokens_per_block;
+  const auto is_active = [&](int of) { return in_token && (!kShareWarps || of < tokens); };
+  const int k = kTransform * unit_of_token + kChunkElements * (lane % kUnitLanes);
+  const bool in_first = k < args.first.features;
+  const RowSource& source = in_first ? args.first : args.second;
+  const T* x = static_cast<const T*>(source.data) + sample * source.sample_stride +
+               int64_t{token} * source.token_stride + (in_first ? k : k - args.first.features);
+  const int vector_k = in_token ? k : 0;
+  const float* const channel_scale = args.channel_scale + vector_k;
 
-  // Dynamic shared memory: for each warp, kLanePieces of its lanes side by side, the last LaneState
-  // | vectors.
-  constexpr int kWarpVectors = kVectorPieces * kVectorStride<kNorm>;
-  const auto pieces_of = [&](uint32_t thread) {
-    return dynamic_shared + 32 * kLanePieces * (thread / 32) + thread % 32;
-  };
-  const auto state_of = [&](uint4* pieces) {
-    return reinterpret_cast<LaneState*>(pieces + 32 * kLaneChunks);
-  };
-  float4* const vectors = reinterpret_cast<float4*>(dynamic_shared + plan.vectors / 16);
-  const auto copy = [&](uint4* next, const void* x) {
-    const uint32_t address = shared_address(next);
+  // Of a thread block that stays: the chunks of the next token, of a thread for itself.
+  extern __shared__ __align__(16) uint4 dynamic_shared[];
+  uint4* const next = dynamic_shared + threadIdx.x;
+  constexpr int kChunkFeatures = lane_chunk_to_k(0, 1);
+  const auto request = [&](bool wanted) {
 #pragma unroll
-    for (int chunk = 0; chunk < kLaneChunks; ++chunk) {
-      cp_async_16(address + 32 * sizeof(uint4) * chunk,
-                  static_cast<const T*>(x) + 4 * kLineElements * chunk, 16);
-    }
-  };
-  {
-    const int lane = threadIdx.x % 32;
-    const int block_warp = threadIdx.x / 32;
-    const int group_index = block_warp / plan.warps_per_token;
-    const int warp = block_warp - group_index * plan.warps_per_token;
-    const int sample = blockIdx.x / plan.blocks_per_sample;
-    const int token = blockIdx.x % plan.blocks_per_sample + plan.blocks_per_sample * group_index;
-    // Blocks of 128 belong to one source as a whole; those past K stay zeros.
-    const int k = kWarpElements * warp + lane_chunk_to_k(lane, 0);
-    const bool in_first = k < args.first.features;
-    const RowSource& source = in_first ? args.first : args.second;
-    const int64_t x_step = plan.token_step * source.token_stride;
-    uint4* const next = pieces_of(threadIdx.x);
-    LaneState state = {nullptr, static_cast<int>(x_step / 8), sample * tokens + token};
-    if (k < features) {
-      const T* const x = static_cast<const T*>(source.data) + sample * source.sample_stride +
-                         token * source.token_stride + (in_first ? k : k - args.first.features);
-      if (token < tokens) {
-        copy(next, x);
-      }
-      state.next_x = x + x_step;
-    } else {
-#pragma unroll
-      for (int chunk = 0; chunk < kLaneChunks; ++chunk) {
-        next[32 * chunk] = make_uint4(0, 0, 0, 0);
-      }
+    for (int chunk = 0; wanted && chunk < kChunks; ++chunk) {
+      cp_async_16(shared_address(next + chunk * plan.threads), x + chunk * kChunkFeatures, 16);
     }
     cp_async_commit();
-    *state_of(next) = state;
-    if (lane == 0) {
-      scratch.warps[block_warp] = {warp, group_index * plan.warps_per_token, (sample + 1) * tokens};
-    }
-    load_vectors<kNorm>(reinterpret_cast<float*>(vectors), args, sample, features,
-                        plan.warps_per_token);
-    if (block_warp == 0) {
+  };
+  if constexpr (kStays) {
+    request(is_active(token));
+  }
+  float scale[kChunks][kChunkElements];
+  const auto load_scale = [&] {
 #pragma unroll
-      for (int step = 0; step < kMmaSteps; ++step) {
-        scratch.hadamard[step][lane] = hadamard_operand(step, lane);
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      load_chunk(scale[chunk], channel_scale + lane_chunk_to_k(0, chunk));
+    }
+  };
+  if constexpr (kStay == Stay::kWithScale) {
+    if (args.channel_scale != nullptr) {
+      load_scale();
+    } else {
+#pragma unroll
+      for (int chunk = 0; chunk < kChunks; ++chunk) {
+#pragma unroll
+        for (int e = 0; e < kChunkElements; ++e) {
+          scale[chunk][e] = 1.0f;
+        }
       }
     }
   }
-  __syncthreads();
-
-  const TokenGroup group = {scratch, plan.warps_per_token};
-  int parity = 0;  // of the token: without a norm there is one reduction each
+  int turn = 0;
 #pragma unroll 1
-  while (true) {
-    Rotated v;
-    {
-      const uint32_t thread = read_thread_index();
-      const int lane = thread % 32;
-      const WarpState of_warp = scratch.warps[thread / 32];
-      uint4* const next = pieces_of(thread);
-      const LaneState state = *state_of(next);
-      if (state.row >= of_warp.end_row) {
-        return;
-      }
-      RawLines raw;
+  do {
+    const bool active = is_active(token);
+    RawChunks raw;
+    if constexpr (kStays) {
       cp_async_wait<0>();
 #pragma unroll
-      for (int chunk = 0; chunk < kLaneChunks; ++chunk) {
-        raw[chunk] = next[32 * chunk];
+      for (int chunk = 0; chunk < kChunks; ++chunk) {
+        raw[chunk] = next[chunk * plan.threads];
       }
-      // A thread reads what it copied itself, so no barrier stands between.
-      if (state.next_x != nullptr && state.row + plan.token_step < of_warp.end_row) {
-        copy(next, state.next_x);
-        state_of(next)->next_x =
-            static_cast<const uint4*>(state.next_x) + static_cast<int64_t>(state.x_step);
-      }
-      cp_async_commit();
-      NormScalars norm = {1.0f, 0.0f};
-      if constexpr (kNorm) {
-        norm = norm_scalars<T>(group, raw, state.next_x != nullptr, args);
-      }
-      rotate_lane<T, kNorm>(v, raw, vectors + kWarpVectors * of_warp.warp + lane, norm,
-                            &scratch.hadamard[0][lane]);
+      x += int64_t{step} * source.token_stride;
+      request(lot_left > step && is_active(token + step));
+    } else if (active) {
+      raw[0] = load_global_once_16<0>(x);
+      raw[1] = load_global_once_16<2 * kChunkFeatures>(x);
+      raw[2] = load_global_once_16<4 * kChunkFeatures>(x);
+      raw[3] = load_global_once_16<6 * kChunkFeatures>(x);
     }
-    transform_blocks(v, args.block_size);
+    LaneValues v;
+    const auto unpack_all = [&] {
+#pragma unroll
+      for (int chunk = 0; chunk < kChunks; ++chunk) {
+        unpack_chunk<T>(v[chunk], raw[chunk]);
+      }
+    };
+    if constexpr (kNorm) {
+      unpack_all();
+      normalize(v, unit, plan.units, lanes, shared.moments, args);
+      if (args.scale.data != nullptr || args.shift.data != nullptr) {
+        modulate<T, kForm == NormForm::kAligned>(v, args, sample, vector_k);
+      }
+    }
+    const auto scale_all = [&](auto with_scale) {
+      constexpr bool kScale = decltype(with_scale)::value;
+      if constexpr (kScale && kStay != Stay::kWithScale) {
+        load_scale();
+      }
+      if constexpr (!kNorm) {  // here, so that the loads of scale need not wait for those of x
+        unpack_all();
+      }
+#pragma unroll
+      for (int chunk = 0; chunk < kChunks; ++chunk) {
+        scale_chunk<kScale>(v[chunk], scale[chunk]);
+      }
+    };
+    if (kStay == Stay::kWithScale || args.channel_scale != nullptr) {
+      scale_all(std::true_type());
+    } else {
+      scale_all(std::false_type());
+    }
+    rotate_lane(v, lane, args.block_size);
 
     // The norm of H rides on the scalars of the token instead of on every element.
-    const float x_scale =
-        token_size(group, v, kNorm ? 2 : parity, args) * args.hadamard_norm * args.step_factor;
-    parity ^= 1;
+    const float x_scale = token_size(v, active, lanes, shared.size[turn], args) *
+                          args.hadamard_norm * args.step_factor;
     const float inverse = __frcp_rn(x_scale);
     const bool meaningful = inverse > 0.0f && inverse < INFINITY;
-    const uint32_t thread = read_thread_index();
-    const int lane = thread % 32;
-    const int warp = scratch.warps[thread / 32].warp;
-    LaneState* const state = state_of(pieces_of(thread));
-    const int row = state->row;
-    state->row = row + plan.token_step;
-    if (warp == 0 && lane == 0) {
-      args.x_scale[row] = x_scale;
-    }
-    const int k = kWarpElements * warp + lane_result_to_k(lane, 0, 0);
-    int8_t* const x_q = args.x_q + static_cast<int64_t>(row) * features + k;
     const float factor = inverse * args.hadamard_norm;
-#pragma unroll
-    for (int column = 0; column < 2; ++column) {
-      uint4 codes = make_uint4(0, 0, 0, 0);
-      if (meaningful) {
-        codes = args.clamp ? encode<true>(v, column, factor, args.qmax)
-                           : encode<false>(v, column, factor, args.qmax);
-      }
-      if (k + kTransform * column < features) {
-        store_global_16(x_q + kTransform * column, codes);
+    const float factors[2] = {factor, factor * lane_sign(lane, 1)};
+    uint4 codes[2] = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
+    const auto encode_all = [&](auto with_clamp) {
+      constexpr bool kClamp = decltype(with_clamp)::value;
+      codes[0] = encode<kClamp>(v[0], v[1], factors, args.qmax);
+      codes[1] = encode<kClamp>(v[2], v[3], factors, args.qmax);
+    };
+    if (meaningful && args.clamp) {
+      encode_all(std::true_type());
+    } else if (meaningful) {
+      encode_all(std::false_type());
+    }
+    if (active) {
+      const int row = sample * tokens + token;
+      int8_t* const x_q = args.x_q + int64_t{row} * args.features + kTransform * unit_of_token +
+                          lane_result_to_k(lane % kUnitLanes, 0);
+      store_global_16(x_q, codes[0]);
+      store_global_16(x_q + lane_result_to_k(0, 2), codes[1]);
+      if (unit_of_token == 0 && lane % kUnitLanes == 0) {
+        args.x_scale[row] = x_scale;
       }
     }
-  }
+    token += step;
+    lot_left -= step;
+    turn ^= 1;
+  } while (kStays && lot_left > 0);
 }
 
 }  // namespace lrq

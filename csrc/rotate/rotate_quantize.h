@@ -21,7 +21,7 @@ enum class TokenNorm : int { kNone, kLayer, kRms };
 struct RowSource {
   const void* data;
   int64_t sample_stride;
-  int64_t token_stride;
+  int token_stride;
   int features;
 };
 
@@ -57,26 +57,25 @@ struct RotateRowsArgs {
 
 // ---- what the kernel takes ----------------------------------------------------------------------
 
-constexpr int kRotateBlocksPerSm = 2;  // by registers, when full
 constexpr int kRotateMaxThreads = 512;
 constexpr int kRotateMaxWarps = kRotateMaxThreads / 32;
-// A warp takes 1024. The vectors, two with a norm, must fit the 99 KB of sm_89 and sm_120.
-constexpr int kRotateMaxFeatures = 15 * kWarpElements;
-constexpr int kRotateMaxNormFeatures = 8 * kWarpElements;
+constexpr int kRotateMaxUnits = kRotateMaxWarps * kWarpUnits;
+constexpr int kRotateMaxFeatures = kRotateMaxWarps * kWarpElements;
 constexpr int kRotateAlignment = 16;
 
 constexpr int64_t kRotateMaxRowStride = int64_t{1} << 20;
 constexpr int64_t kRotateMaxTokens = int64_t{1} << 30;
 
 // Whether the kernel takes rows of `first` + `second` features of 16 bits (second 0: one source)
-// that lie `row_stride` elements apart, the larger of the two. `addresses` tells their alignment:
-// the bitwise or of the sources' addresses and of the strides in bytes that lead from row to row.
-constexpr bool supports_rotate_rows(int64_t first, int64_t second, int64_t block_size, bool norm,
+// that lie `row_stride` elements apart, the larger of the two. `addresses` tells the alignment: the
+// bitwise or of the addresses of the sources and of channel_scale, and of the strides in bytes that
+// lead from row to row.
+constexpr bool supports_rotate_rows(int64_t first, int64_t second, int64_t block_size,
                                     int64_t row_stride, uint64_t addresses) {
   const bool block =
       block_size == 128 || block_size == 256 || block_size == 512 || block_size == kWarpElements;
-  const int64_t largest = norm ? kRotateMaxNormFeatures : kRotateMaxFeatures;
-  const bool size = first > 0 && second >= 0 && first <= largest && second <= largest - first;
+  const bool size = first > 0 && second >= 0 && first <= kRotateMaxFeatures &&
+                    second <= kRotateMaxFeatures - first;
   return block && size && first % kTransform == 0 && second % kTransform == 0 &&
          (first + second) % block_size == 0 && row_stride <= kRotateMaxRowStride &&
          addresses % kRotateAlignment == 0;
@@ -84,57 +83,52 @@ constexpr bool supports_rotate_rows(int64_t first, int64_t second, int64_t block
 
 // ---- how it divides the work --------------------------------------------------------------------
 //
-// A token belongs to a group of warps, 1024 features each. A thread block has several groups, which
-// share the vectors in shared memory and take turns with the tokens of one sample:
+// A token is K / 128 units of four lanes. A thread block has one token where that fills its warps
+// to 87 %, else a few, unit after unit:
 //
-//     token of the sample    0  1  2 ...  b  b+1 ...      b = blocks_per_sample
-//     thread block           0  1  2 ...  0   1  ...
-//     group in it            0  0  0 ...  1   1  ...
+//     K = 1152, four tokens    unit   0 .. 8   9 .. 17   18 .. 26   27 .. 35   36 .. 39
+//                              token    0         1          2          3        idle
+//
+// Thread blocks take one lot each: the loads of some run under the arithmetic of others. A thread
+// block of a long row is too large a part of an SM for that. It stays, takes token after token, and
+// loads the next one early.
 
 struct RotateRowsPlan {
-  int warps_per_token;
-  int tokens_per_block;  // groups
+  int units;             // of a token
+  int units_reciprocal;  // unit / units == unit * units_reciprocal >> 16 in a thread block
+  int tokens_per_block;
   int blocks_per_sample;
-  int token_step;    // from a group's token to its next: of all thread blocks of a sample
-  int vectors;       // their place in dynamic shared memory, in bytes
+  int threads;
+  bool stay;         // from a thread block's token to its next: blocks_per_sample
   int shared_bytes;  // dynamic
-
-  constexpr int group_threads() const { return 32 * warps_per_token; }
-  constexpr int threads() const { return tokens_per_block * group_threads(); }
 };
 
-struct RotateDevice {
-  int sms;
-  int shared_bytes_per_sm;
-  int shared_bytes_per_block;
-};
-
-// A lane's 16-byte pieces in shared memory: its part of the next token, and state.
-constexpr int kLanePieces = kLaneChunks + 1;
-constexpr int kLaneElements = kWarpElements / 32;
-constexpr int kRotateStaticShared = 1536;
-constexpr int kSystemShared = 1024;  // of each thread block
+constexpr int kRotateStayUnits = 64;
+constexpr int kRotateStayRegisters = 64;
+constexpr int kRegistersPerSm = 65536;
+constexpr int kLaneBytes = 2 * kChunks * kChunkElements;
+static_assert(kRotateMaxThreads * kLaneBytes + 2048 <= 48 * 1024, "what needs no leave to be used");
 
 // features, samples and tokens are at least 1.
 constexpr RotateRowsPlan plan_rotate_rows(int features, bool norm, int64_t samples, int64_t tokens,
-                                          RotateDevice device) {
+                                          int sms) {
   RotateRowsPlan plan = {};
-  plan.warps_per_token = ceil_div(features, kWarpElements);
-  // fp32 factors and, with a norm, terms
-  const int vector_bytes = plan.group_threads() * kLaneElements * 4 * (norm ? 2 : 1);
-  const int token_bytes = plan.group_threads() * kLanePieces * 16;
-  const int room = device.shared_bytes_per_block - kRotateStaticShared - vector_bytes;
-  plan.tokens_per_block =
-      max_of(1, min_of(kRotateMaxThreads / plan.group_threads(), room / token_bytes));
-  plan.vectors = plan.tokens_per_block * token_bytes;
-  plan.shared_bytes = plan.vectors + vector_bytes;
-  const int by_threads = kRotateBlocksPerSm * kRotateMaxThreads / plan.threads();
-  const int by_shared =
-      device.shared_bytes_per_sm / (plan.shared_bytes + kRotateStaticShared + kSystemShared);
-  const int64_t resident = device.sms * int64_t{max_of(1, min_of(by_threads, by_shared))};
-  plan.blocks_per_sample =
-      static_cast<int>(min_of<int64_t>(tokens, max_of<int64_t>(1, resident / samples)));
-  plan.token_step = plan.blocks_per_sample * plan.tokens_per_block;
+  plan.units = features / kTransform;
+  plan.units_reciprocal = (1 << 16) / plan.units + 1;
+  int warps = 0;
+  do {
+    ++plan.tokens_per_block;
+    warps = ceil_div(plan.tokens_per_block * plan.units, kWarpUnits);
+  } while (100 * plan.tokens_per_block * plan.units < 87 * kWarpUnits * warps);
+  plan.threads = 32 * warps;
+  plan.stay = !norm && plan.units > kRotateStayUnits;
+  int64_t blocks = ceil_div<int64_t>(tokens, plan.tokens_per_block);
+  if (plan.stay) {
+    const int64_t resident = sms * (kRegistersPerSm / kRotateStayRegisters / plan.threads);
+    blocks = min_of(blocks, max_of<int64_t>(1, resident / samples));
+    plan.shared_bytes = plan.threads * kLaneBytes;
+  }
+  plan.blocks_per_sample = static_cast<int>(blocks);
   return plan;
 }
 
