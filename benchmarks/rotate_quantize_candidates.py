@@ -57,7 +57,7 @@ from lrq_kernels.token_tiles import (
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# As in tests/test_rotate_quantize.py and tests/test_fused_rotate_quantize.py.
+# As in tests/rotate_cases.py and tests/test_fused_rotate_quantize.py.
 TIE_RATE, FUSED_TIE_RATE, SMALL_SAMPLE, SCALE_ERROR = 20e-6, 300e-6, 2, 2e-6
 # More would spill: a thread has 255 registers at most.
 MOST_VALUES = 128

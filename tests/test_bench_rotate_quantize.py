@@ -12,12 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_rotate_quantize import (
-    assert_nothing_moves,
-    compile_kernel,
-    lane_shuffles,
-    not_interpreted,
-)
+from compiled_kernels import assert_nothing_moves, compile_kernel, lane_shuffles
+from rotate_cases import not_interpreted
 
 from benchmarks import bench_rotate_quantize as bench
 from benchmarks import timing

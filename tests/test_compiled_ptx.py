@@ -7,24 +7,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from compiled_kernels import activation_kernel, norm_kernel, row_kernel
 from ptx_emulator import Kernel
-from test_fused_rotate_quantize import (
-    RMS_INT4,
-    SCALE_ERROR,
-    TIE_RATE,
-    activation_kernel,
-    draw_vectors,
-    norm_kernel,
-)
-from test_rotate_quantize import (
+from rotate_cases import (
     Case,
     assert_codes_within_tie_budget,
     assert_rotated_within_rounding,
     assert_rounded_once,
     draw,
     not_interpreted,
-    row_kernel,
 )
+from test_fused_rotate_quantize import RMS_INT4, SCALE_ERROR, TIE_RATE, draw_vectors
 
 from lrq_kernels import reference, rotate_kernels
 from lrq_kernels.rotate_quantize import row_launch

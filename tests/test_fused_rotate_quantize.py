@@ -11,19 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_rotate_quantize import (
-    Case,
-    assert_codes_within_tie_budget,
+from compiled_kernels import (
+    activation_kernel,
     assert_no_spills,
     assert_nothing_moves,
+    lane_shuffles,
+    norm_kernel,
+)
+from rotate_cases import (
+    Case,
+    assert_codes_within_tie_budget,
     assert_rounded_once,
-    compile_kernel,
     draw,
     in_interpreter,
-    lane_shuffles,
     launch,
     not_interpreted,
-    shared_arguments,
 )
 
 from lrq_kernels import activation_path, ops, reference
@@ -331,41 +333,6 @@ def test_what_cuda_cannot_do_stays_in_triton(
 
 
 # ---- ahead-of-time compilation, CPU -------------------------------------------------------------
-
-
-def activation_kernel(name: str, gated: bool, keep: bool, in_features: int, arch: int, **options):
-    from lrq_kernels import rotate_kernels
-
-    case, dtype = options.pop("case", Case()), options.pop("dtype", "bf16")
-    arguments, num_warps = shared_arguments(in_features, case, dtype, **options)
-    arguments |= {
-        "gate_ptr": f"*{dtype}" if gated else None,
-        "gate_row_stride": "i32",
-        "kept_ptr": f"*{dtype}" if keep else None,
-        "ACTIVATION": name,
-    }
-    return compile_kernel(rotate_kernels.activation_kernel, arguments, num_warps, arch), num_warps
-
-
-def norm_kernel(norm: str, affine: bool, keep: bool, in_features: int, arch: int, **options):
-    from lrq_kernels import rotate_kernels
-
-    case, dtype = options.pop("case", Case()), options.pop("dtype", "bf16")
-    arguments, num_warps = shared_arguments(in_features, case, dtype, **options)
-    arguments |= {
-        "x_sample_stride": "i64",
-        "tokens_per_sample": "i32",
-        "norm_weight_ptr": f"*{dtype}" if affine else None,
-        "norm_bias_ptr": "*fp32" if affine else None,
-        "scale_ptr": f"*{dtype}",
-        "scale_row_stride": "i32",
-        "shift_ptr": f"*{dtype}",
-        "shift_row_stride": "i32",
-        "eps": "fp32",
-        "kept_ptr": f"*{dtype}" if keep else None,
-        "LAYER_NORM": norm == "layer",
-    }
-    return compile_kernel(rotate_kernels.norm_kernel, arguments, num_warps, arch), num_warps
 
 
 @not_interpreted

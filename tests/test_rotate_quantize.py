@@ -6,31 +6,32 @@ every kernel compiled ahead of time for each architecture, and everything on a G
 
 from __future__ import annotations
 
-import math
 import os
-import re
 import subprocess
 import sys
-import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from compiled_kernels import (
+    assert_no_spills,
+    assert_nothing_moves,
+    dense_kernel,
+    dense_quantize_kernel,
+    lane_shuffles,
+    row_kernel,
+)
+from rotate_cases import (
+    Case,
+    check_quantize,
+    check_rotate,
+    check_special_rows,
+    draw,
+    in_interpreter,
+    not_interpreted,
+)
 
-from lrq_kernels import ops, reference
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="run by test_kernels_in_interpreter")
-
-# kernels.md section 6: a code may differ by 1 where v / x_scale is this close to a half ...
-TIE_DISTANCE = 1e-3
-# ... in this share of the codes; SMALL_SAMPLE codes more, for samples too small to show a rate.
-TIE_RATE = 20e-6
-SMALL_SAMPLE = 2
-SCALE_ERROR = 1e-6
-# fp32 error of one rotated value, relative to the largest of its row.
-ROTATION_ERROR = 1e-6
+from lrq_kernels import ops
 
 # Every K of shapes.md, and the smallest.
 WIDTHS = (
@@ -55,134 +56,6 @@ WIDTHS = (
     15360,
 )
 TOKENS = (0, 1, 3, 64, 257)
-
-
-@dataclass(frozen=True)
-class Case:
-    """The arguments of the ops that are not tensors."""
-
-    rotation: str = "hadamard"
-    block_size: int = 128
-    act_bits: int = 8
-    scale_mode: str = "absmax"
-    scale_factor: float = 1.0
-
-    @property
-    def qmax(self) -> int:
-        return 2 ** (self.act_bits - 1) - 1
-
-    @property
-    def rotate_arguments(self) -> tuple[str, int]:
-        return self.rotation, self.block_size
-
-    @property
-    def arguments(self) -> tuple[str, int, int, str, float]:
-        return (*self.rotate_arguments, self.act_bits, self.scale_mode, self.scale_factor)
-
-
-Tensors = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
-
-
-def draw(
-    tokens: int,
-    in_features: int,
-    dtype: torch.dtype,
-    case: Case,
-    *,
-    permuted: bool = False,
-    device: str = "cpu",
-) -> Tensors:
-    """x [M, K] with a few loud channels, channel_scale with signs, permutation, matrices."""
-    x = torch.randn(tokens, in_features, device=device)
-    x[:, :: max(1, in_features // 8)] *= 20.0
-    signs = torch.randint(0, 2, (in_features,), device=device) * 2 - 1
-    channel_scale = (torch.rand(in_features, device=device) + 0.5) * signs
-    permutation = torch.randperm(in_features, device=device).int() if permuted else None
-    matrices = None
-    if case.rotation == "dual":
-        matrices = torch.linalg.qr(torch.randn(2, 128, 128, device=device)).Q.contiguous()
-    return x.to(dtype), channel_scale, permutation, matrices
-
-
-def launch(op: str, *arguments: object) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """The op on a GPU through the dispatcher, or its kernels in the interpreter."""
-    if not INTERPRETED:
-        return getattr(ops, op)(*arguments)
-    from lrq_kernels import rotate_quantize as kernels
-
-    return getattr(kernels, op)(*arguments)
-
-
-def assert_codes_within_tie_budget(
-    x_q: torch.Tensor,
-    x_scale: torch.Tensor,
-    tensors: Tensors,
-    case: Case,
-    tie_rate: float = TIE_RATE,
-    scale_error: float = SCALE_ERROR,
-) -> None:
-    """x_scale to fp32 accuracy; codes equal float64's but for a few, by 1, at ties."""
-    wide = (tensors[0].double(), *tensors[1:])
-    expected_q, expected_scale = reference.rotate_quantize(*wide, *case.arguments)
-    assert x_q.dtype == torch.int8 and x_q.is_contiguous() and x_q.shape == tensors[0].shape
-    assert x_scale.dtype == torch.float32 and x_scale.shape == tensors[0].shape[:-1]
-    if x_q.numel() == 0:
-        return
-    errors = (x_scale.double() - expected_scale).abs() / expected_scale.clamp(min=1e-300)
-    worst = float(errors.max())
-    assert worst <= scale_error, f"x_scale is off by {worst:.2e} of itself"
-
-    difference = (x_q.int() - expected_q.int()).abs()
-    assert int(difference.max()) <= 1, f"codes differ by up to {int(difference.max())}"
-    steps = reference.rotate(*wide, *case.rotate_arguments) / expected_scale[..., None]
-    differing = steps[difference == 1]
-    to_half = ((differing - differing.floor()) - 0.5).abs()
-    assert not (to_half > TIE_DISTANCE).any(), f"{float(to_half.max()):.2e} from a half, not a tie"
-    budget = math.ceil(tie_rate * x_q.numel()) + SMALL_SAMPLE
-    assert len(differing) <= budget, f"{len(differing)} ties in {x_q.numel()} codes, over {budget}"
-
-
-def assert_rotated_within_rounding(y: torch.Tensor, tensors: Tensors, case: Case) -> None:
-    """y is the float64 rotation, rounded once to its dtype (and fp32 error before that)."""
-    wide = (tensors[0].double(), *tensors[1:])
-    assert y.dtype == tensors[0].dtype
-    assert_rounded_once(y, reference.rotate(*wide, *case.rotate_arguments))
-
-
-def assert_rounded_once(y: torch.Tensor, expected: torch.Tensor) -> None:
-    """y is float64's value, rounded to y's dtype (and fp32 error before that)."""
-    assert y.shape == expected.shape and y.is_contiguous()
-    half_unit = expected.abs() * torch.finfo(y.dtype).eps / 2
-    row = expected.abs().amax(-1, keepdim=True) if expected.numel() else expected
-    excess = (y.double() - expected).abs() - half_unit - ROTATION_ERROR * row
-    assert not (excess > 0).any(), f"beyond one rounding by {float(excess.max()):.2e}"
-
-
-def check_quantize(tensors: Tensors, case: Case) -> None:
-    x_q, x_scale = launch("rotate_quantize", *tensors, *case.arguments)
-    assert_codes_within_tie_budget(x_q, x_scale, tensors, case)
-
-
-def check_rotate(tensors: Tensors, case: Case) -> None:
-    y = launch("rotate", *tensors, *case.rotate_arguments)
-    assert isinstance(y, torch.Tensor)
-    assert_rotated_within_rounding(y, tensors, case)
-
-
-def check_special_rows(device: str, dtype: torch.dtype, case: Case) -> None:
-    """A zero row, and rows with NaN or inf, next to ordinary ones that must not notice."""
-    tensors = draw(6, 384, dtype, case, device=device)
-    x = tensors[0]
-    x[1] = 0.0
-    x[3, 200] = float("nan")
-    x[4, 7] = float("-inf")
-    x_q, x_scale = launch("rotate_quantize", *tensors, *case.arguments)
-    assert float(x_scale[1]) == 0.0 and not x_q[1].any()
-    assert not x_scale[3:5].isfinite().any() and not x_q[3:5].any()
-    finite = torch.tensor([0, 2, 5], device=device)
-    rows = (x[finite], *tensors[1:])
-    assert_codes_within_tie_budget(x_q[finite], x_scale[finite], rows, case)
-
 
 # ---- interpreter, CPU ---------------------------------------------------------------------------
 
@@ -281,8 +154,6 @@ def test_interpreted_dual_in_parts(monkeypatch: pytest.MonkeyPatch, rows: tuple[
 
 # ---- launch parameters and ahead-of-time compilation, CPU ---------------------------------------
 
-not_interpreted = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
-
 
 @not_interpreted
 @pytest.mark.parametrize("block_size", [1, 32, 64, 128, 256, 512, 1024])
@@ -305,137 +176,6 @@ def test_token_of_a_real_width_has_no_padding(in_features: int) -> None:
 
     launch = row_launch(in_features, 128)
     assert 32 * launch.num_warps * launch.values == in_features
-
-
-def compile_kernel(
-    kernel, arguments: dict[str, object], num_warps: int, arch: int, *, aligned: bool = True
-):
-    """Cubin of a kernel; arguments: name -> Triton type ("*bf16", "i32"), or a constant.
-
-    aligned: strides are multiples of 16, as Triton finds out about the arguments of a launch.
-    """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    types = ("*", "i32", "i64", "fp32")
-    signature, constants, attributes = {}, {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        value = arguments[name]
-        if isinstance(value, str) and value.startswith(types):
-            signature[name] = value
-            if value.startswith("*") or (aligned and name.endswith("_stride")):
-                attributes[(index,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "constexpr"
-            constants[(index,)] = value
-    return triton.compile(
-        ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes),
-        target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": num_warps},
-    )
-
-
-def shared_arguments(
-    in_features: int, case: Case, dtype: str, *, permuted: bool = False, quantize: bool = True
-) -> tuple[dict[str, object], int]:
-    """The arguments that the kernels of a token share, and num_warps."""
-    from lrq_kernels import rotate_quantize as kernels
-
-    block_size = case.block_size if case.rotation == "hadamard" else 1
-    launch = kernels.row_launch(in_features, block_size)
-    arguments = {
-        "x_ptr": f"*{dtype}",
-        "x_row_stride": "i32",
-        "channel_scale_ptr": "*fp32",
-        "permutation_ptr": "*i32" if permuted else None,
-        "out_ptr": "*i8" if quantize else f"*{dtype}",
-        "x_scale_ptr": "*fp32" if quantize else None,
-        "step_factor": "fp32",
-        "K": in_features,
-        "N": 32 * launch.num_warps,
-        "VALUES": launch.values,
-        "BLOCK": block_size,
-        "QMAX": case.qmax,
-        "RMS": case.scale_mode == "rms",
-        "CLAMP": case.scale_mode == "rms",
-    }
-    return arguments, launch.num_warps
-
-
-def row_kernel(
-    in_features: int,
-    case: Case,
-    dtype: str,
-    arch: int,
-    *,
-    split: int = 0,
-    aligned: bool = True,
-    **options,
-):
-    """split > 0: two sources, the first of that width."""
-    from lrq_kernels import rotate_kernels
-
-    arguments, num_warps = shared_arguments(in_features, case, dtype, **options)
-    arguments["second_ptr"] = f"*{dtype}" if split else None
-    arguments |= {"second_row_stride": "i32", "SPLIT": split or in_features}
-    return compile_kernel(rotate_kernels.row_kernel, arguments, num_warps, arch, aligned=aligned)
-
-
-def dense_kernel(in_features: int, dtype: str, arch: int, *, first: bool):
-    from lrq_kernels import rotate_kernels
-    from lrq_kernels import rotate_quantize as kernels
-
-    arguments = {
-        "x_ptr": f"*{dtype}" if first else "*fp32",
-        "x_row_stride": "i32",
-        "channel_scale_ptr": "*fp32" if first else None,
-        "permutation_ptr": None if first else "*i32",
-        "matrix_ptr": "*fp32",
-        "out_ptr": "*fp32" if first else f"*{dtype}",
-        "num_rows": "i32",
-        "K": in_features,
-        "ROWS": kernels._DENSE_ROWS,
-    }
-    return compile_kernel(rotate_kernels.block_dense_kernel, arguments, kernels._DENSE_WARPS, arch)
-
-
-def dense_quantize_kernel(in_features: int, tokens: int, rows: int, case: Case, arch: int):
-    from lrq_kernels import rotate_kernels
-    from lrq_kernels import rotate_quantize as kernels
-
-    arguments = {
-        "x_ptr": "*fp32",
-        "permutation_ptr": "*i32",
-        "matrix_ptr": "*fp32",
-        "out_ptr": "*i32",
-        "x_scale_ptr": "*fp32",
-        "step_factor": "fp32",
-        "num_tokens": "i32",
-        "K": in_features,
-        "TOKENS": tokens,
-        "ROWS": rows,
-        "QMAX": case.qmax,
-        "RMS": case.scale_mode == "rms",
-        "CLAMP": case.scale_mode == "rms",
-    }
-    kernel = rotate_kernels.block_dense_quantize_kernel
-    return compile_kernel(kernel, arguments, kernels._DENSE_WARPS, arch)
-
-
-def assert_no_spills(compiled) -> None:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        command = [str(tool), "-res-usage", cubin.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
-    assert found is not None, usage
-    # On sm_100 ptxas parks one value on the stack to stay at 64 registers.
-    assert int(found.group(2)) <= 8 and found.group(3) == "0", f"spills: {found.group(0)}"
 
 
 @not_interpreted
@@ -467,34 +207,6 @@ def test_every_variant_compiles_for_hopper() -> None:
     ]
     for compiled in variants:
         assert_no_spills(compiled)
-
-
-def lane_shuffles(values: int, block_size: int) -> int:
-    """Of the butterflies between lanes that a thread takes part in; see token_tiles.py."""
-    total = 0
-    for chunk in [32] * (values // 32) + [size for size in (16, 8, 4) if values & size]:
-        columns, lanes = min(chunk, 8), 128 // chunk
-        bits = range(block_size.bit_length() - 1)
-        total += chunk * sum(columns <= 1 << bit < columns * lanes or bit >= 7 for bit in bits)
-    return total
-
-
-def assert_nothing_moves(compiled, num_warps: int, shuffles: int, reductions: int = 1) -> None:
-    """Between threads only butterflies and reductions; int8 keeps its place in its registers."""
-    assert compiled.metadata.shared <= 4 * num_warps, "only reductions over warps"
-    moved = compiled.asm["ptx"].count("shfl.sync")
-    assert shuffles <= moved <= shuffles + 10 * reductions
-    code = compiled.asm["ttgir"]
-    layouts = dict(re.findall(r"(#\w+) = (#ttg\..*)", code))
-    for source, result in re.findall(
-        r"convert_layout .* : tensor<\w+xi8, (#\w+)> -> tensor<\w+, (#\w+)>", code
-    ):
-        columns = re.search(
-            r"sizePerThread = \[1, ([48])\], threadsPerWarp = \[32, 1\]", layouts[result]
-        )
-        registers = ", ".join(f"[0, {1 << bit}]" for bit in range(3 if columns[1] == "8" else 2))
-        lanes = ", ".join(f"[{1 << bit}, 0]" for bit in range(5))
-        assert f"register = [{registers}], lane = [{lanes}]" in layouts[source]
 
 
 @not_interpreted
