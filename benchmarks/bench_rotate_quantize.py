@@ -10,7 +10,10 @@ cast_graph_us (the same of the cast-only kernel), ratio = us / cast_us, tb_s (by
 / graph_us). A figure that could not be had is null, and the reason is printed.
 
 impl  triton    lrq_kernels.rotate_quantize
+      cuda      lrq::_rotate_rows of csrc, where it is built and takes the form
       compile   torch.compile of the same chain of torch operators, its Hadamard product in bf16
+      compile-rows, compile-rows-fp8   of the same chain without smoothing and rotation: norm or
+                activation or concatenation, then what users of row-wise GEMMs pay
       fht       fast-hadamard-transform, where it is installed: rotates only, 16-bit output
 form  cast          bf16 -> int8, nothing else: the yardstick, a plain copy at memory speed
       row-quantize  absmax of a row -> int8, or fp8 as the row-wise GEMM of torchao takes it
@@ -30,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -41,13 +45,19 @@ Row = dict[str, Any]
 Shape = tuple[int, int]  # M, K
 
 TOKENS = (512, 4096, 4608, 8192, 32760)
+# K of a concatenation -> K of its first source: attention beside MLP in FLUX.1 and FLUX.2.
+SPLITS = {15360: 3072, 24576: 6144}
+EPS = 1e-6
 # Of FLUX.1-dev and PixArt-Sigma, those of the table in kernels.md.
 SHAPES = ((4608, 3072), (4608, 12288), (4608, 15360), (4096, 1152), (4096, 4608), (512, 3072))
 
 
 @dataclass(frozen=True)
 class Form:
-    """Arguments of lrq::rotate_quantize, or of lrq::rotate when not `quantize`."""
+    """Arguments of lrq::rotate_quantize, or of lrq::rotate when not `quantize`.
+
+    source: what comes before: "plain", "norm" (LayerNorm and modulation), "gelu" or "concat".
+    """
 
     rotation: str = "hadamard"
     block_size: int = 128
@@ -56,9 +66,17 @@ class Form:
     scale_factor: float = 1.0
     permuted: bool = False
     quantize: bool = True
+    source: str = "plain"
 
     def fits(self, in_features: int) -> bool:
+        if self.source == "concat" and in_features not in SPLITS:
+            return False
         return self.rotation == "none" or in_features % self.block_size == 0
+
+    def runs_in_cuda(self) -> bool:
+        """Whether lrq::_rotate_rows takes it."""
+        usual = self.rotation == "hadamard" and not self.permuted and self.quantize
+        return usual and self.source != "gelu"
 
     @property
     def rotate_arguments(self) -> tuple[str, int]:
@@ -81,12 +99,18 @@ FORMS = {
     "int4-rms-128": Form(act_bits=4, scale_mode="rms", scale_factor=0.3545),
     "rotate-128": Form(quantize=False),
     "dual": Form("dual", permuted=True),
+    "norm-modulate-128": Form(source="norm"),
+    "gelu-128": Form(source="gelu"),
+    "concat-128": Form(source="concat"),
 }
 # What is timed besides lrq's kernels: form -> implementations.
 PEERS = {
     "plain-128": ("compile",),
     "none": ("compile",),
     "rotate-128": ("fht",),
+    "norm-modulate-128": ("compile", "compile-rows", "compile-rows-fp8"),
+    "gelu-128": ("compile", "compile-rows", "compile-rows-fp8"),
+    "concat-128": ("compile", "compile-rows", "compile-rows-fp8"),
     "row-quantize": ("compile", "compile-fp8"),
 }
 NAMES = (*FORMS, "row-quantize")
@@ -119,23 +143,28 @@ def cast_only(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Of one K: fp32 [K], int32 [K], fp32 [2, 128, 128], +-1 bf16 [128, 128]."""
+    """Of one K: fp32 [K], int32 [K], fp32 [2, 128, 128], +-1 bf16 [128, 128], bf16 [1, K] twice."""
 
     channel_scale: Tensor
     permutation: Tensor
     matrices: Tensor
     hadamard: Tensor
+    scale: Tensor
+    shift: Tensor
 
     @staticmethod
     def draw(in_features: int, device: str = "cuda") -> Parameters:
         from lrq_kernels.rotation import block_hadamard
 
         signs = torch.randint(0, 2, (in_features,), device=device) * 2 - 1
+        # As in a model: chunks of what one linear makes.
+        modulation = torch.randn(1, 6 * in_features, device=device).bfloat16()
         return Parameters(
             (torch.rand(in_features, device=device) + 0.5) * signs,
             torch.randperm(in_features, device=device).int(),
             torch.linalg.qr(torch.randn(2, 128, 128)).Q.contiguous().to(device),
             block_hadamard(torch.eye(128), 128).sign().to(device, torch.bfloat16),
+            *modulation.chunk(6, dim=1)[:2],
         )
 
 
@@ -163,26 +192,74 @@ def row_quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (scaled.round() if dtype is torch.int8 else scaled).to(dtype), x_scale
 
 
-def _triton_call(name: str, p: Parameters) -> Callable[[Tensor], Any]:
+def two_sources(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The memory of x [M, K] as two contiguous tensors of M tokens."""
+    m, k = x.shape
+    first, second = x.view(-1).split([m * SPLITS[k], m * (k - SPLITS[k])])
+    return first.view(m, -1), second.view(m, -1)
+
+
+def before(x: Tensor, source: str, p: Parameters) -> Tensor:
+    """What precedes quantization, as a user of torch writes it: in x's dtype."""
+    if source == "norm":
+        return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + p.scale) + p.shift
+    if source == "gelu":
+        return F.gelu(x, approximate="tanh")
+    return torch.cat(two_sources(x), dim=-1) if source == "concat" else x
+
+
+def _triton_call(form: Form, p: Parameters) -> Callable[[Tensor], Any]:
     from lrq_kernels import rotate_quantize as kernels
 
-    form = FORMS[name]
     permutation = p.permutation if form.permuted else None
     matrices = p.matrices if form.rotation == "dual" else None
     tensors = (p.channel_scale, permutation, matrices)
-    if form.quantize:
-        return lambda x: kernels.rotate_quantize(x, *tensors, *form.quantize_arguments)
-    return lambda x: kernels.rotate(x, *tensors, *form.rotate_arguments)
+    if not form.quantize:
+        return lambda x: kernels.rotate(x, *tensors, *form.rotate_arguments)
+    rest = (*tensors, *form.quantize_arguments)
+    if form.source == "norm":
+        front = (None, None, p.scale, p.shift, "layer", EPS)
+        return lambda x: kernels.norm_modulate_rotate_quantize(x, *front, *rest, False)
+    if form.source == "gelu":
+        return lambda x: kernels.activation_rotate_quantize(x, None, "gelu_tanh", *rest, False)
+    if form.source == "concat":
+        return lambda x: kernels.concat_rotate_quantize(*two_sources(x), *rest)
+    return lambda x: kernels.rotate_quantize(x, *rest)
+
+
+def _cuda_call(form: Form, p: Parameters) -> Callable[[Tensor], Any]:
+    from lrq_kernels.activation_path import _rotate_rows
+
+    rest = (p.channel_scale, *form.quantize_arguments[1:])
+    if form.source == "norm":
+        return lambda x: _rotate_rows(x, None, p.scale, p.shift, "layer", EPS, *rest)
+    no_norm = (None, None, "none", 0.0)
+    if form.source == "concat":
+        return lambda x: _rotate_rows(*two_sources(x), *no_norm, *rest)
+    return lambda x: _rotate_rows(x, None, *no_norm, *rest)
+
+
+def cuda_is_built() -> bool:
+    name = "lrq::_rotate_rows"
+    has_kernel = torch._C._dispatch_has_kernel
+    return has_kernel(name) and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
 
 
 def _compiled_call(name: str, impl: str, p: Parameters) -> Callable[[Tensor], Any]:
-    if name == "row-quantize":
-        dtype = torch.float8_e4m3fn if impl == "compile-fp8" else torch.int8
-        compiled = torch.compile(row_quantize, dynamic=False)
-        return lambda x: compiled(x, dtype)
-    hadamard = p.hadamard if name == "plain-128" else None
-    compiled_chain = torch.compile(chain, dynamic=False)
-    return lambda x: compiled_chain(x, p.channel_scale, hadamard)
+    source = FORMS[name].source if name in FORMS else "plain"
+    if name == "row-quantize" or impl.startswith("compile-rows"):
+        dtype = torch.float8_e4m3fn if impl.endswith("fp8") else torch.int8
+
+        def rows(x: Tensor) -> tuple[Tensor, Tensor]:
+            return row_quantize(before(x, source, p), dtype)
+
+        return torch.compile(rows, dynamic=False)
+
+    def same_chain(x: Tensor) -> tuple[Tensor, Tensor]:
+        hadamard = None if name == "none" else p.hadamard
+        return chain(before(x, source, p), p.channel_scale, hadamard)
+
+    return torch.compile(same_chain, dynamic=False)
 
 
 def make_function(name: str, impl: str, p: Parameters) -> Callable[[Tensor], Any]:
@@ -190,7 +267,9 @@ def make_function(name: str, impl: str, p: Parameters) -> Callable[[Tensor], Any
     if name == "cast":
         return cast_only
     if impl == "triton":
-        return _triton_call(name, p)
+        return _triton_call(FORMS[name], p)
+    if impl == "cuda":
+        return _cuda_call(FORMS[name], p)
     if impl == "fht":
         from fast_hadamard_transform import hadamard_transform
 
@@ -206,6 +285,8 @@ def implementations(names: Iterable[str], in_features: int) -> list[tuple[str, s
             continue
         if name in FORMS:
             pairs.append((name, "triton"))
+            if FORMS[name].runs_in_cuda() and cuda_is_built():
+                pairs.append((name, "cuda"))
         for impl in PEERS.get(name, ()):
             if impl != "fht" or importlib.util.find_spec("fast_hadamard_transform"):
                 pairs.append((name, impl))
@@ -344,8 +425,8 @@ def plot(rows: list[Row], path: Path, title: str) -> None:
             continue
         axes.plot(
             [float("nan") if ratio is None else ratio for ratio in ratios],
-            marker="o" if impl == "triton" else "x",
-            linestyle="-" if impl == "triton" else ":",
+            marker={"triton": "o", "cuda": "s"}.get(impl, "x"),
+            linestyle="-" if impl in ("triton", "cuda") else ":",
             color=pyplot.get_cmap("tab20")(index % 20),
             label=f"{form} ({impl})",
         )

@@ -177,6 +177,128 @@ def quantize_by_scale(v: Tensor, x_scale: Tensor, act_bits: int) -> Tensor:
     return codes.nan_to_num(nan=0.0).to(torch.int8)
 
 
+# ---- what fuses in front of rotate_quantize -----------------------------------------------------
+#
+# All in fp32 (fp64 for fp64 input) and not rounded before the rotation: one rounding less than
+# eager torch, which writes each of these steps in 16 bits. The tensor kept for another consumer is
+# the same y, rounded once to x's dtype.
+
+
+def _wide(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(like.dtype, torch.float32))
+
+
+def norm_modulate(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    norm: str,
+    eps: float,
+) -> Tensor:
+    """(norm(x) * norm_weight + norm_bias) * (1 + scale) + shift in fp32, x [B, T, K] or [M, K].
+
+    norm "layer": (x - mean x) / sqrt(mean (x - mean x)^2 + eps); "rms": x / sqrt(mean x^2 + eps).
+    norm_weight, norm_bias [K]; scale, shift [B, K], B = 1 for x [M, K].
+    """
+    v = _wide(x, x)
+    if norm == "layer":
+        v = v - v.mean(dim=-1, keepdim=True)
+    y = v * (v.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    if norm_weight is not None:
+        y = y * _wide(norm_weight, x)
+    if norm_bias is not None:
+        y = y + _wide(norm_bias, x)
+    # A vector of a sample serves all its tokens: [B, 1, K], or [1, K] for x [M, K].
+    if scale is not None:
+        y = y * (1 + _wide(scale if x.dim() == 2 else scale[:, None], x))
+    if shift is not None:
+        y = y + _wide(shift if x.dim() == 2 else shift[:, None], x)
+    return y
+
+
+def activate(x: Tensor, gate: Tensor | None, activation: str) -> Tensor:
+    """act(x), or act(gate) * x, in fp32; activation "gelu_tanh", "gelu_erf" or "silu"."""
+    v = _wide(x if gate is None else gate, x)
+    if activation == "silu":
+        y = F.silu(v)
+    else:
+        y = F.gelu(v, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return y if gate is None else y * _wide(x, x)
+
+
+def _kept(y: Tensor, x: Tensor, keep: bool) -> Tensor:
+    """A fresh tensor either way: in fp32 y is quantized and kept."""
+    return (
+        y.to(x.dtype, copy=True, memory_format=torch.contiguous_format) if keep else x.new_empty(0)
+    )
+
+
+def norm_modulate_rotate_quantize(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    norm: str,
+    eps: float,
+    channel_scale: Tensor | None,
+    permutation: Tensor | None,
+    matrices: Tensor | None,
+    rotation: str,
+    block_size: int,
+    act_bits: int,
+    scale_mode: str,
+    scale_factor: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """rotate_quantize of y = norm_modulate(x, ...), and y in x's dtype if `keep`, else [0]."""
+    y = norm_modulate(x, norm_weight, norm_bias, scale, shift, norm, eps)
+    rotate_arguments = (channel_scale, permutation, matrices, rotation, block_size)
+    x_q, x_scale = rotate_quantize(y, *rotate_arguments, act_bits, scale_mode, scale_factor)
+    return x_q, x_scale, _kept(y, x, keep)
+
+
+def activation_rotate_quantize(
+    x: Tensor,
+    gate: Tensor | None,
+    activation: str,
+    channel_scale: Tensor | None,
+    permutation: Tensor | None,
+    matrices: Tensor | None,
+    rotation: str,
+    block_size: int,
+    act_bits: int,
+    scale_mode: str,
+    scale_factor: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """rotate_quantize of y = activate(x, gate), and y in x's dtype if `keep`, else [0]."""
+    y = activate(x, gate, activation)
+    rotate_arguments = (channel_scale, permutation, matrices, rotation, block_size)
+    x_q, x_scale = rotate_quantize(y, *rotate_arguments, act_bits, scale_mode, scale_factor)
+    return x_q, x_scale, _kept(y, x, keep)
+
+
+def concat_rotate_quantize(
+    first: Tensor,
+    second: Tensor,
+    channel_scale: Tensor | None,
+    permutation: Tensor | None,
+    matrices: Tensor | None,
+    rotation: str,
+    block_size: int,
+    act_bits: int,
+    scale_mode: str,
+    scale_factor: float,
+) -> tuple[Tensor, Tensor]:
+    """rotate_quantize of [first | second], tensors [..., K1] and [..., K2] of one dtype."""
+    x = torch.cat([first, second], dim=-1)
+    rotate_arguments = (channel_scale, permutation, matrices, rotation, block_size)
+    return rotate_quantize(x, *rotate_arguments, act_bits, scale_mode, scale_factor)
+
+
 # ---- device layout of packed weights ------------------------------------------------------------
 #
 # A tile is 64 channels x 128 k. Thread T = 32w + 4g + t of a warpgroup owns rows 16w + g + 8r and

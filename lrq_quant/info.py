@@ -52,7 +52,8 @@ def _gpu_lines() -> list[str]:
         if capability < MIN_CAPABILITY:
             line += ", below sm_80: no kernels for it"
         else:
-            line += "; rotate, rotate_quantize: Triton; gemm, gemv, dequantize, prepack: "
+            line += "; rotate, rotate_quantize and its fused forms: Triton"
+            line += "; gemm, gemv, dequantize, prepack: "
             line += _cuda_kernels(capability)
         lines.append(line)
     return lines

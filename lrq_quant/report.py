@@ -121,6 +121,15 @@ class QuantReport:
     def weight_bits(self) -> float:
         return sum(linear.stored_bits for linear in self.linears) / max(1, self.weights)
 
+    @property
+    def gathered(self) -> tuple[str, ...]:
+        """Shared inputs that a permutation in front of the block Hadamard reorders at run time: no
+        permutation is folded into what makes an input. ("dual" permutes between its factors.)"""
+        names = [
+            linear.shared_input for linear in self.linears if linear.rotation.startswith("permuted")
+        ]
+        return tuple(dict.fromkeys(names))
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values; from_dict is the inverse."""
         return {
@@ -130,6 +139,7 @@ class QuantReport:
             "coverage": self.coverage,
             "parameters": self.parameters,
             "weight_bits": self.weight_bits,
+            "gathered": list(self.gathered),
             "linears": [linear.to_dict() for linear in self.linears],
             "kept": [dataclasses.asdict(kept) for kept in self.kept],
         }
@@ -168,6 +178,11 @@ class QuantReport:
             cells = [cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)]
             lines.append("  ".join(cells).rstrip())
         lines.append(self.summary())
+        if self.gathered:
+            lines.append(
+                f"{len(self.gathered)} inputs are permuted at run time, by a gather in front of "
+                f"the rotation: {', '.join(self.gathered)}"
+            )
         return "\n".join(lines)
 
     def summary(self) -> str:

@@ -40,6 +40,53 @@ def quantize_arguments(device: str, rotation: str = "hadamard", x: Any = None) -
     }
 
 
+def concat_arguments(device: str, rotation: str = "hadamard", first: Any = None) -> Arguments:
+    """first [M, K - 32] beside second [M, 32], a part of a wider tensor."""
+    arguments = quantize_arguments(device, rotation)
+    x = arguments.pop("x")
+    wide = torch.cat([x, x], dim=1)
+    return {
+        "first": x[:, : K - 32].contiguous() if first is None else first,
+        "second": wide[:, K - 32 : K],
+        **arguments,
+    }
+
+
+def activation_arguments(
+    device: str, rotation: str = "hadamard", activation: str = "gelu_tanh", keep: bool = True
+) -> Arguments:
+    """With "silu": a SwiGLU pair, both halves of one tensor."""
+    arguments = quantize_arguments(device, rotation)
+    pair = torch.randn(M, 2 * K).to(device, torch.bfloat16)
+    return {
+        "x": pair[:, :K],
+        "gate": pair[:, K:] if activation == "silu" else None,
+        "activation": activation,
+        **{name: value for name, value in arguments.items() if name != "x"},
+        "keep": keep,
+    }
+
+
+def norm_arguments(
+    device: str, rotation: str = "hadamard", norm: str = "layer", samples: int = 2
+) -> Arguments:
+    """samples 0: x [M, K] without scale, shift and bias. "layer" keeps, "rms" does not."""
+    arguments = quantize_arguments(device, rotation)
+    shape = (samples, M // samples, K) if samples else (M, K)
+    modulation = torch.randn(samples, 6 * K).to(device) if samples else None
+    return {
+        "x": (torch.randn(shape) * 3 + 1).to(device, torch.bfloat16),
+        "norm_weight": torch.randn(K).to(device, torch.bfloat16),
+        "norm_bias": torch.randn(K).to(device) if samples else None,
+        "scale": None if modulation is None else modulation[:, K : 2 * K],
+        "shift": None if modulation is None else modulation[:, 4 * K : 5 * K].to(torch.bfloat16),
+        "norm": norm,
+        "eps": 1e-6,
+        **{name: value for name, value in arguments.items() if name != "x"},
+        "keep": norm == "layer",
+    }
+
+
 def rotate_rows_arguments(device: str, norm: str = "layer", samples: int = 2) -> Arguments:
     """Two sources, the second of wider rows; with a norm also modulation."""
     dtype = torch.bfloat16
@@ -133,6 +180,9 @@ def dequantize_arguments(device: str) -> Arguments:
 VALID: dict[str, Callable[[str], Arguments]] = {
     "rotate": rotate_arguments,
     "rotate_quantize": quantize_arguments,
+    "concat_rotate_quantize": concat_arguments,
+    "activation_rotate_quantize": activation_arguments,
+    "norm_modulate_rotate_quantize": norm_arguments,
     "_rotate_rows": rotate_rows_arguments,
     "prepack": prepack_arguments,
     "unprepack": unprepack_arguments,
@@ -163,7 +213,7 @@ def batch_of_rows(device: str) -> Arguments:
     return {**arguments, "shift": None, "scale_mode": "rms", "scale_factor": 0.03}
 
 
-def no_rows(device: str) -> Arguments:
+def no_rotated_rows(device: str) -> Arguments:
     arguments = rotate_rows_arguments(device, "none")
     x = torch.empty(0, K, dtype=torch.bfloat16, device=device)
     return {**arguments, "x": x, "second": x.clone()}
@@ -176,6 +226,24 @@ def identity(device: str) -> Arguments:
 
 def smoothed_only(device: str) -> Arguments:
     return {**quantize_arguments(device, "none"), "permutation": None, "scale_mode": "rms"}
+
+
+def unpermuted(make: Callable[..., Arguments], *options: Any) -> Callable[[str], Arguments]:
+    return lambda device: {**make(device, *options), "permutation": None}
+
+
+def no_rows(make: Callable[[str], Arguments], *names: str) -> Callable[[str], Arguments]:
+    """Arguments without a token in `names`."""
+
+    def emptied(device: str) -> Arguments:
+        arguments = make(device)
+        for name in names:
+            *_, columns = arguments[name].shape
+            leading = arguments[name].shape[:-2]
+            arguments[name] = arguments[name].new_empty(*leading, 0, columns)
+        return arguments
+
+    return emptied
 
 
 def gelu(device: str) -> Arguments:
@@ -191,8 +259,27 @@ SAMPLES: list[tuple[str, str, Callable[[str], Arguments]]] = [
     ("rotate_quantize", "strided rows", strided_rows),
     ("rotate_quantize", "no tokens", no_tokens),
     ("rotate_quantize", "smoothed only", smoothed_only),
+    ("concat_rotate_quantize", "dual", lambda device: concat_arguments(device, "dual")),
+    ("concat_rotate_quantize", "no tokens", no_rows(concat_arguments, "first", "second")),
+    ("activation_rotate_quantize", "dual", lambda device: activation_arguments(device, "dual")),
+    (
+        "activation_rotate_quantize",
+        "erf",
+        lambda device: activation_arguments(device, "none", "gelu_erf", False),
+    ),
+    ("activation_rotate_quantize", "gated", unpermuted(activation_arguments, "hadamard", "silu")),
+    ("activation_rotate_quantize", "no tokens", no_rows(activation_arguments, "x")),
+    ("norm_modulate_rotate_quantize", "dual", lambda device: norm_arguments(device, "dual")),
+    ("norm_modulate_rotate_quantize", "unpermuted", unpermuted(norm_arguments)),
+    ("norm_modulate_rotate_quantize", "rms", lambda device: norm_arguments(device, "none", "rms")),
+    (
+        "norm_modulate_rotate_quantize",
+        "two dimensions",
+        lambda device: norm_arguments(device, "hadamard", "rms", 0),
+    ),
+    ("norm_modulate_rotate_quantize", "no tokens", no_rows(norm_arguments, "x")),
     ("_rotate_rows", "batch", batch_of_rows),
-    ("_rotate_rows", "no tokens", no_rows),
+    ("_rotate_rows", "no tokens", no_rotated_rows),
     ("gemm", "int32", lambda device: gemm_arguments(device, torch.int32)),
     ("gemm", "gate", lambda device: gemm_arguments(device, torch.float16, samples=3)),
     ("gemm", "no tokens", lambda device: gemm_arguments(device, torch.float32, rows=0)),

@@ -161,6 +161,40 @@ def rotations() -> None:
             raise SystemExit(f"wrong result: rotate_quantize {rotation} {block_size}")
 
 
+def fused_rotations() -> None:
+    """Each fused form with and without what is optional, on rows and vectors that end exactly."""
+    bf16, fp16 = torch.bfloat16, torch.float16
+    dual = torch.linalg.qr(torch.randn(2, 128, 128)).Q.contiguous().cuda()
+    for rotation, k, dtype, permuted, keep in (
+        ("none", 77, bf16, False, True),
+        ("hadamard", 384, bf16, True, True),
+        ("hadamard", 1152, fp16, False, False),
+        ("dual", 256, fp16, True, True),
+    ):
+        permutation = torch.randperm(k, device="cuda").int() if permuted else None
+        matrices = dual if rotation == "dual" else None
+        scale = torch.rand(k, device="cuda")
+        options = (scale, permutation, matrices, rotation, 128, 8, "absmax", 1.0)
+        x = exact_rows(torch.randn(4, k).to(dtype), k + 8)
+        other = exact_rows(torch.randn(4, k).to(dtype), k + 5)
+        weight, vectors = torch.rand(k, device="cuda"), exact_rows(torch.randn(2, k), k + 3)
+        samples = x.unflatten(0, (2, 2))
+        front = (weight.to(dtype), None, vectors, vectors, "layer", 1e-6)
+        for op, arguments in (
+            ("norm_modulate_rotate_quantize", (samples, *front, *options, keep)),
+            ("activation_rotate_quantize", (x, other, "silu", *options, keep)),
+            ("activation_rotate_quantize", (x, None, "gelu_erf", *options, keep)),
+            ("concat_rotate_quantize", (x[:, :40], other[:, : k - 40], *options)),
+        ):
+            got = getattr(ops, op)(*arguments)
+            on_cpu = [a.cpu() if isinstance(a, Tensor) else a for a in arguments]
+            expected = getattr(ops, op)(*on_cpu)
+            steps = expected[1][..., None]
+            error = (got[0] * got[1][..., None]).cpu() - expected[0] * steps
+            if not bool((error.abs() < 1.5 * steps).all()):  # a step apart at ties
+                raise SystemExit(f"wrong result: {op} {rotation} {k}")
+
+
 def rotated_rows() -> None:
     """One and several warps a token, blocks past K, two sources, vectors of samples."""
     bf16, fp16 = torch.bfloat16, torch.float16
@@ -199,6 +233,7 @@ def main() -> None:
         gemvs(bits)
         a16_gemms(bits)
     rotations()
+    fused_rotations()
     rotated_rows()
     torch.cuda.synchronize()
     print("cases done")

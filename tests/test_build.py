@@ -18,7 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "lrq_kernels" / "liblrq_cuda.so"
 CUDA_SOURCES = sorted(path.relative_to(ROOT) for path in ROOT.glob("csrc/**/*.cu"))
-# From csrc/ops.cpp; rotate and rotate_quantize are Triton and are registered by lrq_kernels.
+# From csrc/ops.cpp; rotate, rotate_quantize and its fused forms are registered by lrq_kernels.
 CUDA_OPS = (
     *("prepack", "unprepack", "dequantize", "gemm", "gemm_config", "gemv", "gemm_a16"),
     "_rotate_rows",

@@ -27,6 +27,9 @@ SLEEP_CYCLES = 20_000_000
 LATE = {
     "rotate": "x",
     "rotate_quantize": "x",
+    "concat_rotate_quantize": "second",
+    "activation_rotate_quantize": "x",
+    "norm_modulate_rotate_quantize": "x",
     "prepack": "codes",
     "unprepack": "weight",
     "dequantize": "weight",

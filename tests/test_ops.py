@@ -12,7 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from op_samples import SAMPLES, VALID, Arguments, K, M, N, call, flat, gemm_arguments
+from op_samples import (
+    SAMPLES,
+    VALID,
+    Arguments,
+    K,
+    M,
+    N,
+    call,
+    flat,
+    gemm_arguments,
+    norm_arguments,
+)
 from torch._subclasses import FakeTensorMode
 
 from lrq_kernels import cuda_library_status, ops
@@ -89,6 +100,25 @@ def test_one_compiled_graph_serves_every_number_of_tokens(device: str):
         for rows in (64, 3, 17):
             x = torch.randn(rows, K).to(device, torch.bfloat16)
             assert torch.equal(compiled(x), linear(x))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_compiled_norm_serves_every_number_of_tokens(device: str):
+    """Its samples are counted in the checks: they must not tie the graph to one M or T."""
+    constants = list(norm_arguments(device).values())[1:]
+
+    def run(x: torch.Tensor) -> Any:
+        return torch.ops.lrq.norm_modulate_rotate_quantize.default(x, *constants)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 5, K).to(device, torch.bfloat16)
+    torch._dynamo.mark_dynamic(x, 1)
+    assert all(map(torch.equal, compiled(x), run(x)))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for tokens in (64, 3, 17):
+            x = torch.randn(2, tokens, K).to(device, torch.bfloat16)
+            assert all(map(torch.equal, compiled(x), run(x)))
 
 
 @pytest.mark.slow
@@ -183,45 +213,104 @@ def both(*changes: Change) -> Change:
 GATED = both(fill("residual", M, N, dtype=torch.bfloat16), fill("gate", 2, N, dtype=torch.bfloat16))
 NO_BIAS_INT32 = put(bias=None, out_dtype=torch.int32)
 
+QUANTIZING = (
+    "rotate_quantize concat_rotate_quantize activation_rotate_quantize"
+    " norm_modulate_rotate_quantize"
+)
+ROTATING = "rotate " + QUANTIZING
+NORM = "norm_modulate_rotate_quantize"
+
 # op (or ops), change of valid arguments, argument named, expected, got
 ERRORS: list[tuple[str, Change, str, str, str]] = [
-    ("rotate rotate_quantize", put(rotation="fourier"), "rotation",
-     "one of ('none', 'hadamard', 'dual')", "'fourier'"),
+    (ROTATING, put(rotation="fourier"), "rotation", "one of ('none', 'hadamard', 'dual')",
+     "'fourier'"),
     ("rotate rotate_quantize", put(x=lambda x: x.to(torch.int32)), "dtype of x", "one of",
      "torch.int32"),
     ("rotate rotate_quantize", put(x=lambda x: x[0, 0]), "x", "of at least one dimension",
      "a scalar"),
     ("rotate rotate_quantize", put(x=columns_first), "x", "of last stride 1", "strides"),
-    ("rotate rotate_quantize", put(block_size=96), "block_size",
+    (ROTATING, put(block_size=96), "block_size",
      "one of (32, 64, 128, 256, 512, 1024)", "96"),
-    ("rotate rotate_quantize", put(block_size=256), "K", "a multiple of block_size 256", "128"),
-    ("rotate rotate_quantize", put(rotation="dual"), "matrices", "given exactly when", "without"),
-    ("rotate rotate_quantize", fill("matrices", 2, 128, 128), "matrices", "given exactly when",
+    (ROTATING, put(block_size=256), "K", "a multiple of block_size 256", "128"),
+    (ROTATING, put(rotation="dual"), "matrices", "given exactly when", "without"),
+    (ROTATING, fill("matrices", 2, 128, 128), "matrices", "given exactly when",
      "'hadamard' with"),
-    ("rotate rotate_quantize",
+    (ROTATING,
      both(put(rotation="dual", block_size=64), fill("matrices", 2, 128, 128)), "block_size",
      "one of (128,)", "64"),
-    ("rotate rotate_quantize", both(put(rotation="dual"), fill("matrices", 2, 64, 64)), "matrices",
+    (ROTATING, both(put(rotation="dual"), fill("matrices", 2, 64, 64)), "matrices",
      "torch.float32 [2, 128, 128]", "torch.float32 [2, 64, 64]"),
-    ("rotate rotate_quantize", put(channel_scale=lambda s: s.double()), "channel_scale",
+    (ROTATING, put(channel_scale=lambda s: s.double()), "channel_scale",
      "torch.float32 [128]", "torch.float64 [128]"),
-    ("rotate rotate_quantize", fill("channel_scale", 127), "channel_scale", "torch.float32 [128]",
+    (ROTATING, fill("channel_scale", 127), "channel_scale", "torch.float32 [128]",
      "torch.float32 [127]"),
-    ("rotate rotate_quantize", put(channel_scale=every_other), "channel_scale", "contiguous",
+    (ROTATING, put(channel_scale=every_other), "channel_scale", "contiguous",
      "strides"),
-    ("rotate rotate_quantize", elsewhere("channel_scale"), "channel_scale", "on ", "a tensor on"),
-    ("rotate rotate_quantize", put(permutation=lambda p: p.long()), "permutation",
+    (ROTATING, elsewhere("channel_scale"), "channel_scale", "on ", "a tensor on"),
+    (ROTATING, put(permutation=lambda p: p.long()), "permutation",
      "torch.int32 [128]", "torch.int64 [128]"),
-    ("rotate rotate_quantize", fill("permutation", 1, 128, dtype=torch.int32), "permutation",
+    (ROTATING, fill("permutation", 1, 128, dtype=torch.int32), "permutation",
      "torch.int32 [128]", "torch.int32 [1, 128]"),
-    ("rotate rotate_quantize", elsewhere("permutation"), "permutation", "on ", "a tensor on"),
-    ("rotate_quantize", put(act_bits=16), "act_bits", "one of (4, 8)", "16"),
-    ("rotate_quantize", put(scale_mode="max"), "scale_mode", "one of ('absmax', 'rms')", "'max'"),
-    ("rotate_quantize", put(scale_factor=0.0), "scale_factor", "positive and finite", "0.0"),
-    ("rotate_quantize", put(scale_factor=float("nan")), "scale_factor", "positive and finite",
+    (ROTATING, elsewhere("permutation"), "permutation", "on ", "a tensor on"),
+    (QUANTIZING, put(act_bits=16), "act_bits", "one of (4, 8)", "16"),
+    (QUANTIZING, put(scale_mode="max"), "scale_mode", "one of ('absmax', 'rms')", "'max'"),
+    (QUANTIZING, put(scale_factor=0.0), "scale_factor", "positive and finite", "0.0"),
+    (QUANTIZING, put(scale_factor=float("nan")), "scale_factor", "positive and finite",
      "nan"),
-    ("rotate_quantize", put(scale_factor=float("inf")), "scale_factor", "positive and finite",
+    (QUANTIZING, put(scale_factor=float("inf")), "scale_factor", "positive and finite",
      "inf"),
+    ("activation_rotate_quantize norm_modulate_rotate_quantize",
+     put(x=lambda x: x.to(torch.int32)), "dtype of x", "one of", "torch.int32"),
+    ("activation_rotate_quantize norm_modulate_rotate_quantize", put(x=every_other), "x",
+     "of last stride 1", "strides"),
+    ("concat_rotate_quantize", put(first=lambda x: x.to(torch.int32)), "dtype of first", "one of",
+     "torch.int32"),
+    ("concat_rotate_quantize", put(first=lambda x: x[0, 0]), "first", "of at least one dimension",
+     "a scalar"),
+    ("concat_rotate_quantize", put(first=every_other), "first", "of last stride 1", "strides"),
+    ("concat_rotate_quantize", put(second=every_other), "second", "of last stride 1", "strides"),
+    ("concat_rotate_quantize", put(second=lambda x: x.float()), "second",
+     f"torch.bfloat16 [{M}, 32]", f"torch.float32 [{M}, 32]"),
+    ("concat_rotate_quantize", put(second=lambda x: x[1:]), "second", f"torch.bfloat16 [{M}, 32]",
+     f"torch.bfloat16 [{M - 1}, 32]"),
+    ("concat_rotate_quantize", put(second=lambda x: x[0, 0]), "second",
+     f"torch.bfloat16 [{M}, 0]", "torch.bfloat16 []"),
+    ("concat_rotate_quantize", elsewhere("second"), "second", "on ", "a tensor on"),
+    ("concat_rotate_quantize", put(second=lambda x: x[:, :31]), "K", "a multiple of block_size 128",
+     "127"),
+    ("activation_rotate_quantize", put(activation="relu"), "activation",
+     "one of ('gelu_tanh', 'gelu_erf', 'silu')", "'relu'"),
+    ("activation_rotate_quantize", fill("gate", M, K), "gate", f"torch.bfloat16 [{M}, {K}]",
+     f"torch.float32 [{M}, {K}]"),
+    ("activation_rotate_quantize", fill("gate", M, K + 1, dtype=torch.bfloat16), "gate",
+     f"torch.bfloat16 [{M}, {K}]", f"torch.bfloat16 [{M}, {K + 1}]"),
+    ("activation_rotate_quantize",
+     both(fill("gate", M, K, dtype=torch.bfloat16), put(gate=columns_first)), "gate",
+     "of last stride 1", "strides"),
+    ("activation_rotate_quantize",
+     both(fill("gate", M, K, dtype=torch.bfloat16), elsewhere("gate")), "gate", "on ",
+     "a tensor on"),
+    (NORM, put(norm="batch"), "norm", "one of ('layer', 'rms')", "'batch'"),
+    (NORM, put(eps=-1e-6), "eps", "finite and not negative", "-1e-06"),
+    (NORM, put(eps=float("nan")), "eps", "finite and not negative", "nan"),
+    (NORM, put(x=lambda x: x[None]), "x", "[B, T, K] or [M, K]", f"shape [1, 2, {M // 2}, {K}]"),
+    (NORM, put(x=lambda x: x[0, 0]), "x", "[B, T, K] or [M, K]", f"shape [{K}]"),
+    (NORM, put(norm_weight=lambda t: t.half()), "norm_weight", f"torch.bfloat16 [{K}]",
+     f"torch.float16 [{K}]"),
+    (NORM, put(norm_weight=lambda t: t[:-1]), "norm_weight", f"torch.bfloat16 [{K}]",
+     f"torch.bfloat16 [{K - 1}]"),
+    (NORM, put(norm_bias=every_other), "norm_bias", "contiguous", "strides"),
+    (NORM, elsewhere("norm_bias"), "norm_bias", "on ", "a tensor on"),
+    (NORM, put(scale=lambda t: t.half()), "scale", f"torch.bfloat16 or torch.float32 [2, {K}]",
+     f"torch.float16 [2, {K}]"),
+    (NORM, put(scale=lambda t: t[0]), "scale", f"torch.bfloat16 or torch.float32 [2, {K}]",
+     f"torch.float32 [{K}]"),
+    (NORM, put(shift=lambda t: t[:1]), "shift", f"torch.bfloat16 or torch.float32 [2, {K}]",
+     f"torch.bfloat16 [1, {K}]"),
+    (NORM, put(shift=every_other), "shift", "of last stride 1", "strides"),
+    (NORM, elsewhere("scale"), "scale", "on ", "a tensor on"),
+    (NORM, put(x=lambda x: x[0]), "scale", f"torch.bfloat16 or torch.float32 [1, {K}]",
+     f"torch.float32 [2, {K}]"),
     ("_rotate_rows", put(x=lambda x: x.to(torch.int8)), "dtype of x", "one of", "torch.int8"),
     ("_rotate_rows", put(x=lambda x: x[0]), "x", "torch.bfloat16 [M, K] or [B, T, K]", "[128]"),
     ("_rotate_rows", put(x=columns_first), "x", "of last stride 1", "strides"),
@@ -385,7 +474,7 @@ def test_checks_of_the_cuda_library_without_a_gpu(
     op: str, change: Change, argument: str, expected: str, got: str
 ):
     """CPU tensors given to the CUDA kernels: the checks before that of the device must speak."""
-    if op.startswith("rotate") or not cuda_library_status().startswith("loaded"):
+    if op in ROTATING.split() or not cuda_library_status().startswith("loaded"):
         pytest.skip("needs a compiled kernel of csrc")
     to_cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     arguments = change(VALID[op]("cpu"), "cpu")
@@ -396,11 +485,17 @@ def test_checks_of_the_cuda_library_without_a_gpu(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("op", ["rotate", "rotate_quantize", "gemv", "gemm_a16"])
+@pytest.mark.parametrize("op", [*ROTATING.split(), "gemv", "gemm_a16"])
 def test_float64_is_for_the_cpu_alone(op: str):
     arguments = VALID[op]("cuda")
-    arguments["x"] = arguments["x"].double()
-    with pytest.raises(ValueError, match=f"lrq::{op}: dtype of x on CUDA must be .*torch.float64"):
+    names = [name for name in ("x", "first", "second") if name in arguments]
+    for name in names:
+        arguments[name] = arguments[name].double()
+    # Of norm_modulate's vectors those in bf16 would be another error.
+    for name in {"norm_weight", "shift"} & set(arguments):
+        arguments[name] = arguments[name].float()
+    pattern = f"lrq::{op}: dtype of {names[0]} on CUDA must be .*torch.float64"
+    with pytest.raises(ValueError, match=pattern):
         call(op, arguments)
 
 

@@ -1,0 +1,410 @@
+"""Triton kernels of lrq::rotate_quantize, its fused forms and lrq::rotate: one token a program, and
+the dense product of "dual" with many. token_tiles.py says how a token lies in registers;
+rotate_quantize.py launches.
+
+A permutation is gathered where x is loaded, and where each vector along K is.
+"""
+
+# A tuple that grows in a kernel has no one type for Python.
+# mypy: disable-error-code="assignment"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .token_tiles import (
+    MAGIC,
+    load_pieces,
+    load_two_rows,
+    multiply,
+    num_values,
+    padded_row,
+    piece_mask,
+    rotate_and_store,
+    store_pieces,
+    to_float,
+    token_square_sum,
+    token_sum,
+)
+
+# The kernels of a token share their last arguments:
+#
+#   channel_scale_ptr   [K] fp32 or None
+#   permutation_ptr     [K] int32 or None
+#   out_ptr             [M, padded_row(K)] int8 codes, or floating point when x_scale_ptr is None
+#   x_scale_ptr         [M] fp32, or None: store the rotated token, unquantized
+#   step_factor         fp32
+#   K, N, VALUES        N * VALUES >= K: see token_tiles.py
+#   BLOCK, QMAX, RMS, CLAMP   see rotate_and_store
+
+
+@triton.jit
+def _finish(
+    y,
+    token,
+    channel_scale_ptr,
+    out_ptr,
+    x_scale_ptr,
+    step_factor,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    QMAX: tl.constexpr,
+    RMS: tl.constexpr,
+    CLAMP: tl.constexpr,
+):
+    """Smooth, rotate and store the pieces y of a token, permuted already."""
+    if channel_scale_ptr is not None:
+        y = multiply(y, load_pieces(channel_scale_ptr, None, K, N, num_values(y)))
+    if x_scale_ptr is not None:
+        x_scale_ptr += token
+    out_row = out_ptr + token * padded_row(K)
+    rotate_and_store(y, out_row, x_scale_ptr, step_factor, K, N, BLOCK, QMAX, RMS, CLAMP)
+
+
+@triton.jit
+def row_kernel(
+    x_ptr,  # [M, SPLIT] bf16, fp16 or fp32
+    x_row_stride,
+    second_ptr,  # [M, K - SPLIT] of the same type, or None: SPLIT = K
+    second_row_stride,
+    channel_scale_ptr,
+    permutation_ptr,
+    out_ptr,
+    x_scale_ptr,
+    step_factor,
+    SPLIT: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    VALUES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    QMAX: tl.constexpr,
+    RMS: tl.constexpr,
+    CLAMP: tl.constexpr,
+):
+    """y = [x | second]"""
+    token = tl.program_id(0).to(tl.int64)
+    row = x_ptr + token * x_row_stride
+    indices = None
+    if permutation_ptr is not None:
+        indices = load_pieces(permutation_ptr, None, K, N, VALUES)
+    if second_ptr is None:
+        pieces = load_pieces(row, indices, K, N, VALUES)
+    else:
+        second = second_ptr + token * second_row_stride
+        pieces = load_two_rows(row, second, indices, SPLIT, K, N, VALUES)
+    _finish(
+        to_float(pieces),
+        token,
+        channel_scale_ptr,
+        out_ptr,
+        x_scale_ptr,
+        step_factor,
+        K,
+        N,
+        BLOCK,
+        QMAX,
+        RMS,
+        CLAMP,
+    )
+
+
+@triton.jit
+def _sigmoid_of_log2(t):
+    """1 / (1 + 2^-t) by ex2.approx and rsqrt.approx, whose square is as good as rcp.approx."""
+    root = tl.rsqrt(1.0 + tl.exp2(-t))
+    return root * root
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "gelu_tanh":
+        # (1 + tanh(u)) / 2 = sigmoid(2u); the factors are 2 sqrt(2 / pi) log2(e) and 0.044715 of it
+        return x * _sigmoid_of_log2(x * tl.fma(x * x, 0.10294324, 2.3022082))
+    elif ACTIVATION == "gelu_erf":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:
+        return x * _sigmoid_of_log2(x * 1.4426950408889634)
+
+
+@triton.jit
+def activation_kernel(
+    x_ptr,  # [M, K] bf16, fp16 or fp32
+    x_row_stride,
+    gate_ptr,  # [M, K] of the same type, or None
+    gate_row_stride,
+    kept_ptr,  # [M, padded_row(K)] of the same type: y, rounded; None, or no permutation
+    channel_scale_ptr,
+    permutation_ptr,
+    out_ptr,
+    x_scale_ptr,
+    step_factor,
+    ACTIVATION: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    VALUES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    QMAX: tl.constexpr,
+    RMS: tl.constexpr,
+    CLAMP: tl.constexpr,
+):
+    """y = act(x), or act(gate) * x"""
+    token = tl.program_id(0).to(tl.int64)
+    indices = None
+    if permutation_ptr is not None:
+        indices = load_pieces(permutation_ptr, None, K, N, VALUES)
+    pieces = load_pieces(x_ptr + token * x_row_stride, indices, K, N, VALUES)
+    if gate_ptr is not None:
+        gates = load_pieces(gate_ptr + token * gate_row_stride, indices, K, N, VALUES)
+    v = ()
+    for piece in tl.static_range(len(pieces)):
+        if gate_ptr is not None:
+            y = _activate(gates[piece].to(tl.float32), ACTIVATION) * pieces[piece].to(tl.float32)
+        else:
+            y = _activate(pieces[piece].to(tl.float32), ACTIVATION)
+        v = v + (y,)
+    if kept_ptr is not None:
+        store_pieces(kept_ptr + token * padded_row(K), v, K, N)
+    _finish(
+        v,
+        token,
+        channel_scale_ptr,
+        out_ptr,
+        x_scale_ptr,
+        step_factor,
+        K,
+        N,
+        BLOCK,
+        QMAX,
+        RMS,
+        CLAMP,
+    )
+
+
+@triton.jit
+def norm_kernel(
+    x_ptr,  # [B, T, K] bf16, fp16 or fp32
+    x_sample_stride,
+    x_row_stride,
+    tokens_per_sample,  # T
+    norm_weight_ptr,  # [K] of x's type or fp32, or None; so norm_bias
+    norm_bias_ptr,
+    scale_ptr,  # [B, K] of x's type or fp32, or None; so shift
+    scale_row_stride,
+    shift_ptr,
+    shift_row_stride,
+    eps,  # fp32
+    kept_ptr,  # [B, T, padded_row(K)] of x's type: y, rounded; None, or no permutation
+    channel_scale_ptr,
+    permutation_ptr,
+    out_ptr,
+    x_scale_ptr,
+    step_factor,
+    LAYER_NORM: tl.constexpr,  # else RMSNorm
+    K: tl.constexpr,
+    N: tl.constexpr,
+    VALUES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    QMAX: tl.constexpr,
+    RMS: tl.constexpr,
+    CLAMP: tl.constexpr,
+):
+    """y = (norm(x) * norm_weight + norm_bias) * (1 + scale) + shift"""
+    token = tl.program_id(0)
+    sample = (token // tokens_per_sample).to(tl.int64)
+    row = x_ptr + sample * x_sample_stride
+    row += (token - sample * tokens_per_sample) * x_row_stride
+    token = token.to(tl.int64)
+    indices = None
+    if permutation_ptr is not None:
+        indices = load_pieces(permutation_ptr, None, K, N, VALUES)
+    v = to_float(load_pieces(row, indices, K, N, VALUES))
+    if LAYER_NORM:
+        v = _subtract(v, token_sum(v) / K, K, N)
+    y = _multiply_by_scalar(v, tl.rsqrt(token_square_sum(v) / K + eps))
+    if norm_weight_ptr is not None:
+        y = multiply(y, load_pieces(norm_weight_ptr, indices, K, N, VALUES))
+    if norm_bias_ptr is not None:
+        y = _add(y, load_pieces(norm_bias_ptr, indices, K, N, VALUES))
+    if scale_ptr is not None:
+        scale_row = scale_ptr + sample * scale_row_stride
+        y = _multiply_by_one_plus(y, load_pieces(scale_row, indices, K, N, VALUES))
+    if shift_ptr is not None:
+        shift_row = shift_ptr + sample * shift_row_stride
+        y = _add(y, load_pieces(shift_row, indices, K, N, VALUES))
+    if kept_ptr is not None:
+        store_pieces(kept_ptr + token * padded_row(K), y, K, N)
+    _finish(
+        y,
+        token,
+        channel_scale_ptr,
+        out_ptr,
+        x_scale_ptr,
+        step_factor,
+        K,
+        N,
+        BLOCK,
+        QMAX,
+        RMS,
+        CLAMP,
+    )
+
+
+@triton.jit
+def _subtract(v, mean, K: tl.constexpr, N: tl.constexpr):
+    """v - mean, and zero beyond K."""
+    out = ()
+    for piece in tl.static_range(len(v)):
+        if N * num_values(v) == K:
+            out = out + (v[piece] - mean,)
+        else:
+            mask = piece_mask(piece, K, N, num_values(v))
+            out = out + (tl.where(mask, v[piece] - mean, 0.0),)
+    return out
+
+
+@triton.jit
+def _multiply_by_scalar(v, factor):
+    out = ()
+    for piece in tl.static_range(len(v)):
+        out = out + (v[piece] * factor,)
+    return out
+
+
+@triton.jit
+def _add(v, w):
+    out = ()
+    for piece in tl.static_range(len(v)):
+        out = out + (v[piece] + w[piece].to(tl.float32),)
+    return out
+
+
+@triton.jit
+def _multiply_by_one_plus(v, w):
+    out = ()
+    for piece in tl.static_range(len(v)):
+        out = out + (v[piece] * (1.0 + w[piece].to(tl.float32)),)
+    return out
+
+
+@triton.jit
+def _dense_product(
+    x_ptr,
+    x_row_stride,
+    channel_scale_ptr,
+    permutation_ptr,
+    matrix_ptr,
+    token,  # [R, 1] int64, and block * 128 [R, 1] of each of R rows
+    first,
+    mask,  # [R, 1]
+    ROWS: tl.constexpr,
+):
+    """fp32 [R, 128]: R blocks of x[permutation] * channel_scale, times the matrix.
+
+    As accurate as fp32: tf32x3, and products of 32 terms are added outside the tensor cores,
+    because those truncate their sums.
+    """
+    column = tl.arange(0, 128)[None, :]
+    total = tl.zeros((ROWS, 128), tl.float32)
+    for start in tl.range(0, 128, 32, num_stages=1):
+        term = start + tl.arange(0, 32)
+        k = first + term[None, :]
+        if permutation_ptr is None:
+            source = k
+        else:
+            source = tl.load(permutation_ptr + k, mask=mask, other=0)
+        a = tl.load(x_ptr + token * x_row_stride + source, mask=mask, other=0.0).to(tl.float32)
+        if channel_scale_ptr is not None:
+            a = a * tl.load(channel_scale_ptr + k, mask=mask, other=0.0)
+        b = tl.load(matrix_ptr + term[:, None] * 128 + column)
+        total += tl.dot(a, b, input_precision="tf32x3")
+    return total
+
+
+@triton.jit
+def block_dense_kernel(
+    x_ptr,  # [M, K] bf16, fp16 or fp32
+    x_row_stride,
+    channel_scale_ptr,  # [K] fp32 or None
+    permutation_ptr,  # [K] int32 or None
+    matrix_ptr,  # [128, 128] fp32
+    out_ptr,  # [M, K]
+    num_rows,  # M * K / 128
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """out[m] = (x[m][permutation] * channel_scale) @ blockdiag(matrix); a program multiplies ROWS
+    blocks of 128, which may belong to several tokens."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    mask = (row < num_rows)[:, None]
+    token = (row // (K // 128))[:, None]
+    first = (row % (K // 128)).to(tl.int32)[:, None] * 128
+    total = _dense_product(
+        x_ptr,
+        x_row_stride,
+        channel_scale_ptr,
+        permutation_ptr,
+        matrix_ptr,
+        token,
+        first,
+        mask,
+        ROWS,
+    )
+    out = out_ptr + token * K + first + tl.arange(0, 128)[None, :]
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def block_dense_quantize_kernel(
+    x_ptr,  # [M, K] fp32
+    permutation_ptr,  # [K] int32 or None
+    matrix_ptr,  # [128, 128] fp32
+    out_ptr,  # [M, K / 4] int32: four int8 codes
+    x_scale_ptr,  # [M] fp32
+    step_factor,  # fp32
+    num_tokens,  # M
+    K: tl.constexpr,
+    TOKENS: tl.constexpr,  # of a program, whole ones
+    ROWS: tl.constexpr,  # TOKENS * K / 128, rounded up to a power of two
+    QMAX: tl.constexpr,
+    RMS: tl.constexpr,
+    CLAMP: tl.constexpr,
+):
+    """x[permutation] @ blockdiag(matrix), quantized as rotate_and_store does it."""
+    row = tl.arange(0, ROWS)
+    own = row // (K // 128)
+    token = (tl.program_id(0) * TOKENS + own).to(tl.int64)
+    mask = ((own < TOKENS) & (token < num_tokens))[:, None]
+    first = (row % (K // 128))[:, None] * 128
+    v = _dense_product(
+        x_ptr, K, None, permutation_ptr, matrix_ptr, token[:, None], first, mask, ROWS
+    )
+    if RMS:
+        row_size = tl.sum(v * v, 1)
+    else:
+        # Integers sort like the non-negative numbers they encode, and NaN above infinity.
+        row_size = tl.max(tl.abs(v).to(tl.int32, bitcast=True), 1)
+    step = tl.zeros((ROWS,), tl.float32)
+    for i in tl.static_range(TOKENS):
+        of_token = tl.where(own == i, row_size, 0)
+        if RMS:
+            size = tl.sqrt_rn(tl.sum(of_token, 0) / K)
+        else:
+            size = tl.max(of_token, 0).to(tl.float32, bitcast=True)
+        x_scale = size * step_factor
+        step = tl.where(own == i, x_scale, step)
+        index = tl.program_id(0) * TOKENS + i
+        tl.store(x_scale_ptr + index, x_scale, mask=index < num_tokens)
+    inverse = tl.div_rn(1.0, step)
+    sound = ((inverse > 0) & (inverse < float("inf")))[:, None]
+    code = tl.fma(v, tl.broadcast_to(inverse[:, None], v.shape), MAGIC)
+    if CLAMP:
+        code = tl.minimum(tl.maximum(code, MAGIC - QMAX), MAGIC + QMAX)
+    code = tl.where(sound, code.to(tl.int32, bitcast=True), 0) & 255
+    # Bytes are put together here: a conversion of int8 from the layout of a product may go wrong,
+    # see token_tiles.py.
+    low, high = tl.split(tl.reshape(code, (ROWS, 64, 2)))
+    low, high = tl.split(tl.reshape(low | (high << 8), (ROWS, 32, 2)))
+    out = out_ptr + token[:, None] * (K // 4) + first // 4 + tl.arange(0, 32)[None, :]
+    tl.store(out, low | (high << 16), mask=mask)
