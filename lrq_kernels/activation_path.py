@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 TRITON, CUDA = "triton", "cuda"
-# Forms that lrq::_rotate_rows (csrc/rotate) runs. None is chosen as yet: Triton runs them all.
-CUDA_FORMS: frozenset[str] = frozenset()
+# Forms that lrq::_rotate_rows (csrc/rotate) runs.
+CUDA_FORMS = frozenset({"plain", "concat", "norm_modulate"})
 _CUDA_DTYPES = (torch.bfloat16, torch.float16)
 
 

@@ -37,6 +37,7 @@ LATE = {
     "gemm_config": "x_q",
     "gemv": "x",
     "gemm_a16": "x",
+    "_rotate_rows": "x",
 }
 
 

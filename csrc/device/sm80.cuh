@@ -42,11 +42,6 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Asks for the line of L2 at an address (PTX ISA 9.7.9.19, prefetch).
-__device__ __forceinline__ void prefetch_l2(const void* global) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
-}
-
 // Waits until the kernel in front, which this one may overlap, is done and what it wrote is seen;
 // before 9.0 none overlaps (PTX ISA 9.7.13.14, griddepcontrol.wait).
 __device__ __forceinline__ void grid_dependency_wait() {

@@ -319,7 +319,7 @@ class OneOperandConsumer : public ConsumerBase<Gemm> {
 };
 
 template <typename Gemm>
-using Consumer = std::conditional_t<Gemm::kTwoOperands, TwoOperandConsumer<Gemm>,
-                                    OneOperandConsumer<Gemm>>;
+using Consumer =
+    std::conditional_t<Gemm::kTwoOperands, TwoOperandConsumer<Gemm>, OneOperandConsumer<Gemm>>;
 
 }  // namespace lrq

@@ -87,7 +87,8 @@ __device__ __forceinline__ void widen_pair(float (&value)[2], uint32_t bits) {
   value[1] = to_float(pair.value[1]);
 }
 
-// Sums of a tile that the blocks of a cluster have staged at the same offset, from token `first` on.
+// Sums of a tile that the blocks of a cluster have staged at the same offset, from token `first`
+// on.
 struct ClusterSums {
   static constexpr int kBatch = 4;  // loads from another block take hundreds of clocks
   uint32_t staging;
@@ -107,8 +108,7 @@ struct ClusterSums {
       int4 part[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        const int offset =
-            token_channel_to_staging(first + token[i], channel, kHalfTileChannels);
+        const int offset = token_channel_to_staging(first + token[i], channel, kHalfTileChannels);
         part[i] = load_cluster_16(cluster_address(staging + 4 * offset, block));
       }
 #pragma unroll
@@ -290,9 +290,9 @@ class TileEpilogue {
         }
       }
       synchronize(self);
-      store_tile_as<kHalfTileChannels, kWarpgroupThreads, 4>(
-          StagedSums<kHalfTileChannels>{staging}, args_, m0_ + part * kStagedTokens, n0_,
-          kStagedTokens, self.thread, aligned);
+      store_tile_as<kHalfTileChannels, kWarpgroupThreads, 4>(StagedSums<kHalfTileChannels>{staging},
+                                                             args_, m0_ + part * kStagedTokens, n0_,
+                                                             kStagedTokens, self.thread, aligned);
       synchronize(self);
     }
   }
@@ -339,8 +339,7 @@ class TileEpilogue {
   }
 
   template <typename Out, bool kGelu, bool kResidual>
-  __device__ __forceinline__ void store_tensor(const int (&acc)[kTileM / 2],
-                                               const Scales& scales) {
+  __device__ __forceinline__ void store_tensor(const int (&acc)[kTileM / 2], const Scales& scales) {
     const WarpgroupThread self;
     if (self.thread == 0) {
       bulk_wait_read();

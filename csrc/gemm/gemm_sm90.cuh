@@ -59,8 +59,9 @@ __device__ __forceinline__ void produce(typename Gemm::Shared& shared, const CUt
     const uint32_t* w[Gemm::kConsumers];
 #pragma unroll
     for (int i = 0; i < Gemm::kConsumers; ++i) {
-      const int64_t first = nk_to_half_tile(static_cast<int64_t>(half_tile + i) * kHalfTileChannels,
-                                            static_cast<int64_t>(range.first) * kTileInputs, k_tiles);
+      const int64_t first =
+          nk_to_half_tile(static_cast<int64_t>(half_tile + i) * kHalfTileChannels,
+                          static_cast<int64_t>(range.first) * kTileInputs, k_tiles);
       w[i] = params.args.weight + first * Gemm::kHalfWords;
     }
 #pragma unroll 1

@@ -26,8 +26,7 @@
 // One block an SM walks over groups with two teams, which share the limbs: all warps convert them,
 // once. Every warp keeps kStages copies of 256 * kBits bytes in flight in a ring of its own, across
 // groups; a lane reads what it copied itself. For few tokens half of an SM is enough, so that where
-// one gemv follows another, the blocks of the next are there before these leave, and ask for
-// weights to come to L2 (which is safe whoever wrote them) while these still run.
+// one gemv follows another, the blocks of the next are there before these leave.
 #include <type_traits>
 
 #include "../device/numeric.cuh"
@@ -43,7 +42,6 @@ constexpr int kChannels = 16;
 constexpr int kQuad = 4;   // tokens whose limbs fill operand B
 constexpr int kLimbs = 2;  // high, low
 constexpr int kInputsPerLane = kTileInputs / 32;
-constexpr int kPrefetchedTiles = 8;  // of a warp
 
 // From 9.0 on kernels overlap, which only those gain from that leave room for another.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
@@ -238,19 +236,6 @@ __global__ void __launch_bounds__(G::kThreads, kOverlaps ? G::kBlocksThatFit : 1
             lane_word_to_offset(kBits, half_tile_lane, 4) - first};
   };
 
-  // L2 is coherent: what comes there before the kernel in front is done may be read later.
-  Walk<G> prefetch;
-#pragma unroll 1
-  for (int left = min_of(kPrefetchedTiles, groups * tiles); left > 0; --left) {
-    const Source source = source_of(prefetch);
-    if (lane % 8 == 0) {  // lines of 128 bytes
-      prefetch_l2(source.words);
-      if constexpr (kBits > 2) {
-        prefetch_l2(source.words + source.others);
-      }
-    }
-    prefetch.advance(groups, tiles);
-  }
   grid_dependency_wait();
   grid_dependency_trigger();
 
@@ -388,8 +373,8 @@ __global__ void __launch_bounds__(G::kThreads, kOverlaps ? G::kBlocksThatFit : 1
   // Adds the parts of one team's sums and stores the results.
   const auto store_sums = [&](int batch, int batch_groups) {
 #pragma unroll 1
-    for (int i = thread_of_block() % kTeamThreads;
-         i < batch_groups * kChannels << token_bits; i += kTeamThreads) {
+    for (int i = thread_of_block() % kTeamThreads; i < batch_groups * kChannels << token_bits;
+         i += kTeamThreads) {
       const int channel = i % kChannels;
       const int m = i / kChannels & ((1 << token_bits) - 1);
       const int held = i / kChannels >> token_bits;

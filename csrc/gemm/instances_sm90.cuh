@@ -60,8 +60,8 @@ cudaError_t launch_tile_sm90(const TensorMaps& maps, const GemmSm90Params& param
                     "the planner and the kernel agree on shared memory and threads");
       static_assert(kConfig.tile_k == kTileInputs, "the packed tile");
       if (config.tile_m == kConfig.tile_m && config.tile_n == kConfig.tile_n) {
-        return launch_instance_sm90<kBits, kConfig.tile_m, kConsumers, kConfig.stages>(
-            maps, params, stream);
+        return launch_instance_sm90<kBits, kConfig.tile_m, kConsumers, kConfig.stages>(maps, params,
+                                                                                       stream);
       }
     }
     return launch_tile_sm90<kBits, kConfigIndex + 1>(maps, params, config, stream);

@@ -394,17 +394,14 @@ __device__ __forceinline__ uint4 encode(const float (&even)[kChunkElements],
 // them.
 enum class NormForm { kNone, kAligned, kAny };
 
-// Whether a thread block stays for lot after lot of tokens, plan.blocks_per_sample lots apart. It
-// then loads the next one under the arithmetic of the one at hand, and may keep the channel scale
-// in registers.
-enum class Stay { kNo, kYes, kWithScale };
-
-template <typename T, NormForm kForm, bool kShareWarps, Stay kStay, int kRegisters>
+// kStays: a thread block stays for lot after lot of tokens, plan.blocks_per_sample lots apart. It
+// loads the next one under the arithmetic of the one at hand and keeps the channel scale in
+// registers.
+template <typename T, NormForm kForm, bool kShareWarps, bool kStays, int kRegisters>
 __global__ void __maxnreg__(kRegisters)
     rotate_rows_kernel(const __grid_constant__ RotateRowsArgs args,
                        const __grid_constant__ RotateRowsPlan plan) {
   constexpr bool kNorm = kForm != NormForm::kNone;
-  constexpr bool kStays = kStay != Stay::kNo;
   __shared__ RotateShared shared;
   const int tokens = static_cast<int>(args.tokens);
   const int sample = blockIdx.y + gridDim.y * blockIdx.z;
@@ -460,7 +457,7 @@ __global__ void __maxnreg__(kRegisters)
       load_chunk(scale[chunk], channel_scale + lane_chunk_to_k(0, chunk));
     }
   };
-  if constexpr (kStay == Stay::kWithScale) {
+  if constexpr (kStays) {
     if (args.channel_scale != nullptr) {
       load_scale();
     } else {
@@ -508,7 +505,7 @@ __global__ void __maxnreg__(kRegisters)
     }
     const auto scale_all = [&](auto with_scale) {
       constexpr bool kScale = decltype(with_scale)::value;
-      if constexpr (kScale && kStay != Stay::kWithScale) {
+      if constexpr (kScale && !kStays) {
         load_scale();
       }
       if constexpr (!kNorm) {  // here, so that the loads of scale need not wait for those of x
@@ -519,7 +516,7 @@ __global__ void __maxnreg__(kRegisters)
         scale_chunk<kScale>(v[chunk], scale[chunk]);
       }
     };
-    if (kStay == Stay::kWithScale || args.channel_scale != nullptr) {
+    if (kStays || args.channel_scale != nullptr) {
       scale_all(std::true_type());
     } else {
       scale_all(std::false_type());
