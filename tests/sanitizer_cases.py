@@ -20,6 +20,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from lrq_kernels import _planner, ops, reference  # noqa: E402
+from lrq_kernels.op_checks import A16_TILES  # noqa: E402
 from lrq_kernels.testing import Problem, make_problem  # noqa: E402
 
 BITS = (4, 3, 2)
@@ -118,7 +119,7 @@ def gemvs(bits: int) -> None:
 
 def a16_gemms(bits: int) -> None:
     """Rows of 16 bits that TMA reads where the GPU has a kernel for them, else dequantized."""
-    tiles = ops.A16_TILES if torch.cuda.get_device_capability() == (9, 0) else (0,)
+    tiles = A16_TILES if torch.cuda.get_device_capability() == (9, 0) else (0,)
     for (n, k), tile in itertools.product(((1, 8), (136, 200)), tiles):
         m = max(tile, 16) + 1
         problem = on_gpu(m, n, k, bits)

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrq_kernels import ops, pack_codes
+from lrq_kernels.op_checks import A16_TILES
 from lrq_kernels.testing import Problem, assert_at_most_twice, make_problem, poisoned_memory
 
 pytestmark = pytest.mark.gpu
 
 BITS = (4, 3, 2)
 DTYPES = (torch.bfloat16, torch.float16)
-TILES = ops.A16_TILES[1:]
+TILES = A16_TILES[1:]
 SHAPES = (
     (9, 64, 128),  # half a channel tile, one step
     (65, 136, 384),  # a second tile of eight channels
