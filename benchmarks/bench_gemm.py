@@ -36,7 +36,7 @@ from benchmarks import peers
 from benchmarks.dit_shapes import FLUX_DEV, PIXART_SIGMA
 from benchmarks.timing import copy_gbps
 from lrq_kernels import _planner
-from lrq_kernels.ops import A16_TILES, GEMV_MAX_ROWS
+from lrq_kernels.op_checks import A16_TILES, GEMV_MAX_ROWS
 from lrq_kernels.testing import make_problem
 
 ROTATED_BYTES = 220_000_000
