@@ -72,6 +72,7 @@ PRODUCT_RECIPES: dict[str, Callable[[str], QuantRecipe]] = {
     "lrq-no-smoothing": _search(alphas=()),
     "lrq-no-permutation": _search(rotations=("none", "hadamard")),
     "lrq-no-bias-correction": _recipe(bias_correction=False),
+    "lrq-no-refinement": _recipe(refinement=0),
 }
 ALL_METHODS: dict[str, Method] = {**METHODS, **EXPERIMENTS}
 DEFAULT_RECIPES = ("lrq", "lrq-dit", *METHODS)

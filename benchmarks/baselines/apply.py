@@ -117,7 +117,8 @@ def _quantize_group(
         if bias is not None and transform.shift is not None:
             bias = bias + weight @ transform.rotate(_scaled_shift(transform))
         if bias is not None and method.bias_correction:
-            bias = bias + (residual - values) @ context.mean
+            mean_q = context.quantized_mean(act, setting.act_bits)
+            bias = bias + residual @ context.mean - values @ mean_q
         fake = FakeLinear(values, bias, transform, act, setting.act_bits, branch)
         model.set_submodule(linear.name, fake)
         own = quantized.stored_bits + branch_bits

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lrq_kernels.rotation import Rotation
 from lrq_quant.calibration import ActivationStats, name_seed
-from lrq_quant.error_feedback import rotated_gram
+from lrq_quant.error_feedback import ErrorFeedback, rotated_gram
+from lrq_quant.quantized_input import QuantizedInput
 
 # x fp32 [..., K], bits -> the values that the codes stand for, fp32 [..., K].
 ActQuantizer = Callable[[Tensor, int], Tensor]
@@ -96,6 +97,24 @@ class InputTransform:
         return self.rotate(weight if self.smooth is None else weight / self.smooth)
 
 
+def shifted_stats(stats: ActivationStats, shift: Tensor) -> ActivationStats:
+    """Statistics of x - shift, on the CPU; absmax is that of the sample, the rest exact."""
+    c, total = shift.double().cpu(), stats.sum.cpu()
+    sample = stats.sample.float().cpu() - shift.cpu()
+    tensors = {
+        "count": torch.tensor(stats.count),
+        "absmax": sample.abs().amax(0),
+        "square_sum": (stats.square_sum.cpu() - 2 * c * total + stats.count * c * c).clamp_min(0),
+        "sum": total - stats.count * c,
+        "sample": sample,
+    }
+    if stats.gram is not None:
+        cross = torch.outer(total, c)
+        gram = stats.gram.double().cpu() - cross - cross.T + stats.count * torch.outer(c, c)
+        tensors["gram"] = gram.float()
+    return ActivationStats.from_tensors(stats.name, tensors)
+
+
 @dataclass(frozen=True)
 class WeightContext:
     """What a weight quantizer may know: the transformed input of its linear."""
@@ -104,18 +123,34 @@ class WeightContext:
     transform: InputTransform
 
     @cached_property
-    def gram(self) -> Tensor:
-        """sum x x^T of the transformed tokens, fp32 [K, K]."""
-        stats, transform = self.source.stats, self.transform
+    def stats(self) -> ActivationStats:
+        """Of the tokens that are smoothed and rotated: less the shift."""
+        stats, shift = self.source.stats, self.transform.shift
         if stats.gram is None:
             raise ValueError(f"{stats.name}: statistics must hold the gram matrix, got none")
-        gram = stats.gram.to(self.source.weights[0].device)
-        if transform.shift is not None:
-            # sum (x - c)(x - c)^T
-            c, total = transform.shift.double(), stats.sum.to(gram.device)
-            cross = torch.outer(total, c)
-            gram = (gram.double() - cross - cross.T + stats.count * torch.outer(c, c)).float()
-        return rotated_gram(gram, transform.smooth, transform.rotate)
+        return stats if shift is None else shifted_stats(stats, shift)
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """sum x x^T of the transformed tokens, fp32 [K, K]."""
+        gram = self.stats.gram.to(self.source.weights[0].device)
+        return rotated_gram(gram, self.transform.smooth, self.transform.rotate)
+
+    @cached_property
+    def quantized_input(self) -> QuantizedInput:
+        """As this package sees it, for a transform that brought its activation quantizer along."""
+        act, bits = self.transform.act, self.source.setting.act_bits
+        return QuantizedInput(
+            self.stats,
+            self.transform.smooth,
+            self.transform.rotate,
+            lambda tokens: tokens if act is None else act(tokens, bits),
+            device=self.source.weights[0].device,
+        )
+
+    @cached_property
+    def feedback(self) -> ErrorFeedback:
+        return ErrorFeedback(self.gram)
 
     @cached_property
     def importance(self) -> Tensor:
@@ -127,6 +162,11 @@ class WeightContext:
         """E[x_k] of the transformed tokens, fp32 [K]."""
         mean = self.source.stats.mean.to(self.source.weights[0].device)
         return self.transform.apply(mean[None])[0]
+
+    def quantized_mean(self, act: ActQuantizer, bits: int) -> Tensor:
+        """E[x_k] of what the product sees: the mean, and the mean error of the sampled tokens."""
+        tokens = self.transform.apply(self.source.sample)
+        return self.mean + (act(tokens, bits) - tokens).mean(0)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.baselines import acts, transforms, weights
-from benchmarks.baselines.method import Method
+from benchmarks.baselines.method import Method, TransformRule
 
 _TOKEN = acts.fixed(acts.Absmax())
 _GROUP64 = acts.fixed(acts.Absmax(group=64))
@@ -133,26 +133,37 @@ _METHODS = (
 )
 METHODS = {method.name: method for method in _METHODS}
 
-# Variants of this package's method that it does not ship, to see what they would bring.
+
+def _variant(
+    name: str,
+    what: str,
+    quantizer: weights.TwinLog,
+    transform: TransformRule | None = None,
+    low_rank_bits: float = 0.0,
+    bias_correction: bool = True,
+) -> Method:
+    return Method(
+        name,
+        f"this package, {what}",
+        transform or transforms.lrq_search(),
+        quantizer,
+        _TOKEN,
+        low_rank_bits,
+        bias_correction,
+    )
+
+
+_OURS = weights.TwinLog(target=True)
+# Variants of this package's method: less one part that it has, or with one that it does not ship.
 EXPERIMENTS = {
     method.name: method
     for method in (
-        Method(
-            "lrq+centred",
-            "static centring",
-            transforms.lrq_search(centred=True),
-            weights.TwinLog(feedback=True),
-            _TOKEN,
-            bias_correction=True,
+        _variant(
+            "lrq-no-target", "weights not fitted to the noise", weights.TwinLog(feedback=True)
         ),
-        Method(
-            "lrq+lowrank",
-            "a low-rank branch of rank 32's share of bits",
-            transforms.lrq_search(),
-            weights.TwinLog(feedback=True),
-            _TOKEN,
-            low_rank_bits=_RANK32_BITS,
-            bias_correction=True,
-        ),
+        _variant("lrq-nearest", "weights rounded one by one", weights.TwinLog()),
+        _variant("lrq-unweighted", "rounded one by one, fit unweighted", weights.TwinLog(False)),
+        _variant("lrq+centred", "static centring", _OURS, transforms.lrq_search(centred=True)),
+        _variant("lrq+lowrank", "a branch of rank 32's share", _OURS, low_rank_bits=_RANK32_BITS),
     )
 }

@@ -17,9 +17,9 @@ from benchmarks.baselines.method import (
     TransformRule,
     WeightContext,
     WeightQuantizer,
+    shifted_stats,
 )
 from lrq_kernels.rotation import Rotation, block_hadamard
-from lrq_quant.calibration import ActivationStats
 from lrq_quant.recipe import SearchOptions
 from lrq_quant.rotation_search import (
     RotationChoice,
@@ -107,7 +107,7 @@ def lrq_search(
         scheme = QuantScheme(bits, source.setting.act_bits)
         linears = [SearchedLinear(weight, scheme, True) for weight in source.weights]
         shift = source.stats.mean.to(source.weights[0].device) if centred else None
-        stats = source.stats if shift is None else _centred(source.stats, shift)
+        stats = source.stats if shift is None else shifted_stats(source.stats, shift)
         transform = _of_choice(choose_rotation(stats, linears, options))
         if shift is None:
             return transform
@@ -131,23 +131,6 @@ def _of_choice(choice: RotationChoice) -> InputTransform:
 def _rotation_bits(rotation: Rotation) -> int:
     tensors = (rotation.signs, rotation.permutation, rotation.matrices)
     return sum(t.numel() * t.element_size() * 8 for t in tensors if t is not None)
-
-
-def _centred(stats: ActivationStats, shift: Tensor) -> ActivationStats:
-    """Statistics of x - shift; absmax from the sample, the rest exact."""
-    mean = shift.cpu()
-    sample = stats.sample.float().cpu() - mean
-    variance = (stats.square_sum.cpu() / stats.count - mean.double().square()).clamp_min(0)
-    return ActivationStats.from_tensors(
-        stats.name,
-        {
-            "count": torch.tensor(stats.count),
-            "absmax": sample.abs().amax(0),
-            "square_sum": variance * stats.count,
-            "sum": torch.zeros_like(stats.sum.cpu()),
-            "sample": sample,
-        },
-    )
 
 
 def _smooth(source: LayerInput, alpha: float) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines.method import FLOAT_BITS, QuantizedWeight, WeightContext
-from lrq_quant.error_feedback import codebook_nearest, round_with_feedback
+from lrq_quant.error_feedback import codebook_nearest
 from lrq_quant.twin_log import fit_twin_log
 
 _TINY = 1e-12
@@ -63,7 +63,7 @@ class Uniform:
         importance = importance.to(weight).expand(weight.shape[1]).view(-1, size)
         grid = self._grid(weight.unflatten(1, (-1, size)), bits, importance)
         if self.feedback:
-            values = round_with_feedback(weight, context.gram, grid.nearest)
+            values = context.feedback.round(weight, grid.nearest)
         else:
             values = grid.round_all(weight)
         overhead = grid.step.numel() * (FLOAT_BITS + (0 if self.symmetric else bits))
@@ -128,18 +128,27 @@ def normal_float_levels(bits: int) -> Tensor:
 
 @dataclass(frozen=True)
 class TwinLog:
-    """This package's codebook, for ablations: 2^b int8 levels and one fp32 scale a row."""
+    """This package's codebook, for ablations: 2^b int8 levels and one fp32 scale a row.
+
+    importance weighs the fit; feedback rounds with error feedback over the input as it is;
+    target over the quantized input, to the weight that makes the best of it.
+    """
 
     importance: bool = True
     feedback: bool = False
+    target: bool = False
 
     def __call__(self, weight: Tensor, bits: int, context: WeightContext) -> QuantizedWeight:
-        importance = context.importance if self.importance else None
         if bits > 4:
             raise ValueError(f"TwinLog: bits must be 2, 3 or 4, got {bits}")
+        importance = context.importance if self.importance else None
+        feedback = context.feedback if self.feedback else None
+        if self.target:
+            known = context.quantized_input
+            weight, importance, feedback = known.target(weight), known.importance, known.feedback
         codebook = fit_twin_log(weight, bits, importance=importance)
-        if self.feedback:
-            values = round_with_feedback(weight, context.gram, codebook_nearest(codebook))
+        if feedback is not None:
+            values = feedback.round(weight, codebook_nearest(codebook), passes=1)
         else:
             values = codebook.decode(codebook.encode(weight))
         per_row = 8 * 2**bits + 32

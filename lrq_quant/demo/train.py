@@ -3,7 +3,7 @@
 The larger testbed of benchmarks/quality.py is trained by
 
     python -m lrq_quant.demo.train --out build/testbeds/scenes64 --world scenes64 --width 512 \\
-        --head-dim 64 --blocks 6 --batch 512 --lr 7e-4 --seconds 420 --shard-size 20MB
+        --head-dim 64 --blocks 6 --patch-size 8 --lr 7e-4 --seconds 420 --shard-size 20MB
 
 Flow matching in pixel space: x = (1 - sigma) * picture + sigma * noise, the transformer predicts
 noise - picture from x, sigma and the caption; one caption in ten is dropped for guidance. Every
