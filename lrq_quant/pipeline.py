@@ -470,10 +470,13 @@ class _GramPasses:
                 break
             groups.append(group)
         options = replace(options, gram=True, sample_rows=1)
+
+        def report(what: str, done: int, total: int) -> None:
+            if self.progress is not None:
+                self.progress("second moments", done, total)
+
         assert self.run is not None
-        self._ready = collect_stats(
-            self.run, self.model, groups, self.prompts, options, self.progress
-        )
+        self._ready = collect_stats(self.run, self.model, groups, self.prompts, options, report)
 
 
 def _check_parameters(model: nn.Module) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from torch import Tensor
@@ -188,6 +190,41 @@ def test_without_noise_the_target_is_the_weight(generator):
     torch.testing.assert_close(made.target(weight), weight, rtol=0, atol=1e-4)
     silent = quantized_input(torch.zeros(100, 64), 4)
     assert torch.equal(silent.target(weight), weight)
+
+
+@pytest.mark.gpu
+def test_the_widest_input_of_flux_fits_a_gpu():
+    """K = 15360 of a single block's proj_out: finite, better than nearest, in bounded memory."""
+    columns, rows = 15360, 3072
+    generator = torch.Generator("cuda").manual_seed(0)
+    options = {"generator": generator, "device": "cuda"}
+    tokens = torch.randn(32768, columns, **options) * torch.logspace(0, -1, columns, device="cuda")
+    tokens[:, 1:] += 0.7 * tokens[:, :-1].clone()
+    stats = ActivationStats("proj_out", columns, CalibrationOptions(gram=True))
+    stats.update(tokens[:24576])
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    weight = torch.randn(rows, columns, **options)
+    started = time.perf_counter()
+    made = QuantizedInput(
+        stats,
+        None,
+        lambda x: x,
+        lambda x: dequantized_activation(x, 8, "absmax", 1.0),
+        device=torch.device("cuda"),
+    )
+    target = made.target(weight)
+    codebook = fit_twin_log(target, 4, importance=made.importance)
+    rounded = made.round(target, codebook_nearest(codebook))
+    torch.cuda.synchronize()
+    print(f"K = {columns}, N = {rows}: {time.perf_counter() - started:.1f} s", end=", ")
+    peak = torch.cuda.max_memory_allocated() - before
+    print(f"peak {peak / 2**30:.1f} GiB")
+    plain = codebook.decode(codebook.encode(weight))
+    fresh = tokens[24576:]
+    errors = [((w - weight) @ fresh.T).square().sum() for w in (rounded, plain)]
+    assert torch.isfinite(rounded).all() and errors[0] < 0.8 * errors[1]
+    assert peak < 24 * 2**30
 
 
 def test_repeated_tokens_count_once(generator):
