@@ -280,6 +280,25 @@ def test_rows_are_measured_once(tmp_path, capsys):
     assert "a tie" not in quality.table([ours | {"psnr_db": 99.0, "recipe": "x"}, ours])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("setting", ["w4a8", "w3a4"])
+def test_kernels_draw_what_the_dequantized_model_draws(tmp_path, setting):
+    """The shipped path and its fp32 double are as close to each other as rounding lets them be:
+    far closer than either is to bf16."""
+    device = torch.device("cuda")
+    testbed = load_testbed("demo", device)
+    pictures = {}
+    for kernels in (True, False):
+        protocol = quality.Protocol(prompts=16, seeds=1, calibration=4, kernels=kernels)
+        bench = quality.Bench(testbed, protocol, device, tmp_path)
+        model = copy.deepcopy(bench.model)
+        bench._quantize(model, "lrq", setting)
+        pictures[kernels] = bench.draw(model)[0]
+    to_bf16 = np.median(quality.psnr_db(pictures[True], bench.reference[0]))
+    to_double = np.median(quality.psnr_db(pictures[True], pictures[False]))
+    assert to_double > to_bf16 + 3
+
+
 def test_every_published_method_is_named_with_its_source():
     assert {"rtn-minmax", "rtn-mse", "smoothquant", "quarot", "duquant", "viditq", "svdquant",
             "nf", "gptq", "lrq-dit-described"} <= set(METHODS)  # fmt: skip
