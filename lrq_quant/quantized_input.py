@@ -24,7 +24,7 @@ from .error_feedback import ErrorFeedback, NearestValue, rotated_gram
 _TINY = 1e-30
 # Damping is at least this times K over the distinct tokens: by about that share the moments of few
 # tokens may be wrong about tokens to come; up to a limit, where feedback still helps.
-_FEW_TOKENS, _FEW_TOKENS_LIMIT = 0.5, 0.3
+_FEW_TOKENS, _FEW_TOKENS_LIMIT = 0.5, 0.1
 
 
 class QuantizedInput:
