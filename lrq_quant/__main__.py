@@ -46,6 +46,12 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--modulation", default="w4a16", help="scheme of adaLN linears, or 'keep'")
     add.add_argument("--exclude", nargs="*", default=[], help="patterns of linears that stay")
     add.add_argument("--mode", choices=("default", "paper"), default="default")
+    add.add_argument(
+        "--rounding",
+        choices=("feedback", "nearest"),
+        default="feedback",
+        help="of calibrated weights: feedback runs the prompts again for second moments",
+    )
     add.add_argument("--limit", type=int, help="use at most this many prompts")
     _add_sampling(add)
     _add_device(add)
@@ -143,6 +149,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
         modulation=modulation,
         exclude=tuple(arguments.exclude),
         mode=arguments.mode,
+        rounding=arguments.rounding,
     )
     check_writable(arguments.out)
     device, dtype = _device(arguments), getattr(torch, arguments.dtype)

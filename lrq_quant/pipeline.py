@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from lrq_kernels import checkpoint
 from lrq_kernels.checkpoint import LinearState
 from lrq_kernels.codebook import TwinLogCodebook
-from lrq_kernels.packing import pack_codes
+from lrq_kernels.packing import pack_codes, unpack_codes
 from lrq_kernels.rotation import Rotation
 from lrq_kernels.scheme import QuantScheme
 
 from .auto_family import with_family
 from .calibration import ActivationStats, Progress, collect_stats
+from .error_feedback import codebook_nearest
+from .quantized_input import QuantizedInput
 from .recipe import InputGroup, LinearPlan, QuantPlan, QuantRecipe
 from .report import LinearReport, QuantReport
 from .rotation_search import (
@@ -116,12 +118,17 @@ def quantize_model(
     reports: list[LinearReport] = []
     total = sum(group.weights for group in plan.groups)
     done = 0
+    grams = None
+    if stats is not None and recipe.needs_gram:
+        grams = _GramPasses(model, plan, recipe, stats, run, prompts, progress)
     for group in plan.groups:
         group_stats = None if stats is None else stats[group.name]
         job = _GroupJob(model, group, recipe, group_stats, device)
         key = None if work is None else job.fingerprint()
         finished = None if work is None else work.load_group(group.name, key)
         if finished is None:
+            if grams is not None:
+                job.stats = grams.take(group)
             finished = job.run()
             if work is not None:
                 work.save_group(group.name, key, *finished)
@@ -144,15 +151,17 @@ def quantize_linear(
     *,
     smooth_scale: Tensor | None = None,
     rotation: Rotation | None = None,
+    quantized_input: QuantizedInput | None = None,
     importance: Tensor | None = None,
     mode: str = "default",
-    shared_input: str | None = None,
 ) -> LinearState:
     """One linear in canonical form: rotation.apply(weight / smooth_scale), fitted and coded.
 
-    weight [N, K], bias [N]; scheme must name the rotation that is given; importance [K] of the
-    rotated columns (fit_twin_log); mode "paper" fits the published grid.  Tensors of the result are
-    on the weight's device.  Raises ValueError or TypeError on NaN, inf and shapes that do not fit.
+    weight [N, K], bias [N]; scheme must name the rotation that is given.  quantized_input: of the
+    smoothed, rotated and quantized tokens; the weight then makes up for their noise and is rounded
+    with error feedback.  Without it weights are rounded to nearest, importance [K] weighing the
+    columns in the fit.  mode "paper" fits the published grid.  Tensors of the result are on the
+    weight's device.  Raises ValueError or TypeError on NaN, inf and shapes that do not fit.
     """
     rotation = rotation or Rotation.none()
     rotation.validate(weight.shape[1])
@@ -162,10 +171,16 @@ def quantize_linear(
             f"got {rotation.kind!r}"
         )
     rotated = _rotated_weight(weight, smooth_scale, rotation)
+    if quantized_input is not None:
+        importance = quantized_input.importance
+        rotated = quantized_input.target(rotated)
     if mode == "paper":
         codebook = fit_twin_log_paper(rotated, scheme.weight_bits)
     else:
         codebook = fit_twin_log(rotated, scheme.weight_bits, importance=importance)
+    if quantized_input is not None:
+        # Every value is a level of its row, so the nearest level below is the one chosen here.
+        rotated = quantized_input.round(rotated, codebook_nearest(codebook))
     return LinearState(
         codes=_packed_codes(rotated, codebook),
         levels=codebook.levels,
@@ -176,7 +191,6 @@ def quantize_linear(
         out_features=weight.shape[0],
         smooth_scale=smooth_scale,
         rotation=rotation,
-        shared_input=shared_input,
     )
 
 
@@ -210,11 +224,12 @@ class _GroupJob:
     def run(self) -> tuple[dict[str, LinearState], list[LinearReport]]:
         choice = self._choose().to(self.device)
         tokens = self._rotated_tokens(choice)
+        quantized_input = self._quantized_input(choice)
         # One copy for all members, as they are stored.
         kept = choice.to("cpu")
         states, reports = {}, []
         for linear, module in zip(self.group.linears, self.modules, strict=True):
-            state, report = self._quantize(linear, module, choice, tokens)
+            state, report = self._quantize(linear, module, choice, tokens, quantized_input)
             # The working device may be a GPU with no room for all results.
             states[linear.name] = replace(
                 state.to("cpu"), smooth_scale=kept.smooth_scale, rotation=kept.rotation
@@ -239,6 +254,24 @@ class _GroupJob:
         ]
         return choose_rotation(self.stats, linears, search)
 
+    def _quantized_input(self, choice: RotationChoice) -> QuantizedInput | None:
+        recipe = self.recipe
+        if self.stats is None or recipe.mode == "paper" or recipe.rounding == "nearest":
+            return None
+        scheme = choice.scheme(self.group.linears[0].scheme)
+        return QuantizedInput(
+            self.stats,
+            choice.smooth_scale,
+            choice.rotation.apply,
+            lambda tokens: dequantized_activation(
+                tokens, scheme.act_bits, scheme.scale_mode, scheme.scale_factor
+            ),
+            device=self.device,
+            centred=all(self._corrects(module) for module in self.modules),
+            damping=recipe.damping,
+            passes=recipe.refinement,
+        )
+
     def _corrects(self, module: nn.Linear) -> bool:
         return (
             self.recipe.bias_correction
@@ -260,21 +293,24 @@ class _GroupJob:
         module: nn.Linear,
         choice: RotationChoice,
         tokens: Tensor | None,
+        quantized_input: QuantizedInput | None,
     ) -> tuple[LinearState, LinearReport]:
         weight = module.weight.detach().to(self.device)
         bias = None if module.bias is None else module.bias.detach().to(self.device)
-        shared = None if linear.name == self.group.name else self.group.name
         state = quantize_linear(
             weight,
             bias,
             choice.scheme(linear.scheme),
             smooth_scale=choice.smooth_scale,
             rotation=choice.rotation,
+            quantized_input=quantized_input,
             importance=self._importance(choice, tokens),
             mode=self.recipe.mode,
-            shared_input=shared,
         )
-        state, weight_db, output_db = self._measure(state, weight, tokens, self._corrects(module))
+        shared = None if linear.name == self.group.name else self.group.name
+        state = replace(state, shared_input=shared)
+        state, offset = self._corrected(state, module, weight, quantized_input)
+        weight_db, output_db = self._measure(state, weight, tokens, offset)
         return state, LinearReport.of(linear, state, choice, weight_db, output_db)
 
     def _importance(self, choice: RotationChoice, tokens: Tensor | None) -> Tensor | None:
@@ -286,31 +322,47 @@ class _GroupJob:
         rms = self.stats.rms.to(self.device)
         return (rms if choice.smooth_scale is None else rms * choice.smooth_scale).square()
 
-    def _measure(
-        self, state: LinearState, weight: Tensor, tokens: Tensor | None, correct_bias: bool
-    ) -> tuple[LinearState, float, float | None]:
-        """The state, its bias corrected if asked; weight SQNR in the rotated domain, in which the
-        original one equals it when nothing is smoothed; output SQNR on the sampled tokens."""
+    def _corrected(
+        self,
+        state: LinearState,
+        module: nn.Linear,
+        weight: Tensor,
+        quantized_input: QuantizedInput | None,
+    ) -> tuple[LinearState, Tensor | None]:
+        """The state with its bias taking up the mean error, and what was added to it."""
+        if self.stats is None or state.bias is None or not self._corrects(module):
+            return state, None
         rotated = _rotated_weight(weight, state.smooth_scale, state.rotation)
-        decoded = _decoded_weight(state, rotated)
-        error = rotated - decoded
-        weight_db = _decibel(rotated.double().square().sum(), error.double().square().sum())
-        if tokens is None or self.stats is None:
-            return state, weight_db, None
-        offset = torch.zeros(state.out_features, device=weight.device)
-        if correct_bias and state.bias is not None:
+        decoded = _decoded_weight(state)
+        if quantized_input is not None:
+            offset = quantized_input.bias_offset(rotated, decoded)
+        else:
             mean = self.stats.mean.to(weight.device)
             if state.smooth_scale is not None:
                 mean = mean * state.smooth_scale
-            offset = error @ state.rotation.apply(mean)
-            state = replace(state, bias=state.bias + offset)
+            offset = (rotated - decoded) @ state.rotation.apply(mean)
+        return replace(state, bias=state.bias + offset), offset
+
+    def _measure(
+        self, state: LinearState, weight: Tensor, tokens: Tensor | None, offset: Tensor | None
+    ) -> tuple[float, float | None]:
+        """Weight SQNR in the rotated domain, in which the original one equals it when nothing is
+        smoothed; output SQNR on the sampled tokens, offset being what the bias took up."""
+        rotated = _rotated_weight(weight, state.smooth_scale, state.rotation)
+        decoded = _decoded_weight(state)
+        error = rotated - decoded
+        weight_db = _decibel(rotated.double().square().sum(), error.double().square().sum())
+        if tokens is None:
+            return weight_db, None
         x = tokens[:_OUTPUT_ROWS]
         scheme = state.scheme
         x_q = dequantized_activation(x, scheme.act_bits, scheme.scale_mode, scheme.scale_factor)
         exact = x @ rotated.T
-        missing = exact - x_q @ decoded.T - offset
+        missing = exact - x_q @ decoded.T
+        if offset is not None:
+            missing -= offset
         signal, noise = exact.double().square().sum(), missing.double().square().sum()
-        return state, weight_db, _decibel(signal, noise)
+        return weight_db, _decibel(signal, noise)
 
 
 def _rotated_weight(weight: Tensor, smooth_scale: Tensor | None, rotation: Rotation) -> Tensor:
@@ -334,14 +386,15 @@ def _packed_codes(rotated: Tensor, codebook: TwinLogCodebook) -> Tensor:
     return torch.cat(packed)
 
 
-def _decoded_weight(state: LinearState, rotated: Tensor) -> Tensor:
-    """levels[code] * scale, fp32 [N, K], from the rotated weight that was encoded."""
-    decoded = torch.empty_like(rotated)
-    size = _row_chunks(rotated)
-    for start in range(0, rotated.shape[0], size):
+def _decoded_weight(state: LinearState) -> Tensor:
+    """levels[code] * scale, fp32 [N, K], in the rotated domain."""
+    bits, columns = state.scheme.weight_bits, state.in_features
+    decoded = torch.empty(state.out_features, columns, device=state.codes.device)
+    size = _row_chunks(decoded)
+    for start in range(0, state.out_features, size):
         rows = slice(start, start + size)
         part = TwinLogCodebook(state.levels[rows], state.weight_scale[rows])
-        decoded[rows] = part.decode(part.encode(rotated[rows]))
+        decoded[rows] = part.decode(unpack_codes(state.codes[rows], bits, columns))
     return decoded
 
 
@@ -373,6 +426,62 @@ def _calibrate(
         if work is not None:
             work.save_stats(key, stats)
     return stats
+
+
+class _GramPasses:
+    """Statistics with gram matrices, a few groups at a time: those of a large model do not fit into
+    memory together, so the calibration prompts are run again for every part of the groups."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: QuantPlan,
+        recipe: QuantRecipe,
+        stats: dict[str, ActivationStats],
+        run: Callable[[list[str]], object] | None,
+        prompts: Sequence[str],
+        progress: Progress | None,
+    ) -> None:
+        missing = [group for group in plan.groups if stats[group.name].gram is None]
+        if missing and run is None:
+            raise ValueError(
+                f"quantize_model: rounding 'feedback' needs the gram matrix of {missing[0].name} "
+                "in stats (CalibrationOptions.gram), or run and prompts to collect it"
+            )
+        self.model, self.plan, self.recipe, self.stats = model, plan, recipe, stats
+        self.run, self.prompts, self.progress = run, prompts, progress
+        self._ready: dict[str, ActivationStats] = {}
+
+    def take(self, group: InputGroup) -> ActivationStats:
+        """Statistics of the group with its gram matrix, which is forgotten here; all but the sample
+        from the same run, so that mean and gram belong together."""
+        stats = self.stats[group.name]
+        if stats.gram is not None:
+            return stats
+        if group.name not in self._ready:
+            self._collect(group)
+        again = self._ready.pop(group.name)
+        again.sample = stats.sample
+        return again
+
+    def _collect(self, first: InputGroup) -> None:
+        """One run for this group and as many of the next as fit."""
+        options = self.recipe.calibration
+        groups: list[InputGroup] = []
+        size = 0
+        for group in self.plan.groups[self.plan.groups.index(first) :]:
+            size += 4 * group.in_features**2
+            if groups and size > options.gram_bytes:
+                break
+            groups.append(group)
+        options = replace(options, gram=True, sample_rows=1)
+
+        def report(what: str, done: int, total: int) -> None:
+            if self.progress is not None:
+                self.progress("second moments", done, total)
+
+        assert self.run is not None
+        self._ready = collect_stats(self.run, self.model, groups, self.prompts, options, report)
 
 
 def _check_parameters(model: nn.Module) -> None:

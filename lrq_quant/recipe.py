@@ -20,6 +20,7 @@ from lrq_kernels.scheme import BLOCK_SIZES, QuantScheme
 from .families import MODULATION, Family, family_of
 
 MODES = ("default", "paper")
+ROUNDINGS = ("feedback", "nearest")
 # The GEMM and the canonical packing take any K that is a multiple of this.
 K_MULTIPLE = 32
 
@@ -27,13 +28,15 @@ K_MULTIPLE = 32
 @dataclass(frozen=True)
 class CalibrationOptions:
     """batch_size: prompts per run; sample_rows: token rows kept per input for the rotation search;
-    gram: also accumulate X^T X (fp32 [K, K]: 604 MB at K = 12288); seed of the sample; run_key:
-    what else the statistics depend on (steps, guidance, picture size): a killed run resumes with
-    its statistics only where this is unchanged."""
+    gram: also accumulate X^T X (fp32 [K, K]: 604 MB at K = 12288); gram_bytes: how much of these
+    quantize_model holds at once, running the prompts again for the rest; seed of the sample;
+    run_key: what else the statistics depend on (steps, guidance, picture size): a killed run
+    resumes with its statistics only where this is unchanged."""
 
     batch_size: int = 1
     sample_rows: int = 512
     gram: bool = False
+    gram_bytes: int = 16 << 30
     seed: int = 0
     run_key: str = ""
 
@@ -79,8 +82,11 @@ class QuantRecipe:
     that matches wins.  mode "paper" is the published method (method.md decision 2).  Of a scheme
     the recipe fixes the bits; rotation and activation scale are searched per input when there is
     calibration data and taken from the scheme when there is none.  bias_correction adds
-    (W - W^) E[x] to the bias of linears that have one (calibrated, mode "default" only).  family
-    describes a model that lrq_quant.families does not know."""
+    (W - W^) E[x] to the bias of linears that have one (calibrated, mode "default" only).  rounding
+    "feedback" fits each weight to its quantized input and rounds it with error feedback, damped by
+    that share of the input's mean power, and refined in so many passes (calibrated, mode
+    "default"); "nearest" rounds each weight by itself.  family describes a model that
+    lrq_quant.families does not know."""
 
     block: QuantScheme = QuantScheme(weight_bits=4, act_bits=8)
     modulation: QuantScheme | None = QuantScheme(weight_bits=4, act_bits=16, rotation="none")
@@ -89,6 +95,9 @@ class QuantRecipe:
     overrides: tuple[tuple[str, QuantScheme | None], ...] = ()
     mode: str = "default"
     bias_correction: bool = True
+    rounding: str = "feedback"
+    damping: float = 0.01
+    refinement: int = 1
     family: Family | None = None
     search: SearchOptions = field(default_factory=SearchOptions)
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
@@ -96,6 +105,15 @@ class QuantRecipe:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"QuantRecipe: mode must be one of {MODES}, got {self.mode!r}")
+        if self.rounding not in ROUNDINGS:
+            raise ValueError(
+                f"QuantRecipe: rounding must be one of {ROUNDINGS}, got {self.rounding!r}"
+            )
+        if self.damping < 0 or self.refinement < 0:
+            raise ValueError(
+                "QuantRecipe: damping and refinement must not be negative, "
+                f"got {self.damping} and {self.refinement}"
+            )
         for argument in ("include", "exclude"):
             if isinstance(getattr(self, argument), str):
                 raise TypeError(f"QuantRecipe: {argument} must be a tuple of patterns, got a str")
@@ -108,6 +126,11 @@ class QuantRecipe:
             # Weights-only A4 needs the Gaussian optimum; absmax costs 2-3 dB (method.md 5.6).
             block = dataclasses.replace(block, scale_mode="rms", scale_factor=0.3545)
         return QuantRecipe(**{"block": block, **changes})
+
+    @property
+    def needs_gram(self) -> bool:
+        """Whether a calibrated run needs the gram matrices of the inputs."""
+        return self.mode == "default" and self.rounding == "feedback"
 
     def resolve(self, model: nn.Module, family: Family | None = None) -> QuantPlan:
         """The plan for `model`; it may live on the meta device.  The family is the given one, the

@@ -139,11 +139,13 @@ def choose_rotation(
     linears: all that read the input, on one device, with one act_bits.  A quick screen ranks every
     candidate on few tokens and rows; the best smoothing of each rotation is measured again, and the
     cheapest rotation within options.tolerance of the best wins.  K that 128 does not divide falls
-    back to blocks of 64 or 32, without dual.
+    back to blocks of 64 or 32, without dual.  Rows count alike whatever their scale, which each has
+    to itself in the format: a few large ones would decide for all.
     Deterministic: signs and matrices are drawn from options.seed and the input's name.
     """
     options = options or SearchOptions()
     act_bits = _common_act_bits(linears)
+    linears = [replace(linear, weight=_unit_rows(linear.weight)) for linear in linears]
     full = _Problem.sampled(stats, linears, options)
     screen = full.reduced(128, 96)
     maker = _CandidateMaker(stats, [linear.weight for linear in linears], full.x, options)
@@ -500,6 +502,13 @@ def dequantized_activation(
         return x
     scale = reference.token_scale(x, act_bits, scale_mode, scale_factor)
     return reference.quantize_by_scale(x, scale, act_bits).float() * scale[:, None]
+
+
+def _unit_rows(weight: Tensor) -> Tensor:
+    """weight [N, K] with the RMS of every row that is not zero at 1, fp32."""
+    rows = weight.detach().float()
+    rms = rows.square().mean(1, keepdim=True).sqrt()
+    return rows / torch.where(rms > 0, rms, torch.ones_like(rms))
 
 
 def _best_per_rotation(screened: dict[Candidate, float]) -> list[Candidate]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -42,19 +44,21 @@ def tiny_pipeline() -> ShapesPipeline:
     return pipeline
 
 
-def draw_scenes(count: int, generator: torch.Generator) -> tuple[torch.Tensor, list[str]]:
-    """Pictures fp32 [count, 3, 32, 32] over all compositions, and their captions."""
-    sampler = scenes.SceneSampler(compositions=scenes.all_compositions())
+def draw_scenes(
+    count: int, generator: torch.Generator, world: scenes.World = scenes.DEMO
+) -> tuple[torch.Tensor, list[str]]:
+    """Pictures fp32 [count, 3, H, W] over all compositions, and their captions."""
+    sampler = scenes.SceneSampler(compositions=scenes.all_compositions(world), world=world)
     batch = sampler.sample(count, generator)
     return batch.pictures, sampler.captions(batch)
 
 
 def picture_of(*things: tuple[str, str, float, int, int]) -> np.ndarray:
     """[32, 32, 3] with every (colour, shape, half_extent, column, row) drawn in turn."""
-    picture = np.broadcast_to(np.float32(scenes.BACKGROUND), (32, 32, 3)).copy()
+    picture = np.broadcast_to(np.float32(scenes.DEMO.background), (32, 32, 3)).copy()
     for colour, shape, half_extent, column, row in things:
-        cover = scenes.shape_coverage(shape, half_extent, column, row).numpy()[..., None]
-        picture = picture * (1 - cover) + np.float32(scenes.COLOURS[colour]) * cover
+        cover = scenes.shape_coverage(shape, half_extent, column, row, 32).numpy()[..., None]
+        picture = picture * (1 - cover) + np.float32(scenes.DEMO.colours[colour]) * cover
     return picture
 
 
@@ -67,37 +71,49 @@ def test_import_is_light():
     assert output.stdout.strip() == "[]", output.stderr
 
 
-def test_heldout_compositions_never_appear_in_training(generator):
-    train_set = set(scenes.split_compositions(False))
-    heldout = set(scenes.split_compositions(True))
+WORLDS = pytest.mark.parametrize("world", scenes.WORLDS.values(), ids=scenes.WORLDS)
+
+
+@WORLDS
+def test_heldout_compositions_never_appear_in_training(generator, world):
+    train_set = set(scenes.split_compositions(False, world))
+    heldout = set(scenes.split_compositions(True, world))
     assert not train_set & heldout
-    assert train_set | heldout == set(scenes.all_compositions())
-    assert 0.1 < len(heldout) / len(scenes.all_compositions()) < 0.2
+    assert train_set | heldout == set(scenes.all_compositions(world))
+    assert 0.1 < len(heldout) / len(scenes.all_compositions(world)) < 0.2
 
-    def words(caption: scenes.Caption) -> tuple:
-        first, second = caption.first, caption.second
-        return first.colour, first.shape, caption.relation, second.colour, second.shape
+    def links(text: str) -> list[tuple]:
+        """Every link of a caption, sizes left out; the first one first."""
+        caption = scenes.parse_caption(text, world)
+        kinds = [(thing.colour, thing.shape) for thing in caption.things]
+        return list(zip(kinds, caption.relations, kinds[1:], strict=False))
 
-    heldout_words = {words(c.caption()) for c in heldout}
-    sampler = scenes.SceneSampler()
+    heldout_links = {
+        links(scenes.caption_of([c], (None, None), world).text)[0] for c in heldout
+    }  # fmt: skip
+    sampler = scenes.SceneSampler(world=world)
     drawn = sampler.captions(sampler.sample(2000, generator))
-    assert not heldout_words & {words(scenes.parse_caption(text)) for text in drawn}
-    captions = scenes.heldout_captions(256, seed=1)
+    assert not heldout_links & {link for text in drawn for link in links(text)}
+    assert {len(links(text)) for text in drawn} == set(range(1, world.most_things))
+    captions = scenes.heldout_captions(256, 1, world)
     assert len(set(captions)) == 256
-    assert {words(scenes.parse_caption(text)) for text in captions} <= heldout_words
+    assert {links(text)[0] for text in captions} <= heldout_links
+    assert {len(links(text)) for text in captions} == set(range(1, world.most_things))
 
 
-def test_the_same_picture_told_backwards_is_on_the_same_side_of_the_split():
+@WORLDS
+def test_the_same_picture_told_backwards_is_on_the_same_side_of_the_split(world):
     opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
     names = [scenes.RELATIONS.index(opposite[name]) for name in scenes.RELATIONS]
-    for c in scenes.all_compositions():
+    for c in scenes.all_compositions(world)[::7]:
         backwards = scenes.Composition(c.colour2, c.shape2, names[c.relation], c.colour1, c.shape1)
-        assert scenes.is_held_out(c) == scenes.is_held_out(backwards)
+        assert scenes.is_held_out(c, world) == scenes.is_held_out(backwards, world)
 
 
-def test_captions_survive_text():
-    for text in scenes.training_captions(200, seed=3):
-        assert scenes.parse_caption(text).text == text
+@WORLDS
+def test_captions_survive_text(world):
+    for text in scenes.training_captions(200, 3, world):
+        assert scenes.parse_caption(text, world).text == text
 
 
 @pytest.mark.parametrize(
@@ -107,6 +123,7 @@ def test_captions_survive_text():
         "a red circle left of a red circle",
         "a pink circle above a red square",
         "a red circle above a huge red square",
+        "a red circle above a red square left of a blue cross",  # three things are not of the demo
         "red circle above a red square",
         "",
     ],
@@ -116,25 +133,38 @@ def test_text_outside_the_grammar_is_an_error(text):
         scenes.parse_caption(text)
 
 
-def test_things_keep_their_gap():
-    """Every layout of the two largest shapes leaves MIN_GAP pixels of background between them."""
-    half_extents = list(scenes.SIZES.values())
-    for relation in range(len(scenes.RELATIONS)):
-        for size1, a in enumerate(half_extents):
-            for size2, b in enumerate(half_extents):
-                places = scenes.layouts(relation, size1, size2)
-                assert places
-                for row1, column1, row2, column2 in places:
-                    centres = [scenes.LATTICE[i] for i in (row1, column1, row2, column2)]
-                    apart = max(abs(centres[0] - centres[2]), abs(centres[1] - centres[3]))
-                    assert apart - a - b >= scenes.MIN_GAP
+@WORLDS
+def test_things_keep_their_gap(world):
+    """Every layout leaves min_gap pixels of background between any two things."""
+    half_extents = list(world.sizes.values())
+
+    def check(places: tuple[int, ...], sizes: tuple[int, ...]) -> None:
+        centres = [world.lattice[i] for i in places]
+        spots = list(zip(centres[0::2], centres[1::2], sizes, strict=True))
+        for (row1, column1, a), (row2, column2, b) in itertools.combinations(spots, 2):
+            apart = max(abs(row1 - row2), abs(column1 - column2))
+            assert apart - half_extents[a] - half_extents[b] >= world.min_gap
+
+    relations, sizes = range(len(scenes.RELATIONS)), range(len(half_extents))
+    for relation, size1, size2 in itertools.product(relations, sizes, sizes):
+        found = scenes.layouts(relation, size1, size2, world)
+        assert found
+        for places in found:
+            check(places, (size1, size2))
+    if world.most_things > 2:
+        for key in itertools.product(relations, relations, sizes, sizes, sizes):
+            chains = scenes.chain_layouts(key[:2], key[2:], world)
+            assert chains
+            for places in chains[::11]:
+                check(places, key[2:])
 
 
-def test_checker_accepts_what_the_renderer_drew(generator):
-    pictures, captions = draw_scenes(1000, generator)
-    assert checker.prompt_accuracy(pictures, captions) >= 0.995
+@WORLDS
+def test_checker_accepts_what_the_renderer_drew(generator, world):
+    pictures, captions = draw_scenes(500, generator, world)
+    assert checker.prompt_accuracy(pictures, captions, world) >= 0.995
     noisy = (pictures + 0.04 * torch.randn(pictures.shape, generator=generator)).clamp(0, 1)
-    assert checker.prompt_accuracy(noisy, captions) >= 0.995
+    assert checker.prompt_accuracy(noisy, captions, world) >= 0.99
 
 
 def test_checker_tolerates_slight_blur(generator):
@@ -146,12 +176,28 @@ def test_checker_tolerates_slight_blur(generator):
     assert checker.prompt_accuracy(blurred, captions) >= 0.995
 
 
-def test_checker_rejects_other_captions(generator):
-    pictures, captions = draw_scenes(1000, generator)
-    assert checker.prompt_accuracy(pictures, captions[1:] + captions[:1]) < 0.02
-    assert (
-        checker.prompt_accuracy(torch.rand(20, 3, 32, 32, generator=generator), captions[:20]) == 0
-    )
+@WORLDS
+def test_checker_rejects_other_captions(generator, world):
+    pictures, captions = draw_scenes(500, generator, world)
+    assert checker.prompt_accuracy(pictures, captions[1:] + captions[:1], world) < 0.02
+    noise = torch.rand(20, *pictures.shape[1:], generator=generator)
+    assert checker.prompt_accuracy(noise, captions[:20], world) == 0
+
+
+def test_checker_looks_at_every_relation_of_three_things(generator):
+    world = scenes.SCENES64
+    pictures, captions = draw_scenes(400, generator, world)
+    opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+    chains = [i for i, text in enumerate(captions) if scenes.parse_caption(text, world).things[2:]]
+    assert len(chains) > 100
+    for place in (0, 1):
+        wrong = []
+        for index in chains:
+            caption = scenes.parse_caption(captions[index], world)
+            relations = list(caption.relations)
+            relations[place] = opposite[relations[place]]
+            wrong.append(scenes.Caption(caption.things, tuple(relations)).text)
+        assert checker.prompt_accuracy(pictures[chains], wrong, world) == 0
 
 
 def test_checker_takes_every_kind_of_picture(generator):
@@ -217,7 +263,7 @@ def test_first_and_second_thing_never_share_a_position():
     relation_words = set(encoder.tokenize([" ".join(scenes.RELATIONS)]).unique().tolist())
     firsts, seconds = set(), set()
     for text in scenes.training_captions(1000):
-        before = len(scenes.parse_caption(text).first.text.split()) + 1
+        before = len(scenes.parse_caption(text).things[0].text.split()) + 1
         ids = encoder.tokenize([text])[0].tolist()
         words = [i for i, word in enumerate(ids) if word > 1 and word not in relation_words]
         firsts |= {i for i in words if i < before}
@@ -290,21 +336,21 @@ def test_training_batch_is_a_straight_path_from_picture_to_noise():
     clean = (noisy - sigma * velocity) / 2 + 0.5
     background = clean.permute(0, 2, 3, 1)[:, 0, 0]
     torch.testing.assert_close(
-        background, torch.tensor(scenes.BACKGROUND).expand(64, 3), atol=1e-4, rtol=0
+        background, torch.tensor(scenes.DEMO.background).expand(64, 3), atol=1e-4, rtol=0
     )
     dropped = (encoder.mask(word_ids).sum(dim=1) == 1).sum()
     assert 0 < dropped < 64
 
 
-def test_training_captions_match_their_pictures(generator):
-    sampler = scenes.SceneSampler()
-    encoder = CaptionEncoder(embed_dim=8)
-    table = train.CaptionTable(encoder, sampler)
+@WORLDS
+def test_training_captions_match_their_pictures(generator, world):
+    sampler = scenes.SceneSampler(world=world)
+    encoder = train.Denoiser(TINY, world).text_encoder
+    table = train.CaptionTable(encoder, world, torch.device("cpu"))
     batch = sampler.sample(200, generator)
     captions = sampler.captions(batch)
-    assert checker.prompt_accuracy(batch.pictures, captions) == 1
-    looked_up = table.lookup(batch.composition, batch.size_words)
-    assert torch.equal(looked_up, encoder.tokenize(captions))
+    assert checker.prompt_accuracy(batch.pictures, captions, world) == 1
+    assert torch.equal(table.lookup(batch), encoder.tokenize(captions))
 
 
 def test_trainer_writes_a_folder_that_draws(tmp_path):
@@ -322,6 +368,31 @@ def test_trainer_writes_a_folder_that_draws(tmp_path):
     pipeline = load_pipeline(out)
     assert pipeline.scheduler.config.shift == config.shift
     assert pipeline(scenes.heldout_captions(1), num_inference_steps=1).images[0].size == (32, 32)
+
+
+def test_a_killed_training_continues_with_the_same_steps(tmp_path):
+    config = train.TrainConfig(
+        seconds=None, steps=6, batch=4, compile=False, save_seconds=0.0, model=TINY,
+        world="scenes64",
+    )  # fmt: skip
+    device = torch.device("cpu")
+    whole = train.Trainer(config, device)
+    for _ in range(6):
+        whole.train_step()
+    first = train.Trainer(config, device)
+    for _ in range(3):
+        first.train_step()
+    first.save_state(tmp_path / "state")
+    second = train.Trainer(config, device)
+    second.load_state(tmp_path / "state")
+    assert second.step_count == 3
+    for _ in range(3):
+        second.train_step()
+    for ours, theirs in zip(second.averages, whole.averages, strict=True):
+        assert torch.equal(ours, theirs)
+    other = train.Trainer(dataclasses.replace(config, seed=1), device)
+    with pytest.raises(ValueError, match="another configuration"):
+        other.load_state(tmp_path / "state")
 
 
 def test_training_falls_and_the_average_follows():

@@ -23,6 +23,7 @@ from tiny_models import (
 
 from lrq_quant import QuantRecipe, quantize_model
 from lrq_quant.__main__ import main
+from lrq_quant.families import FAMILIES
 from lrq_quant.model_card import model_card
 from lrq_quant.pipeline_io import quantize_pipeline, save_transformer
 
@@ -36,6 +37,7 @@ QUANTIZED = "flux-transformer-w4a8"
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in which the names of the pages are tiny models."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lrq_quant.families.FAMILIES", dict(FAMILIES))  # a page registers one
     flux = tiny_flux().to(BF16)
     flux.save_pretrained("black-forest-labs/FLUX.1-dev/transformer")
     unknown_model().save_pretrained("fal/AuraFlow/transformer")

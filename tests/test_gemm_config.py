@@ -50,8 +50,9 @@ def test_chosen_configuration_is_legal(arch: int, bits: int, sm90: bool) -> None
         (4096, 1152, 4608, 192, 192, 1),  # PixArt: one wave of exactly 132 tiles
         (4096, 3456, 1152, 192, 192, 1),  # three of them
         (512, 3072, 12288, 256, 128, 2),  # 48 tiles, too few for the GPU
-        (256, 3072, 12288, 128, 128, 2),
-        (64, 3072, 12288, 64, 128, 3),
+        (256, 3072, 12288, 256, 128, 4),
+        (256, 3072, 3072, 128, 128, 2),
+        (64, 3072, 12288, 64, 128, 4),
         (16, 18432, 3072, 16, 128, 1),  # as many channel tiles as SMs
         (300, 1152, 1152, 32, 128, 1),
     ],

@@ -223,7 +223,7 @@ constexpr int64_t sm90_clocks(const GemmConfig& config, const GemmProblem& probl
   const int64_t steps =
       ceil_div<int64_t>(ceil_div<int64_t>(problem.k, config.tile_k), config.split_k);
   const int64_t epilogue = (two ? 1000 : 2500) + 9 * config.tile_m;
-  const int64_t exchange = config.split_k > 1 ? 2500 + 12 * config.tile_m : 0;
+  const int64_t exchange = config.split_k > 1 ? 1500 + 20 * config.tile_m : 0;
   const int64_t waves =
       ceil_div(block_count(config, problem), sm90_clusters_at_once(config.split_k));
   return waves * (steps * step + epilogue + exchange) + kLaunchClocks;

@@ -9,14 +9,14 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from lrq_quant.demo.scenes import COLOURS, RELATIONS, SHAPES, SIZES
+from lrq_quant.demo.scenes import DEMO, RELATIONS, World
 
 PAD, START = "<pad>", "<start>"
 
 
-def caption_vocabulary() -> list[str]:
+def caption_vocabulary(world: World = DEMO) -> list[str]:
     """Every word of the caption grammar, after the padding and the start mark."""
-    words = ["a", *SIZES, *COLOURS, *SHAPES, *" ".join(RELATIONS).split()]
+    words = ["a", *world.sizes, *world.colours, *world.shapes, *" ".join(RELATIONS).split()]
     return list(dict.fromkeys([PAD, START, *words]))
 
 

@@ -1,5 +1,10 @@
 """Trains the demo model: python -m lrq_quant.demo.train --out FOLDER [--seconds 420]
 
+The larger testbed of benchmarks/quality.py is trained by
+
+    python -m lrq_quant.demo.train --out build/testbeds/scenes64 --world scenes64 --width 512 \\
+        --head-dim 64 --blocks 6 --patch-size 8 --lr 7e-4 --seconds 420 --shard-size 20MB
+
 Flow matching in pixel space: x = (1 - sigma) * picture + sigma * noise, the transformer predicts
 noise - picture from x, sigma and the caption; one caption in ten is dropped for guidance. Every
 picture is drawn fresh on the training device, from training compositions only. The folder holds
@@ -33,13 +38,17 @@ from lrq_quant.demo.pipeline import (
     prompt_generators,
 )
 from lrq_quant.demo.scenes import (
-    PICTURE_SIZE,
-    SIZES,
+    DEMO,
+    RELATIONS,
+    WORLDS,
     Composition,
+    SceneBatch,
     SceneSampler,
+    Thing,
+    World,
     heldout_captions,
 )
-from lrq_quant.demo.text import CaptionEncoder
+from lrq_quant.demo.text import CaptionEncoder, caption_vocabulary
 
 REPORT_FILE = "training.json"
 
@@ -74,9 +83,16 @@ class TrainConfig:
     check_captions: int = 64
     final_captions: int = 256
     final_guidance: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 4.0)
+    save_seconds: float = 60.0  # between two states to resume from
+    shard_size: str = "5GB"  # largest weight file
+    world: str = DEMO.name
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def __post_init__(self) -> None:
+        if self.world not in WORLDS:
+            raise ValueError(
+                f"TrainConfig: world must be one of {list(WORLDS)}, got {self.world!r}"
+            )
         if self.seconds is None and self.steps is None:
             raise ValueError("TrainConfig: seconds or steps must be given, got neither")
 
@@ -84,9 +100,13 @@ class TrainConfig:
 class Denoiser(nn.Module):
     """Text encoder and transformer as one module: what is trained, averaged and compiled."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, world: World = DEMO) -> None:
         super().__init__()
-        self.text_encoder = CaptionEncoder(embed_dim=config.text_dim)
+        # Each thing takes up to four words, each relation two, and one mark starts the caption.
+        longest = 6 * world.most_things - 1
+        self.text_encoder = CaptionEncoder(
+            caption_vocabulary(world), config.text_dim, max(16, longest)
+        )
         self.transformer = PixArtTransformer2DModel(
             num_attention_heads=config.width // config.head_dim,
             attention_head_dim=config.head_dim,
@@ -94,7 +114,7 @@ class Denoiser(nn.Module):
             out_channels=3,
             num_layers=config.blocks,
             cross_attention_dim=config.width,
-            sample_size=PICTURE_SIZE,
+            sample_size=world.picture_size,
             patch_size=config.patch_size,
             norm_type="ada_norm_single",
             interpolation_scale=1,
@@ -134,19 +154,39 @@ def _initialize(transformer: PixArtTransformer2DModel) -> None:
 
 
 class CaptionTable:
-    """Word ids of every caption the sampler can draw, looked up on the device."""
+    """Word ids of the captions of scenes, put together on the device."""
 
-    def __init__(self, encoder: CaptionEncoder, sampler: SceneSampler) -> None:
-        words = (None, *SIZES)
-        texts = [c.caption(a, b).text for c in sampler.compositions for a in words for b in words]
-        self._ids = encoder.tokenize(texts).to(sampler.device)
-        self._words = len(words)
-        self.empty = encoder.tokenize([""]).to(sampler.device)  # [1, L]
+    def __init__(self, encoder: CaptionEncoder, world: World, device: torch.device) -> None:
+        words = (None, *world.sizes)
+        kinds = [(colour, shape) for colour in world.colours for shape in world.shapes]
+        things = [Thing(*kind, size).text for kind in kinds for size in words]
+        # The last row is empty: a thing, or a relation, that is not there.
+        self._things = self._phrases(encoder, [*things, ""]).to(device)
+        self._relations = self._phrases(encoder, [*RELATIONS, ""]).to(device)
+        self._words, self._length = len(words), encoder.config.max_length
+        self.empty = encoder.tokenize([""]).to(device)  # [1, L]
+        self._pad = int(self.empty[0, -1])
 
-    def lookup(self, composition: torch.Tensor, size_words: torch.Tensor) -> torch.Tensor:
-        """int64 [B, L] of composition [B] and size_words [B, 2] (see SceneBatch)."""
-        row = (composition * self._words + size_words[:, 0]) * self._words + size_words[:, 1]
-        return self._ids[row]
+    @staticmethod
+    def _phrases(encoder: CaptionEncoder, texts: list[str]) -> torch.Tensor:
+        """Ids without the start mark, as long as the longest phrase."""
+        ids = encoder.tokenize(texts)[:, 1:]
+        longest = max(len(text.split()) for text in texts)
+        return ids[:, :longest]
+
+    def lookup(self, scenes: SceneBatch) -> torch.Tensor:
+        """int64 [B, L] of the captions of scenes."""
+        thing = scenes.things * self._words + scenes.size_words
+        thing = torch.where(scenes.things < 0, len(self._things) - 1, thing)
+        relation = torch.where(scenes.relations < 0, len(RELATIONS), scenes.relations)
+        parts = [self.empty[:, :1].expand(len(thing), 1), self._things[thing[:, 0]]]
+        for place in range(relation.shape[1]):
+            parts += [self._relations[relation[:, place]], self._things[thing[:, place + 1]]]
+        ids = torch.cat(parts, dim=1)
+        # Padding inside goes to the end, the words keep their order.
+        ids = ids.gather(1, (ids == self._pad).long().argsort(dim=1, stable=True))
+        missing = max(0, self._length - ids.shape[1])
+        return nn.functional.pad(ids, (0, missing), value=self._pad)[:, : self._length]
 
 
 class Batches:
@@ -160,16 +200,17 @@ class Batches:
         compositions: tuple[Composition, ...] | None = None,
     ) -> None:
         self._config = config
-        self._sampler = SceneSampler(device, compositions)
-        self._table = CaptionTable(encoder, self._sampler)
-        self._generator = torch.Generator(device).manual_seed(config.seed)
+        world = WORLDS[config.world]
+        self._sampler = SceneSampler(device, compositions, world)
+        self._table = CaptionTable(encoder, world, device)
+        self.generator = torch.Generator(device).manual_seed(config.seed)
         self._strata = torch.arange(config.batch, device=device)
 
     def draw(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """noisy [B, 3, H, W], word_ids [B, L], timestep [B] in 0..1000, target velocity."""
-        config, generator = self._config, self._generator
+        config, generator = self._config, self.generator
         scenes = self._sampler.sample(config.batch, generator)
-        word_ids = self._table.lookup(scenes.composition, scenes.size_words)
+        word_ids = self._table.lookup(scenes)
         uniform = torch.rand(2, config.batch, generator=generator, device=word_ids.device)
         dropped = uniform[0] < config.caption_dropout
         word_ids = torch.where(dropped[:, None], self._table.empty, word_ids)
@@ -205,11 +246,11 @@ class Trainer:
         device: torch.device,
         compositions: tuple[Composition, ...] | None = None,
     ) -> None:
-        self.config, self.device = config, device
+        self.config, self.device, self.world = config, device, WORLDS[config.world]
         self.started = time.monotonic()
         torch.manual_seed(config.seed)
-        self.model = Denoiser(config.model).to(device).train()
-        self.average = Denoiser(config.model).to(device).eval().requires_grad_(False)
+        self.model = Denoiser(config.model, self.world).to(device).train()
+        self.average = Denoiser(config.model, self.world).to(device).eval().requires_grad_(False)
         self.average.load_state_dict(self.model.state_dict())
         self.parameters = list(self.model.parameters())
         self.averages = list(self.average.parameters())
@@ -250,9 +291,39 @@ class Trainer:
             torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
         return loss.detach()
 
-    def run(self) -> float:
-        """Trains to the end of the budget; the mean loss of the last stretch."""
-        last_check = self.elapsed()
+    def save_state(self, file: Path) -> None:
+        """Everything that the rest of the run depends on, but the compiler's choices."""
+        state = {
+            "config": asdict(self.config),
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.batches.generator.get_state(),
+            "steps": self.step_count,
+            "elapsed": self.elapsed(),
+        }
+        temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, file)
+
+    def load_state(self, file: Path) -> None:
+        """Continue from save_state. Raises ValueError on the state of another configuration."""
+        state = torch.load(file, map_location=self.device, weights_only=True)
+        if state["config"] != asdict(self.config):
+            raise ValueError(f"{file} is of another configuration; remove it or name another --out")
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.batches.generator.set_state(state["generator"].cpu())
+        self.step_count = state["steps"]
+        self.started = time.monotonic() - state["elapsed"]
+
+    def run(self, state_file: Path | None = None) -> float:
+        """Trains to the end of the budget; the mean loss of the last stretch.
+
+        state_file: written every save_seconds, for load_state.
+        """
+        last_check = last_save = self.elapsed()
         log = _Stretch(self.step_count, last_check)
         while self.progress() < 1:
             log.add(self.train_step())
@@ -263,9 +334,12 @@ class Trainer:
             if self.elapsed() - log.start < self.config.log_seconds:
                 continue
             self._log(log)
+            if state_file and self.elapsed() - last_save >= self.config.save_seconds:
+                self.save_state(state_file)
+                last_save = self.elapsed()
             if self.elapsed() - last_check >= self.config.check_seconds:
                 count = self.config.check_captions
-                accuracy = measure_accuracy(self.pipeline(), count)
+                accuracy = measure_accuracy(self.pipeline(), count, world=self.world)
                 last_check = self.elapsed()
                 print(
                     f"{last_check:6.1f} s  {count} held-out captions right: {accuracy:.3f}",
@@ -293,7 +367,7 @@ class Trainer:
 
     def pipeline(self) -> ShapesPipeline:
         """The averaged weights, rounded to bf16, as a pipeline of its own."""
-        rounded = Denoiser(self.config.model)
+        rounded = Denoiser(self.config.model, self.world)
         rounded.load_state_dict(self.average.state_dict())
         rounded = rounded.to(self.device, torch.bfloat16).eval()
         scheduler = FlowMatchEulerDiscreteScheduler(shift=self.config.shift)
@@ -333,9 +407,10 @@ def measure_accuracy(
     count: int,
     guidance: float = DEFAULT_GUIDANCE,
     steps: int = DEFAULT_STEPS,
+    world: World = DEMO,
 ) -> float:
     """Share of `count` held-out captions that the pipeline draws right, seed 0."""
-    captions = heldout_captions(count)
+    captions = heldout_captions(count, world=world)
     pictures = pipeline(
         captions,
         num_inference_steps=steps,
@@ -343,7 +418,7 @@ def measure_accuracy(
         generator=prompt_generators(count),
         output_type="np",
     ).images
-    return prompt_accuracy(pictures, captions)
+    return prompt_accuracy(pictures, captions, world)
 
 
 def train(
@@ -354,24 +429,31 @@ def train(
 ) -> dict:
     """Trains and writes the folder `out`, all of it or nothing; returns what training.json says.
 
-    `compositions` restricts what is drawn (tests); by default all of training.
+    A killed run leaves `<out>.state` and continues from it when it is called again with the same
+    configuration.  `compositions` restricts what is drawn (tests); by default all of training.
     """
     torch.set_float32_matmul_precision("high")
     trainer = Trainer(config, device, compositions)
     count = sum(p.numel() for p in trainer.parameters)
     print(f"{count / 1e6:.2f} M parameters on {_device_name(device)}", flush=True)
-    loss = trainer.run()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    state_file = out.with_name(f"{out.name}.state")
+    if state_file.is_file():
+        trainer.load_state(state_file)
+        print(f"continuing at step {trainer.step_count}", flush=True)
+    loss = trainer.run(state_file)
     seconds = trainer.elapsed()
 
-    out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
         folder = Path(scratch) / out.name
-        trainer.pipeline().save_pretrained(folder)
+        trainer.pipeline().save_pretrained(folder, max_shard_size=config.shard_size)
         stored = load_pipeline(folder, device)
         stored.set_progress_bar_config(disable=True)
         accuracy = {}
         for guidance in config.final_guidance:
-            accuracy[str(guidance)] = measure_accuracy(stored, config.final_captions, guidance)
+            accuracy[str(guidance)] = measure_accuracy(
+                stored, config.final_captions, guidance, world=trainer.world
+            )
             print(
                 f"{config.final_captions} held-out captions, guidance {guidance}: "
                 f"{accuracy[str(guidance)]:.4f} right",
@@ -395,6 +477,7 @@ def train(
         if out.exists():
             shutil.rmtree(out)
         os.replace(folder, out)
+    state_file.unlink(missing_ok=True)
     print(f"wrote {out}, {report['bytes']} bytes of safetensors", flush=True)
     return report
 
@@ -412,7 +495,10 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--batch", type=int, default=defaults.batch)
     parser.add_argument("--lr", type=float, default=defaults.learning_rate)
+    parser.add_argument("--world", choices=list(WORLDS), default=defaults.world)
+    parser.add_argument("--shard-size", default=defaults.shard_size, help="as diffusers takes it")
     parser.add_argument("--width", type=int, default=model.width)
+    parser.add_argument("--head-dim", type=int, default=model.head_dim)
     parser.add_argument("--blocks", type=int, default=model.blocks)
     parser.add_argument("--patch-size", type=int, default=model.patch_size)
     parser.add_argument("--final-captions", type=int, default=defaults.final_captions)
@@ -431,7 +517,11 @@ def main(arguments: list[str] | None = None) -> dict:
         learning_rate=args.lr,
         compile=device.type == "cuda" and not args.no_compile,
         final_captions=args.final_captions,
-        model=ModelConfig(width=args.width, blocks=args.blocks, patch_size=args.patch_size),
+        world=args.world,
+        shard_size=args.shard_size,
+        model=ModelConfig(
+            width=args.width, head_dim=args.head_dim, blocks=args.blocks, patch_size=args.patch_size
+        ),
     )
     return train(args.out, config, device)
 

@@ -1,0 +1,485 @@
+"""Image quality of quantized models: this package's recipes and published methods, like for like.
+
+    python -m benchmarks.quality --prompts 32 --seeds 1 --json quality.json              a CPU
+    python -m benchmarks.quality --testbeds demo demo+mild demo+salient --prompts 256 --seeds 3 \
+        --device cuda --json quality.json --plot quality.png                             a GPU
+    python -m benchmarks.quality --from-json quality.json --plot quality.png             a table
+
+Every method quantizes the same linears from the same statistics and draws the same captions from
+the same noise as the bf16 model.  Rows count real bits: codes, scales, codebooks, smoothing,
+rotations, branches.  A row that is in the JSON file already, measured the same way, is not measured
+again.  PSNR is the median over pictures of all seeds; a difference of medians within the spread of
+the seeds is a tie.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.baselines.acts import scale_rule
+from benchmarks.baselines.apply import FakeLinear, QuantizedLayer, apply_method
+from benchmarks.baselines.method import InputTransform, Method, Setting
+from benchmarks.baselines.registry import EXPERIMENTS, METHODS
+from benchmarks.quality_metrics import FeatureNet, feature_net, psnr_db, ssim
+from benchmarks.testbeds import Testbed, load_testbed
+from lrq_kernels.checkpoint import LinearState
+from lrq_kernels.codebook import TwinLogCodebook
+from lrq_kernels.loader import build_linears
+from lrq_kernels.packing import unpack_codes
+from lrq_kernels.scheme import ACT_BITS, WEIGHT_BITS
+from lrq_quant.calibration import ActivationStats, collect_stats
+from lrq_quant.demo.pipeline import prompt_generators
+from lrq_quant.pipeline import quantize_model
+from lrq_quant.recipe import CalibrationOptions, QuantPlan, QuantRecipe, SearchOptions
+
+Row = dict[str, Any]
+SETTINGS = ("w8a8", "w4a8", "w4a4", "w3a8", "w3a4", "w2a8")
+BF16 = "bf16"
+CAPTION_SEED = 2025
+# Pictures drawn at once.
+_BATCH = {"cpu": 64, "cuda": 256}
+_SQNR_ROWS = 256
+# Figures of another version are not mixed with these; raise it when a measurement changes.
+_VERSION = 1
+
+
+def _search(**changes: Any) -> Callable[[str], QuantRecipe]:
+    return lambda name: QuantRecipe.from_name(name, search=SearchOptions(**changes))
+
+
+def _recipe(**changes: Any) -> Callable[[str], QuantRecipe]:
+    return lambda name: QuantRecipe.from_name(name, **changes)
+
+
+# This package's own: the default, the published method, and the default less one part.
+PRODUCT_RECIPES: dict[str, Callable[[str], QuantRecipe]] = {
+    "lrq": QuantRecipe.from_name,
+    "lrq-dit": _recipe(mode="paper"),
+    "lrq-no-rotation": _search(rotations=("none",)),
+    "lrq-no-smoothing": _search(alphas=()),
+    "lrq-no-permutation": _search(rotations=("none", "hadamard")),
+    "lrq-no-bias-correction": _recipe(bias_correction=False),
+    "lrq-no-refinement": _recipe(refinement=0),
+}
+ALL_METHODS: dict[str, Method] = {**METHODS, **EXPERIMENTS}
+DEFAULT_RECIPES = ("lrq", "lrq-dit", *METHODS)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How rows are measured; rows of another protocol are not the same row."""
+
+    prompts: int = 256
+    seeds: int = 3
+    calibration: int = 16
+    sample_rows: int = 512
+    steps: int = 20
+    kernels: bool = False
+
+    def to_dict(self) -> Row:
+        return {
+            "prompts": self.prompts,
+            "seeds": list(range(self.seeds)),
+            "calibration_prompts": self.calibration,
+            "sampler_steps": self.steps,
+            "path": "kernels" if self.kernels else "dequantized",
+            "version": _VERSION,
+        }
+
+
+class Bench:
+    """One testbed: its statistics and its bf16 pictures, made once."""
+
+    def __init__(
+        self, testbed: Testbed, protocol: Protocol, device: torch.device, cache: Path
+    ) -> None:
+        self.testbed, self.protocol, self.device = testbed, protocol, device
+        self.model = testbed.pipeline.transformer
+        self.plan: QuantPlan = QuantRecipe().resolve(self.model)
+        self.stats = statistics(testbed, self.plan, protocol)
+        net_file = cache / f"features-{testbed.base}-{_VERSION}.safetensors"
+        self.features: FeatureNet = feature_net(testbed.scenes(device), net_file, device=device)
+        self.captions = [
+            testbed.heldout_captions(protocol.prompts, CAPTION_SEED + seed)
+            for seed in range(protocol.seeds)
+        ]
+        self.reference = self.draw()
+
+    def draw(self, transformer: nn.Module | None = None) -> list[np.ndarray]:
+        """Pictures fp32 [P, H, W, 3] of every seed, by `transformer` in place of the bf16 one."""
+        pipeline = self.testbed.pipeline
+        if transformer is not None:
+            pipeline = copy.copy(pipeline)
+            pipeline.transformer = transformer
+        pictures = []
+        for seed, captions in enumerate(self.captions):
+            generators = prompt_generators(len(captions), CAPTION_SEED + seed)
+            batches = []
+            batch = _BATCH[self.device.type]
+            for first in range(0, len(captions), batch):
+                rows = slice(first, first + batch)
+                drawn = pipeline(
+                    captions[rows],
+                    self.protocol.steps,
+                    generator=generators[rows],
+                    output_type="np",
+                )
+                batches.append(drawn.images)
+            pictures.append(np.concatenate(batches))
+        return pictures
+
+    def row(self, recipe: str, setting: str) -> Row:
+        """Quantize, draw, compare."""
+        started = time.perf_counter()
+        if recipe == BF16:
+            figures = {"weight_bits": 16.0, "act_bits": 16, "coverage": 0.0, "source": "the model"}
+            pictures = self.reference
+        else:
+            model = copy.deepcopy(self.model)
+            figures = self._quantize(model, recipe, setting)
+            figures["quantize_seconds"] = time.perf_counter() - started
+            figures["layers"] = self._layers(model, figures["layers"])
+            pictures = self.draw(model)
+        return {
+            "recipe": recipe,
+            "setting": setting,
+            "testbed": self.testbed.name,
+            **self._compare(pictures),
+            **figures,
+            **self.protocol.to_dict(),
+            "seconds": time.perf_counter() - started,
+            "device": _device_name(self.device),
+        }
+
+    def _quantize(self, model: nn.Module, recipe: str, setting: str) -> Row:
+        bits = Setting.parse(setting)
+        if recipe in PRODUCT_RECIPES:
+            made = PRODUCT_RECIPES[recipe](setting)
+            quantized = quantize_model(model, made, stats=self.stats)
+            dtype = next(model.parameters()).dtype
+            self._replace(model, quantized.states, dtype)
+            report = quantized.report
+            weights, coverage = report.weight_bits, report.coverage
+            layers = [
+                QuantizedLayer(x.name, x.weights, x.stored_bits, x.weight_sqnr_db)
+                for x in report.linears
+            ]
+            source = "this package"
+        else:
+            method = ALL_METHODS[recipe]
+            layers = apply_method(model, self.plan, self.stats, method, bits)
+            stored, count = (sum(getattr(x, n) for x in layers) for n in ("stored_bits", "weights"))
+            weights, coverage, source = stored / count, self.plan.coverage, method.source
+        return {
+            "weight_bits": weights,
+            "act_bits": bits.act_bits,
+            "coverage": coverage,
+            "source": source,
+            "layers": layers,
+        }
+
+    def _replace(
+        self, model: nn.Module, states: dict[str, LinearState], dtype: torch.dtype
+    ) -> None:
+        states = {name: state.to(self.device) for name, state in states.items()}
+        if self.protocol.kernels:
+            for name, linear in build_linears(states, dtype).items():
+                model.set_submodule(name, linear)
+        else:
+            for name, state in states.items():
+                model.set_submodule(name, dequantized_linear(state))
+
+    @torch.no_grad()
+    def _layers(self, model: nn.Module, layers: list[QuantizedLayer]) -> list[Row]:
+        """Per linear: real bits, weight SQNR, output SQNR on calibration tokens."""
+        owner = {x.name: group.name for group in self.plan.groups for x in group.linears}
+        rows = []
+        for layer in layers:
+            tokens = self.stats[owner[layer.name]].sample[:_SQNR_ROWS].to(self.device).float()
+            original = self.model.get_submodule(layer.name)
+            exact = tokens @ original.weight.float().T
+            bias = 0.0 if original.bias is None else original.bias.float()
+            noise = model.get_submodule(layer.name)(tokens).float() - exact - bias
+            ratio = exact.double().square().sum() / noise.double().square().sum().clamp_min(1e-30)
+            rows.append(
+                {
+                    "name": layer.name,
+                    "bits": round(layer.stored_bits / layer.weights, 4),
+                    "weight_sqnr_db": _finite(layer.weight_sqnr_db),
+                    "output_sqnr_db": _finite(10 * math.log10(max(float(ratio), 1e-30))),
+                }
+            )
+        return rows
+
+    def _compare(self, pictures: list[np.ndarray]) -> Row:
+        pairs = list(zip(pictures, self.reference, strict=True))
+        psnr = [psnr_db(a, b) for a, b in pairs]
+        right = [self.testbed.right(a, c) for a, c in zip(pictures, self.captions, strict=True)]
+        every, reference = np.concatenate(pictures), np.concatenate(self.reference)
+        quartiles = np.percentile(np.concatenate(psnr), [25, 75])
+        return {
+            "psnr_db": float(np.median(np.concatenate(psnr))),
+            "psnr_db_by_seed": [float(np.median(values)) for values in psnr],
+            "psnr_db_quartiles": [float(value) for value in quartiles],
+            "ssim": float(np.median(ssim(every, reference))),
+            "feature_distance": float(np.median(self.features.distance(every, reference))),
+            "frechet_distance": self.features.frechet(every, reference),
+            "prompt_accuracy": float(np.concatenate(right).mean()),
+            "prompt_accuracy_by_seed": [float(values.mean()) for values in right],
+        }
+
+
+def statistics(testbed: Testbed, plan: QuantPlan, protocol: Protocol) -> dict[str, ActivationStats]:
+    """Of every input of the plan, with gram matrices, over the calibration captions."""
+    pipeline = testbed.pipeline
+    options = CalibrationOptions(batch_size=8, gram=True, sample_rows=protocol.sample_rows)
+
+    def run(batch: list[str]) -> None:
+        seeds = [zlib.crc32(text.encode()) for text in batch]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        pipeline(batch, protocol.steps, generator=generators, output_type="pt")
+
+    captions = testbed.calibration_captions(protocol.calibration)
+    return collect_stats(run, pipeline.transformer, plan.groups, captions, options)
+
+
+def dequantized_linear(state: LinearState) -> FakeLinear:
+    """The layer that LRQLinear is, in fp32 torch: for machines on which its kernels are slow."""
+    scheme = state.scheme
+    codes = unpack_codes(state.codes, scheme.weight_bits, state.in_features)
+    weight = TwinLogCodebook(state.levels, state.weight_scale).decode(codes)
+    transform = InputTransform(smooth=state.smooth_scale, rotation=state.rotation)
+    act = scale_rule(scheme.scale_mode, scheme.scale_factor)
+    return FakeLinear(weight, state.bias, transform, act, scheme.act_bits)
+
+
+def is_possible(recipe: str, setting: str) -> bool:
+    """This package's format holds 2 to 4 bits a weight; so does its codebook in experiments."""
+    bits = Setting.parse(setting)
+    own = recipe in PRODUCT_RECIPES or recipe in EXPERIMENTS
+    return not own or (bits.weight_bits in WEIGHT_BITS and bits.act_bits in ACT_BITS)
+
+
+# ---- rows ---------------------------------------------------------------------------------------
+
+
+def measure(
+    testbeds: Sequence[str],
+    recipes: Sequence[str],
+    settings: Sequence[str],
+    protocol: Protocol,
+    device: torch.device,
+    *,
+    json_file: Path | None = None,
+    cache: Path = Path("build/quality"),
+    folder: Path | None = None,
+) -> list[Row]:
+    """Rows of every testbed, recipe and setting, those in json_file among them as they are."""
+    rows: list[Row] = _read(json_file)
+    have = {_key(row) for row in rows}
+    jobs = [(testbed, BF16, BF16) for testbed in testbeds]
+    for testbed in testbeds:
+        pairs = [(r, s) for s in settings for r in recipes if is_possible(r, s)]
+        jobs += [(testbed, r, s) for r, s in pairs]
+    facts = protocol.to_dict()
+    missing = [
+        job
+        for job in jobs
+        if _key(dict(zip(("testbed", "recipe", "setting"), job, strict=True)) | facts) not in have
+    ]
+    missing.sort(key=lambda job: testbeds.index(job[0]))
+    print(f"{len(jobs) - len(missing)} of {len(jobs)} rows are there already", flush=True)
+    bench: Bench | None = None
+    started = time.perf_counter()
+    for done, (testbed, recipe, setting) in enumerate(missing):
+        if bench is None or bench.testbed.name != testbed:
+            bench = Bench(load_testbed(testbed, device, folder), protocol, device, cache)
+        row = bench.row(recipe, setting)
+        rows.append(row)
+        _write(json_file, rows)
+        left = (time.perf_counter() - started) / (done + 1) * (len(missing) - done - 1)
+        print(f"[{done + 1}/{len(missing)}] {_line(row)}  {_minutes(left)} left", flush=True)
+    return rows
+
+
+def _key(row: Row) -> str:
+    names = ("testbed", "recipe", "setting", *Protocol().to_dict())
+    return json.dumps([row.get(name) for name in names])
+
+
+def _read(file: Path | None) -> list[Row]:
+    if file is None or not file.is_file():
+        return []
+    rows = json.loads(file.read_text())
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{file} must hold rows of this benchmark, got something else")
+    return rows
+
+
+def _write(file: Path | None, rows: list[Row]) -> None:
+    if file is None:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(rows, indent=1) + "\n")
+    os.replace(temporary, file)
+
+
+def _finite(value: float) -> float | None:
+    return round(value, 3) if math.isfinite(value) else None
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _line(row: Row) -> str:
+    return (
+        f"{row['testbed']:<13} {row['setting']:<5} {row['recipe']:<22} "
+        f"{row['psnr_db']:6.2f} dB  ssim {row['ssim']:.4f}  feat {row['feature_distance']:.4f}  "
+        f"frechet {row['frechet_distance']:7.3f}  right {row['prompt_accuracy']:7.2%}  "
+        f"{row['weight_bits']:6.3f} bits"
+    )
+
+
+# ---- report -------------------------------------------------------------------------------------
+
+
+def is_tie(row: Row, other: Row) -> bool:
+    """Whether the medians differ by no more than the seeds do; never with a single seed."""
+
+    def spread(r: Row) -> float:
+        return max(r["psnr_db_by_seed"]) - min(r["psnr_db_by_seed"])
+
+    if min(len(r["psnr_db_by_seed"]) for r in (row, other)) < 2:
+        return False
+    return abs(row["psnr_db"] - other["psnr_db"]) <= max(spread(row), spread(other))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows by testbed and setting, the best PSNR first, each beside this package's default."""
+    lines = []
+    keys = dict.fromkeys((row["testbed"], row["setting"]) for row in rows)
+    for testbed, setting in keys:
+        group = [r for r in rows if (r["testbed"], r["setting"]) == (testbed, setting)]
+        ours = next((r for r in group if r["recipe"] == "lrq"), None)
+        for row in sorted(group, key=lambda r: -r["psnr_db"]):
+            note = ""
+            if ours is not None and row is not ours:
+                note = f"  {row['psnr_db'] - ours['psnr_db']:+.2f} dB to lrq"
+                note += ", a tie" if is_tie(row, ours) else ""
+            lines.append(_line(row) + f"  coverage {row['coverage']:.2%}{note}")
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """PSNR against real bits a weight, one panel a testbed and activation width."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        print(f"no plot: matplotlib is not installed; --from-json draws {path} elsewhere")
+        return
+    rows = [row for row in rows if row["recipe"] != BF16]
+    panels = list(dict.fromkeys((row["testbed"], row["act_bits"]) for row in rows))
+    names = list(dict.fromkeys(row["recipe"] for row in rows))
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(5.5 * len(panels), 5.0), squeeze=False, sharey=True
+    )
+    for axis, (testbed, act_bits) in zip(axes[0], panels, strict=True):
+        for index, name in enumerate(names):
+            own = [r for r in rows if (r["testbed"], r["act_bits"]) == (testbed, act_bits)]
+            points = sorted((r["weight_bits"], r["psnr_db"]) for r in own if r["recipe"] == name)
+            if points:
+                style = {"color": "black", "linewidth": 2.5} if name == "lrq" else {}
+                style.setdefault("color", pyplot.get_cmap("tab20")(index % 20))
+                axis.plot(*zip(*points, strict=True), marker="o", label=name, **style)
+        axis.set_title(f"{testbed}, A{act_bits}")
+        axis.set_xlabel("bits a weight, all counted")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("PSNR to bf16, dB")
+    axes[0][-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def _arguments() -> argparse.Namespace:
+    default = Protocol()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    known = [*PRODUCT_RECIPES, *ALL_METHODS]
+    parser.add_argument("--testbeds", nargs="+", default=["demo"])
+    parser.add_argument(
+        "--recipes", nargs="+", choices=known, default=DEFAULT_RECIPES, metavar="RECIPE"
+    )
+    parser.add_argument("--settings", nargs="+", default=SETTINGS, metavar="wXaY")
+    parser.add_argument("--prompts", type=int, default=default.prompts)
+    parser.add_argument("--seeds", type=int, default=default.seeds)
+    parser.add_argument("--calibration", type=int, default=default.calibration)
+    parser.add_argument("--steps", type=int, default=default.steps, help="of the sampler")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--cache", type=Path, default=Path("build/quality"))
+    parser.add_argument("--folder", type=Path, help="of the trained testbed")
+    parser.add_argument("--json", type=Path, help="rows, read and continued when it is there")
+    parser.add_argument("--from-json", type=Path, help="report rows measured before")
+    parser.add_argument("--plot", type=Path, help="draw PSNR against bits into this file")
+    parser.add_argument("--list", action="store_true", help="the recipes and their sources")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = _arguments()
+    if arguments.list:
+        for name in PRODUCT_RECIPES:
+            print(f"{name:<24} this package")
+        for method in ALL_METHODS.values():
+            print(f"{method.name:<24} {method.source}")
+        return
+    if arguments.from_json:
+        rows = _read(arguments.from_json)
+    else:
+        device = torch.device(arguments.device)
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+        protocol = Protocol(
+            arguments.prompts,
+            arguments.seeds,
+            arguments.calibration,
+            steps=arguments.steps,
+            kernels=device.type == "cuda",
+        )
+        rows = measure(
+            arguments.testbeds,
+            arguments.recipes,
+            [Setting.parse(name).name for name in arguments.settings],
+            protocol,
+            device,
+            json_file=arguments.json,
+            cache=arguments.cache,
+            folder=arguments.folder,
+        )
+    if arguments.plot:
+        plot(rows, arguments.plot)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""What a linear sees once its input is quantized, and the weight that makes the best of it.
+
+Quantizing a token v gives v_q = G v + w: a gain G close to 1 in every channel and noise w that v
+does not explain (Bussgang's decomposition, channel by channel).  With H = E[v v^T] of the centred
+tokens and D the variances of w,
+
+    E[v_q v_q^T] = G H G + D = H_q        E[v v_q^T] = H G = C        W' = W C H_q^-1.
+
+W' v_q is the least-squares estimate of W v: where H has little energy the noise is let through less
+(Wiener's filter).  Rounding then follows W' by error feedback over H_q, and the bias takes up what
+the means leave.  At 16 bits there is no noise and W' is W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .calibration import ActivationStats
+from .error_feedback import ErrorFeedback, NearestValue, rotated_gram
+
+_TINY = 1e-30
+# Damping is at least this times K over the distinct tokens: by about that share the moments of few
+# tokens may be wrong about tokens to come; up to a limit, where feedback still helps.
+_FEW_TOKENS, _FEW_TOKENS_LIMIT = 0.5, 0.1
+
+
+class QuantizedInput:
+    """Second moments of one smoothed, rotated and quantized input, shared by its linears.
+
+    stats with gram; smooth_scale fp32 [K] or None; rotate acts on the last dimension; quantize maps
+    sampled tokens fp32 [M, K], rotated, to what their codes stand for; centred: the biases will
+    take up the means (bias_offset), so the moments are those about the mean; damping as in
+    ErrorFeedback, more where there are few tokens; passes of refinement.  Work is on `device`.
+    """
+
+    def __init__(
+        self,
+        stats: ActivationStats,
+        smooth_scale: Tensor | None,
+        rotate: Callable[[Tensor], Tensor],
+        quantize: Callable[[Tensor], Tensor],
+        *,
+        device: torch.device,
+        centred: bool = True,
+        damping: float = 0.01,
+        passes: int = 1,
+    ) -> None:
+        if stats.gram is None:
+            raise ValueError(
+                f"QuantizedInput: statistics of {stats.name} must hold the gram matrix, got none"
+            )
+        self._passes = passes
+        scale = 1.0 if smooth_scale is None else smooth_scale
+        self.mean = rotate(stats.mean.to(device) * scale)
+        tokens = rotate(stats.sample.to(device, torch.float32) * scale)
+        error = quantize(tokens) - tokens
+        self.quantized_mean = self.mean + error.mean(0)
+
+        gram = stats.gram.to(device) / max(stats.count, 1)
+        moments = rotated_gram(gram, smooth_scale, rotate).double()
+        del gram
+        if centred:
+            moments -= torch.outer(self.mean.double(), self.mean.double())
+            tokens, error = tokens - tokens.mean(0), error - error.mean(0)
+        tokens, error = tokens.double(), error.double()
+        power = tokens.square().mean(0)
+        seen = power > _TINY
+        shared = (tokens * error).mean(0)
+        gain = torch.where(seen, 1 + shared / power.clamp_min(_TINY), torch.ones_like(power))
+        noise = error.square().mean(0) - shared.square() / power.clamp_min(_TINY)
+        noise = torch.where(seen, noise, torch.zeros_like(noise)).clamp_min(0)
+
+        cross = moments * gain
+        quantized = cross * gain[:, None]
+        quantized.diagonal().add_(noise)
+        uncertain = _FEW_TOKENS * len(power) / max(distinct_tokens(stats), 1.0)
+        damping = max(damping, min(uncertain, _FEW_TOKENS_LIMIT))
+        self.feedback = ErrorFeedback(quantized, damping=damping)
+        self.importance = self.feedback.importance
+        self._cross = cross
+        if self.feedback.added is not None:
+            self._cross.diagonal().add_(self.feedback.added)
+
+    def target(self, weight: Tensor) -> Tensor:
+        """W' fp32 [N, K] of the rotated weight [N, K]."""
+        if self.feedback.added is None:
+            return weight.float()
+        return self.feedback.solve(weight.double() @ self._cross).float()
+
+    def round(self, target: Tensor, nearest: NearestValue) -> Tensor:
+        """target(weight) rounded with error feedback, fp32 [N, K]."""
+        return self.feedback.round(target, nearest, self._passes)
+
+    def bias_offset(self, weight: Tensor, decoded: Tensor) -> Tensor:
+        """What the bias must take up, fp32 [N]: W E[v] - W^ E[v_q]."""
+        return weight @ self.mean - decoded @ self.quantized_mean
+
+
+def distinct_tokens(stats: ActivationStats) -> float:
+    """About how many different tokens were counted: captions come again at every step, and the
+    unguided half has one caption for all.
+
+    The share of sampled rows that occur once is that of tokens of their own among all (Good and
+    Turing); to these the values that occur more often are added.
+    """
+    if stats.sample.shape[0] == 0:
+        return float(stats.count)
+    times = torch.unique(stats.sample.float(), dim=0, return_counts=True)[1]
+    once = float((times == 1).sum())
+    return once / stats.sample.shape[0] * stats.count + float((times > 1).sum())

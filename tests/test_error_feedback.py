@@ -1,0 +1,247 @@
+"""Error feedback and the weight for a quantized input: against brute force and closed forms."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch import Tensor
+
+from lrq_kernels.rotation import Rotation
+from lrq_quant.calibration import ActivationStats
+from lrq_quant.error_feedback import ErrorFeedback, codebook_nearest, rotated_gram
+from lrq_quant.quantized_input import QuantizedInput, distinct_tokens
+from lrq_quant.recipe import CalibrationOptions
+from lrq_quant.rotation_search import dequantized_activation
+from lrq_quant.twin_log import fit_twin_log
+
+
+def correlated(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """Tokens fp32 [rows, columns] whose covariance falls off and is far from diagonal."""
+    mix = torch.linalg.qr(torch.randn(columns, columns, generator=generator))[0]
+    spectrum = torch.logspace(0, -2, columns)
+    return torch.randn(rows, columns, generator=generator) * spectrum @ mix
+
+
+def by_hand(weight: Tensor, gram: Tensor, nearest, damping: float, order: Tensor) -> Tensor:
+    """The rule of the paper (Optimal Brain Quantization with a fixed order): after each column the
+    inverse of the rest by elimination, in fp64."""
+    weight = weight.double()[:, order].clone()
+    inverse = (gram.double() + damping * gram.diagonal().double().mean() * torch.eye(len(gram)))[
+        order
+    ][:, order].inverse()
+    result = torch.empty_like(weight)
+    for k in range(weight.shape[1]):
+        value = nearest(weight[:, k].float(), int(order[k])).double()
+        result[:, k] = value
+        error = (weight[:, k] - value) / inverse[k, k]
+        weight -= error[:, None] * inverse[k]
+        inverse = inverse - inverse[:, k : k + 1] * inverse[k : k + 1] / inverse[k, k]
+    natural = torch.empty_like(result)
+    natural[:, order] = result
+    return natural
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_rounding_is_that_of_the_paper(generator, act_order):
+    tokens = correlated(400, 150, generator)  # more columns than one block
+    gram = tokens.T @ tokens
+    weight = torch.randn(12, 150, generator=generator)
+    nearest = codebook_nearest(fit_twin_log(weight, 3))
+    order = torch.arange(150)
+    if act_order:
+        order = gram.diagonal().argsort(descending=True, stable=True)
+    expected = by_hand(weight, gram, nearest, 0.01, order)
+    got = ErrorFeedback(gram, act_order=act_order).round(weight, nearest)
+    # A tie that falls to the other side changes the rest of its row: most rows must agree.
+    same = (got.double() == expected).all(1)
+    assert same.float().mean() > 0.7
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_every_value_is_a_level_and_the_output_is_closer(generator, bits):
+    tokens = correlated(2000, 192, generator)
+    weight = torch.randn(64, 192, generator=generator)
+    codebook = fit_twin_log(weight, bits)
+    rounded = ErrorFeedback(tokens.T @ tokens).round(weight, codebook_nearest(codebook))
+    assert torch.equal(codebook.decode(codebook.encode(rounded)), rounded)
+    plain = codebook.decode(codebook.encode(weight))
+    fresh = tokens[1000:]
+    errors = [((w - weight) @ fresh.T).square().sum() for w in (rounded, plain)]
+    assert errors[0] < 0.6 * errors[1]
+
+
+def test_refinement_lowers_the_error_pass_by_pass(generator):
+    tokens = correlated(2000, 200, generator)
+    weight = torch.randn(48, 200, generator=generator)
+    codebook = fit_twin_log(weight, 3)
+    feedback = ErrorFeedback(tokens.T @ tokens)
+    errors = []
+    for passes in (0, 1, 3):
+        rounded = feedback.round(weight, codebook_nearest(codebook), passes)
+        assert torch.equal(codebook.decode(codebook.encode(rounded)), rounded)
+        difference = (rounded - weight).double()
+        damped = (tokens.T @ tokens).double() + feedback.added * torch.eye(200)
+        errors.append(((difference @ damped) * difference).sum(1))
+    # Of each row, up to rounding: a step is taken only where it lowers the error.
+    assert (errors[1] <= errors[0] * 1.0001).all() and (errors[2] <= errors[1] * 1.0001).all()
+    assert errors[1].sum() < 0.97 * errors[0].sum()
+
+
+def test_importance_is_the_error_that_feedback_cannot_undo(generator):
+    """A column whose error the others can make good counts little: E[x_k^2 | all x_j to come]."""
+    tokens = torch.randn(5000, 6, generator=generator)
+    tokens[:, 5] = tokens[:, 0] + 0.1 * torch.randn(5000, generator=generator)
+    feedback = ErrorFeedback(tokens.T @ tokens / 5000, damping=0.0, act_order=False)
+    expected = torch.tensor([0.01, 1.0, 1.0, 1.0, 1.0, 1.01])
+    torch.testing.assert_close(feedback.importance, expected, rtol=0.15, atol=0.005)
+
+
+def test_solve_inverts_the_damped_gram(generator):
+    tokens = correlated(300, 64, generator)
+    gram = tokens.T @ tokens
+    feedback = ErrorFeedback(gram, damping=0.02)
+    rows = torch.randn(5, 64, generator=generator)
+    damped = gram.double() + feedback.added * torch.eye(64)
+    torch.testing.assert_close(feedback.solve(rows) @ damped, rows.double(), rtol=0, atol=1e-6)
+    assert feedback.added == pytest.approx(0.02 * float(gram.diagonal().mean()), rel=1e-4)
+
+
+def test_a_singular_gram_is_damped_until_it_works(generator):
+    tokens = torch.randn(3, 64, generator=generator)
+    weight = torch.randn(8, 64, generator=generator)
+    nearest = codebook_nearest(fit_twin_log(weight, 4))
+    rounded = ErrorFeedback(tokens.T @ tokens, damping=0.0).round(weight, nearest)
+    assert torch.isfinite(rounded).all()
+    silent = ErrorFeedback(torch.zeros(64, 64))
+    plain = torch.stack([nearest(weight[:, k], k) for k in range(64)], 1)
+    assert silent.added is None and torch.equal(silent.round(weight, nearest), plain)
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match=r"gram must be \[K, K\]"):
+        ErrorFeedback(torch.ones(3, 4))
+    with pytest.raises(ValueError, match="NaN or inf"):
+        ErrorFeedback(torch.full((4, 4), torch.nan))
+    with pytest.raises(ValueError, match="damping"):
+        ErrorFeedback(torch.eye(4), damping=-1)
+    with pytest.raises(ValueError, match=r"must be \[N, 4\]"):
+        ErrorFeedback(torch.eye(4)).round(torch.ones(2, 5), lambda v, k: v)
+    with pytest.raises(ValueError, match="must be finite"):
+        ErrorFeedback(torch.eye(4)).round(torch.full((2, 4), torch.inf), lambda v, k: v)
+
+
+def test_gram_follows_smoothing_and_rotation(generator):
+    tokens = correlated(500, 128, generator)
+    smooth = torch.rand(128, generator=generator) + 0.5
+    rotation = Rotation.hadamard(128, 64, generator=generator)
+    moved = rotation.apply(tokens * smooth)
+    gram = rotated_gram(tokens.T @ tokens, smooth, rotation.apply)
+    torch.testing.assert_close(gram, moved.T @ moved, rtol=1e-3, atol=1e-3)
+
+
+def collected(tokens: Tensor) -> ActivationStats:
+    options = CalibrationOptions(gram=True, sample_rows=len(tokens))
+    stats = ActivationStats("layer", tokens.shape[1], options)
+    stats.update(tokens)
+    return stats
+
+
+def quantized_input(tokens: Tensor, bits: int, centred: bool = True) -> QuantizedInput:
+    return QuantizedInput(
+        collected(tokens),
+        None,
+        lambda x: x,
+        lambda x: dequantized_activation(x, bits, "rms", 0.3545),
+        device=torch.device("cpu"),
+        centred=centred,
+        damping=1e-4,
+    )
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_target_is_the_least_squares_weight_of_quantized_tokens(generator, centred):
+    """Closer to it, on fresh tokens, than the weight itself, by far; noise across channels that the
+    model leaves out keeps it from the optimum by little."""
+    tokens = correlated(20000, 128, generator) + 0.1 * torch.randn(128, generator=generator)
+    train, fresh = tokens[:17000], tokens[17000:]
+    weight = torch.randn(32, 128, generator=generator)
+    made = quantized_input(train, 4, centred)
+    target = made.target(weight)
+
+    def error(w: Tensor) -> float:
+        x_q = dequantized_activation(fresh, 4, "rms", 0.3545)
+        missing = fresh @ weight.T - x_q @ w.T
+        if centred:
+            missing = missing - made.bias_offset(weight, w)
+        return float(missing.square().sum())
+
+    x_q = dequantized_activation(fresh, 4, "rms", 0.3545)
+    best = torch.linalg.lstsq(x_q, fresh @ weight.T).solution.T
+    assert error(target) < 0.75 * error(weight)
+    assert error(target) < 1.25 * float((fresh @ weight.T - x_q @ best.T).square().sum())
+
+
+def test_without_noise_the_target_is_the_weight(generator):
+    tokens = correlated(2000, 64, generator)
+    made = quantized_input(tokens, 16)
+    weight = torch.randn(8, 64, generator=generator)
+    torch.testing.assert_close(made.target(weight), weight, rtol=0, atol=1e-4)
+    silent = quantized_input(torch.zeros(100, 64), 4)
+    assert torch.equal(silent.target(weight), weight)
+
+
+@pytest.mark.gpu
+def test_the_widest_input_of_flux_fits_a_gpu():
+    """K = 15360 of a single block's proj_out: finite, better than nearest, in bounded memory."""
+    columns, rows = 15360, 3072
+    generator = torch.Generator("cuda").manual_seed(0)
+    options = {"generator": generator, "device": "cuda"}
+    tokens = torch.randn(32768, columns, **options) * torch.logspace(0, -1, columns, device="cuda")
+    tokens[:, 1:] += 0.7 * tokens[:, :-1].clone()
+    stats = ActivationStats("proj_out", columns, CalibrationOptions(gram=True))
+    stats.update(tokens[:24576])
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    weight = torch.randn(rows, columns, **options)
+    started = time.perf_counter()
+    made = QuantizedInput(
+        stats,
+        None,
+        lambda x: x,
+        lambda x: dequantized_activation(x, 8, "absmax", 1.0),
+        device=torch.device("cuda"),
+    )
+    target = made.target(weight)
+    codebook = fit_twin_log(target, 4, importance=made.importance)
+    rounded = made.round(target, codebook_nearest(codebook))
+    torch.cuda.synchronize()
+    print(f"K = {columns}, N = {rows}: {time.perf_counter() - started:.1f} s", end=", ")
+    peak = torch.cuda.max_memory_allocated() - before
+    print(f"peak {peak / 2**30:.1f} GiB")
+    plain = codebook.decode(codebook.encode(weight))
+    fresh = tokens[24576:]
+    errors = [((w - weight) @ fresh.T).square().sum() for w in (rounded, plain)]
+    assert torch.isfinite(rounded).all() and errors[0] < 0.8 * errors[1]
+    assert peak < 24 * 2**30
+
+
+def test_repeated_tokens_count_once(generator):
+    """A caption at every step, and one token that is half of all."""
+    captions = torch.randn(40, 16, generator=generator)
+    stats = ActivationStats("captions", 16, CalibrationOptions(sample_rows=400))
+    for _ in range(50):
+        stats.update(captions)
+    assert distinct_tokens(stats) == 40
+    stats = ActivationStats("half", 16, CalibrationOptions(sample_rows=400))
+    for _ in range(20):
+        stats.update(torch.randn(100, 16, generator=generator))
+        stats.update(captions[:1].expand(100, 16))
+    assert 1500 < distinct_tokens(stats) < 2500
+
+
+def test_statistics_without_gram_are_refused():
+    stats = ActivationStats("layer", 8)
+    with pytest.raises(ValueError, match="layer must hold the gram matrix"):
+        QuantizedInput(stats, None, lambda x: x, lambda x: x, device=torch.device("cpu"))
