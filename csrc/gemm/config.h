@@ -214,12 +214,15 @@ constexpr int64_t sm90_clusters_at_once(int blocks) {
 }
 
 constexpr int64_t sm90_clocks(const GemmConfig& config, const GemmProblem& problem) {
-  constexpr int kDecodeClocks[] = {0, 0, 340, 380, 490};  // by weight_bits
+  // By weight_bits: one consumer's decoding, and what three at once add to a step.
+  constexpr int kDecodeClocks[] = {0, 0, 340, 380, 490};
+  constexpr int kCrowdClocks[] = {0, 0, 0, 30, 100};
   constexpr int kLaunchClocks = 5000;
   const bool two = sm90_consumers(config) == 2;
   const int64_t products = 2 * config.tile_m * sm90_consumers(config);
   const int64_t in_turn = kDecodeClocks[problem.weight_bits] + 23 * config.tile_m / 10;
-  const int64_t step = two ? max_of(products + 40, in_turn) : products + 100;
+  const int64_t step =
+      two ? max_of(products + 40, in_turn) : products + kCrowdClocks[problem.weight_bits];
   const int64_t steps =
       ceil_div<int64_t>(ceil_div<int64_t>(problem.k, config.tile_k), config.split_k);
   const int64_t epilogue = (two ? 1000 : 2500) + 9 * config.tile_m;
