@@ -62,6 +62,9 @@ class QuantizedInput:
         gram = stats.gram.to(device) / max(stats.count, 1)
         moments = rotated_gram(gram, smooth_scale, rotate).double()
         del gram
+        # Of a gram in fp32. What is left after centring may be no more than that, with either sign,
+        # where all tokens were alike: it must not be taken for something seen.
+        rounding = torch.finfo(torch.float32).eps * moments.diagonal().sum()
         if centred:
             moments -= torch.outer(self.mean.double(), self.mean.double())
             tokens, error = tokens - tokens.mean(0), error - error.mean(0)
@@ -75,7 +78,7 @@ class QuantizedInput:
 
         cross = moments * gain
         quantized = cross * gain[:, None]
-        quantized.diagonal().add_(noise)
+        quantized.diagonal().add_(noise + rounding)
         uncertain = _FEW_TOKENS * len(power) / max(distinct_tokens(stats), 1.0)
         damping = max(damping, min(uncertain, _FEW_TOKENS_LIMIT))
         self.feedback = ErrorFeedback(quantized, damping=damping)
