@@ -9,8 +9,8 @@ GPU at its power limit differ by 15 %:
     sustained   200 ms of warm-up, then at least 300 ms back to back
     burst       0.4 s idle, 4 warm-up calls, then 28
 
-Operands rotate over at least 220 MB, so that they come from DRAM; calls shorter than 100 us run in a
-CUDA graph, so that launching them is not what is measured. us is the median over batches of the
+Operands rotate over at least 220 MB, so that they come from DRAM; calls shorter than 100 us run in
+a CUDA graph, so that launching them is not what is measured. us is the median over batches of the
 regime and over rounds, spread the distance of their quartiles over it; tops counts 2 M N K and
 gbps the bytes of all operands and the result, each once. roof is the larger share of two ceilings
 that this run measures first, in a burst: the copy bandwidth, and the rate of torch's products of

@@ -63,8 +63,9 @@ class QuantizedInput:
         moments = rotated_gram(gram, smooth_scale, rotate).double()
         del gram
         # Of a gram in fp32. What is left after centring may be no more than that, with either sign,
-        # where all tokens were alike: it must not be taken for something seen.
-        rounding = torch.finfo(torch.float32).eps * moments.diagonal().sum()
+        # where all tokens were alike: it must not be taken for something seen. Added to both
+        # moments below, it pulls what was not seen to the weight as it is.
+        rounding = 8 * torch.finfo(torch.float32).eps * moments.diagonal().sum()
         if centred:
             moments -= torch.outer(self.mean.double(), self.mean.double())
             tokens, error = tokens - tokens.mean(0), error - error.mean(0)
@@ -79,6 +80,7 @@ class QuantizedInput:
         cross = moments * gain
         quantized = cross * gain[:, None]
         quantized.diagonal().add_(noise + rounding)
+        cross.diagonal().add_(rounding)
         uncertain = _FEW_TOKENS * len(power) / max(distinct_tokens(stats), 1.0)
         damping = max(damping, min(uncertain, _FEW_TOKENS_LIMIT))
         self.feedback = ErrorFeedback(quantized, damping=damping)

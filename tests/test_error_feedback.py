@@ -192,6 +192,17 @@ def test_without_noise_the_target_is_the_weight(generator):
     assert torch.equal(silent.target(weight), weight)
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_tokens_all_alike_leave_the_weight(scale, seed):
+    """Their covariance is nothing but rounding of the gram, of either sign."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = scale * torch.randn(1, 128, generator=generator).repeat(100, 1)
+    weight = torch.randn(8, 128, generator=generator)
+    target = quantized_input(tokens, 4).target(weight)
+    assert (target - weight).norm() < 0.25 * weight.norm()
+
+
 @pytest.mark.gpu
 def test_the_widest_input_of_flux_fits_a_gpu():
     """K = 15360 of a single block's proj_out: finite, better than nearest, in bounded memory."""
