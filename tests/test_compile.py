@@ -261,22 +261,30 @@ def test_export_saves_loads_and_runs(kind: str, made: Callable):
 # ---- on a GPU -----------------------------------------------------------------------------------
 
 
-def on_gpu(value: Any) -> Any:
-    return value.to("cuda", torch.bfloat16) if isinstance(value, Tensor) else value
+def on_gpu(value: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
+    return value.to("cuda", dtype) if isinstance(value, Tensor) else value
+
+
+def assert_as_near_as_eager(got: Tensor, model: nn.Module, given: dict[str, Any]) -> None:
+    """To the model in fp32. Inductor rounds less often to bf16 than the eager model, and codes turn
+    with it, so that the two need not be near each other."""
+    wide = {name: on_gpu(x, torch.float32) for name, x in given.items()}
+    expected = forward(copy.deepcopy(model).to("cuda", torch.float32), wide)
+    eager = forward(copy.deepcopy(model).to("cuda"), given)
+    error, allowed = (relative_error(y.float(), expected) for y in (got, eager))
+    assert error < 1.5 * allowed < 0.15
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["flux", "pixart"])
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_inductor_and_cuda_graphs(kind: str, mode: str, made: Callable):
-    """Inductor fuses what is between the linears and rounds it otherwise, so codes may turn."""
     model = made(kind).to("cuda", torch.bfloat16)
-    fast = torch.compile(model, fullgraph=True, mode=mode)
+    fast = torch.compile(copy.deepcopy(model), fullgraph=True, mode=mode)
     for _ in range(3):
         given = {name: on_gpu(x) for name, x in MODELS[kind][1](8).items()}
         torch.compiler.cudagraph_mark_step_begin()
-        got = forward(fast, given).clone()
-        assert relative_error(got.float(), forward(model, given).float()) < 0.05
+        assert_as_near_as_eager(forward(fast, given).clone(), model, given)
 
 
 @pytest.mark.gpu
@@ -285,11 +293,11 @@ def test_compiled_blocks_under_group_offload(use_stream: bool, made: Callable):
     """In the shape of diffusers' test of compilation with group offloading."""
     model = made("flux").to(torch.bfloat16)
     given = {name: on_gpu(x) for name, x in flux_inputs(8).items()}
-    expected = forward(copy.deepcopy(model).to("cuda"), given)
-    model.enable_group_offload(
+    offloaded = copy.deepcopy(model)
+    offloaded.enable_group_offload(
         onload_device=torch.device("cuda"), offload_type="leaf_level", use_stream=use_stream
     )
     with torch._dynamo.config.patch(cache_size_limit=10000):
-        fast = torch.compile(model)
+        fast = torch.compile(offloaded)
         for _ in range(2):
-            assert relative_error(forward(fast, given).float(), expected.float()) < 0.05
+            assert_as_near_as_eager(forward(fast, given), model, given)
