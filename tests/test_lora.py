@@ -146,7 +146,7 @@ def test_a_control_lora_widens_the_input(flux: Pair):
 
 
 def test_scale_of_a_lora(flux: Pair):
-    tensors = lora_of(flux[0])
+    tensors = lora_of(flux[0], size=2 * SIZE)
 
     def half(model: nn.Module) -> None:
         add(model, tensors)
