@@ -65,31 +65,6 @@ void check_bias(const char* op, const std::optional<Tensor>& bias, int64_t out_f
   }
 }
 
-template <typename T>
-const T* const_pointer(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-template <typename T>
-const T* const_pointer(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? const_pointer<T>(*tensor) : nullptr;
-}
-
-std::optional<OutType> out_type_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::BFloat16:
-      return OutType::kBFloat16;
-    case ScalarType::Half:
-      return OutType::kFloat16;
-    case ScalarType::Float:
-      return OutType::kFloat32;
-    case ScalarType::Int:
-      return OutType::kInt32;
-    default:
-      return std::nullopt;
-  }
-}
-
 Tensor prepack(const Tensor& codes, int64_t in_features, int64_t weight_bits) {
   constexpr const char* kOp = "prepack";
   check_weight_bits(kOp, weight_bits);

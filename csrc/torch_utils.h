@@ -1,6 +1,6 @@
-// What ops.cpp needs of torch beyond its stable ABI: the current stream, and checks whose messages
-// name the op, the argument, what was expected and what came. The wording is that of
-// lrq_kernels/ops.py, so an error reads the same on every device.
+// What ops.cpp needs of torch beyond its stable ABI: the current stream, what kernels take of a
+// tensor, and checks whose messages name the op, the argument, what was expected and what came. The
+// wording is that of lrq_kernels/ops.py, so an error reads the same on every device.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -13,11 +13,13 @@
 #include <atomic>
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 
 #include "gemm/config.h"
+#include "out_type.h"
 
 namespace lrq {
 
@@ -141,6 +143,33 @@ inline void check_tensor(Argument argument, const Tensor& tensor, ScalarType dty
   check_type_and_shape(argument, tensor, dtype, shape);
   check_same_device(argument, tensor, first);
   check_contiguous(argument, tensor);
+}
+
+// ---- what kernels take of a tensor --------------------------------------------------------------
+
+template <typename T>
+inline const T* const_pointer(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <typename T>
+inline const T* const_pointer(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? const_pointer<T>(*tensor) : nullptr;
+}
+
+inline std::optional<OutType> out_type_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::BFloat16:
+      return OutType::kBFloat16;
+    case ScalarType::Half:
+      return OutType::kFloat16;
+    case ScalarType::Float:
+      return OutType::kFloat32;
+    case ScalarType::Int:
+      return OutType::kInt32;
+    default:
+      return std::nullopt;
+  }
 }
 
 // ---- device and stream ------------------------------------------------------------------------

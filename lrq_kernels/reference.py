@@ -119,21 +119,11 @@ def rotated_rows(
     scale, shift [S, K] (optional, with a norm): row m belongs to sample m // (M / S).
     """
     v = x if second is None else torch.cat([x, second], dim=-1)
-    v = v.to(torch.promote_types(x.dtype, torch.float32))
-    if norm == "layer":
-        v = v - v.mean(dim=-1, keepdim=True)
     if norm != "none":
-        v = v * (v.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
-    rows = v.reshape(x.shape[:-1].numel(), v.shape[-1])
-
-    def of_rows(vectors: Tensor) -> Tensor:
-        return vectors.to(v.dtype).repeat_interleave(rows.shape[0] // vectors.shape[0], dim=0)
-
-    if scale is not None:
-        rows = rows * (1.0 + of_rows(scale))
-    if shift is not None:
-        rows = rows + of_rows(shift)
-    return _rotate_wide(rows.view(v.shape), channel_scale, None, None, "hadamard", block_size)
+        samples = max([1, *(len(vectors) for vectors in (scale, shift) if vectors is not None)])
+        by_sample = v.reshape(samples, v.shape[:-1].numel() // samples, v.shape[-1])
+        v = norm_modulate(by_sample, None, None, scale, shift, norm, eps).view(v.shape)
+    return _rotate_wide(v, channel_scale, None, None, "hadamard", block_size)
 
 
 def rotate_rows(
@@ -150,7 +140,7 @@ def rotate_rows(
     scale_factor: float,
 ) -> tuple[Tensor, Tensor]:
     """rotated_rows, quantized as rotate_quantize does it: (x_q int8 [..., K], x_scale [...])."""
-    v = rotated_rows(x, second, scale, shift, norm, eps, channel_scale, block_size)
+    v = rotated_rows(x, second, scale, shift, norm, eps, channel_scale, block_size).contiguous()
     x_scale = token_scale(v, act_bits, scale_mode, scale_factor)
     return quantize_by_scale(v, x_scale, act_bits), x_scale
 
@@ -256,8 +246,8 @@ def norm_modulate_rotate_quantize(
     """rotate_quantize of y = norm_modulate(x, ...), and y in x's dtype if `keep`, else [0]."""
     y = norm_modulate(x, norm_weight, norm_bias, scale, shift, norm, eps)
     rotate_arguments = (channel_scale, permutation, matrices, rotation, block_size)
-    x_q, x_scale = rotate_quantize(y, *rotate_arguments, act_bits, scale_mode, scale_factor)
-    return x_q, x_scale, _kept(y, x, keep)
+    step = (act_bits, scale_mode, scale_factor)
+    return *rotate_quantize(y, *rotate_arguments, *step), _kept(y, x, keep)
 
 
 def activation_rotate_quantize(
@@ -277,8 +267,8 @@ def activation_rotate_quantize(
     """rotate_quantize of y = activate(x, gate), and y in x's dtype if `keep`, else [0]."""
     y = activate(x, gate, activation)
     rotate_arguments = (channel_scale, permutation, matrices, rotation, block_size)
-    x_q, x_scale = rotate_quantize(y, *rotate_arguments, act_bits, scale_mode, scale_factor)
-    return x_q, x_scale, _kept(y, x, keep)
+    step = (act_bits, scale_mode, scale_factor)
+    return *rotate_quantize(y, *rotate_arguments, *step), _kept(y, x, keep)
 
 
 def concat_rotate_quantize(

@@ -13,15 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    FluxTransformer2DModel,
-    PixArtTransformer2DModel,
-    SD3Transformer2DModel,
-    WanTransformer3DModel,
-)
 from test_lora import lora_of
 from tiny_families import forward
-from tiny_models import tiny_pixart
+from tiny_models import tiny_flux, tiny_pixart, tiny_sd3, tiny_wan
 from torch import Tensor, nn
 from torch.fx.experimental import _config as symbolic_config
 
@@ -32,19 +26,13 @@ from lrq_quant import QuantRecipe, fuse_projections, fused_projections, quantize
 pytestmark = pytest.mark.slow
 
 
+def shortened(model: nn.Module, **changes: Any) -> nn.Module:
+    """With one block of each kind."""
+    return type(model).from_config({**model.config, "num_layers": 1, **changes})
+
+
 def flux() -> nn.Module:
-    return FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=32,
-        num_attention_heads=4,
-        joint_attention_dim=64,
-        pooled_projection_dim=32,
-        guidance_embeds=True,
-        axes_dims_rope=(8, 12, 12),
-    )
+    return shortened(tiny_flux(), num_single_layers=1)
 
 
 def flux_inputs(side: int) -> dict[str, Any]:
@@ -60,7 +48,7 @@ def flux_inputs(side: int) -> dict[str, Any]:
 
 
 def pixart() -> nn.Module:
-    return PixArtTransformer2DModel.from_config({**tiny_pixart().config, "num_layers": 1})
+    return shortened(tiny_pixart())
 
 
 def pixart_inputs(side: int) -> dict[str, Any]:
@@ -73,50 +61,26 @@ def pixart_inputs(side: int) -> dict[str, Any]:
 
 
 def sd3() -> nn.Module:
-    return SD3Transformer2DModel(
-        sample_size=16,
-        patch_size=1,
-        in_channels=4,
-        out_channels=4,
-        num_layers=1,
-        attention_head_dim=32,
-        num_attention_heads=4,
-        joint_attention_dim=96,
-        caption_projection_dim=128,
-        pooled_projection_dim=32,
-        pos_embed_max_size=16,
-        dual_attention_layers=(0,),
-        qk_norm="rms_norm",
-    )
+    return shortened(tiny_sd3(), sample_size=16, patch_size=1, pos_embed_max_size=16)
 
 
 def sd3_inputs(side: int) -> dict[str, Any]:
     return {
         "hidden_states": torch.randn(2, 4, side, side),
-        "encoder_hidden_states": torch.randn(2, 12, 96),
+        "encoder_hidden_states": torch.randn(2, 12, 64),
         "pooled_projections": torch.randn(2, 32),
         "timestep": torch.tensor([500.0, 500.0]),
     }
 
 
 def wan() -> nn.Module:
-    return WanTransformer3DModel(
-        num_attention_heads=4,
-        attention_head_dim=32,
-        in_channels=4,
-        out_channels=4,
-        text_dim=96,
-        freq_dim=64,
-        ffn_dim=256,
-        num_layers=1,
-        rope_max_seq_len=32,
-    )
+    return shortened(tiny_wan())
 
 
 def wan_inputs(side: int) -> dict[str, Any]:
     return {
         "hidden_states": torch.randn(2, 4, 2, 2 * side, 2 * side),
-        "encoder_hidden_states": torch.randn(2, 12, 96),
+        "encoder_hidden_states": torch.randn(2, 12, 64),
         "timestep": torch.tensor([500.0, 500.0]),
     }
 
