@@ -221,10 +221,10 @@ class NinjaBuildExt(build_ext):
         self.ninja += [f"build {library}: link {' '.join(objects)}", f"  flags = {link_flags}"]
 
     def run_ninja(self) -> None:
-        # On PATH, beside this Python, or beside the package, which may be of another prefix.
+        # On PATH, beside this Python, or in the prefix or --target folder that the package is in.
         package = package_dir("ninja")
         path = [os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)]
-        path += [str(package.parents[3] / "bin")] if package else []
+        path += [str(parent / "bin") for parent in package.parents] if package else []
         ninja = shutil.which("ninja", path=os.pathsep.join(path))
         if ninja is None:
             raise SetupError("building lrq needs ninja, which is not installed: pip install ninja")

@@ -326,7 +326,8 @@ Tensor gemv(const Tensor& x, const Tensor& weight, const Tensor& levels, const T
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   using torch::stable::detail::from;
   std::array<StableIValue, 3> stack = {from(x), from(weight), from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  // Not STABLE_TORCH_ERROR_CODE_CHECK: torch 2.10 and 2.11 do not have it.
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
