@@ -14,13 +14,15 @@ was rounded to the model's type between the steps (the norm, the product with 1 
 activation, the linear's output before its gate and residual) stays in fp32 within the fused op, so
 that codes differ where a value is near a tie; a shared input and a concatenation change nothing.
 
-    enable()      for every torch.compile of this process from here on
-    counts()      how often each pattern matched since reset_counts(); also logged for each graph
+    enable(), disable()   for every torch.compile of this process from here on; compiling a
+                          quantized linear enables it, unless disable() was called or LRQ_FUSION=0
+    counts()              how often each pattern matched since reset_counts(); logged by graph
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +35,6 @@ from .fusion_patterns import (
     above_views,
     activated_or_gated,
     gelu_tanh,
-    in_type,
     is_call,
     is_sample_vector,
     modulated_norm,
@@ -141,8 +142,8 @@ def _fuse_norms(graph: Graph) -> int:
         if found is None:
             continue
         norm, scale, shift = found
-        y, x = node.args[0], in_type(norm.source, value_of(node.args[0]).dtype)
-        if x is None or not same_shape(shape_of(y), shape_of(x)) or len(shape_of(x)) not in (2, 3):
+        y, x = node.args[0], norm.x
+        if not same_shape(shape_of(y), shape_of(x)) or len(shape_of(x)) not in (2, 3):
             continue
         with graph.inserting_before(node):
             rows = [None if v is None else _as_rows(graph, v) for v in (scale, shift)]
@@ -364,9 +365,20 @@ def _is_ours(target: Any) -> bool:
     return getattr(target, "namespace", None) == "lrq"
 
 
+_wanted = os.environ.get("LRQ_FUSION", "1") != "0"
+
+
+def enable_by_default() -> None:
+    """enable(), unless the user said no."""
+    if _wanted:
+        enable()
+
+
 def enable() -> None:
     """Run the pass in every torch.compile with inductor from here on, after a
     post_grad_custom_pre_pass that is already set. Done once: more calls change nothing."""
+    global _wanted
+    _wanted = True
     config, kind = _inductor()
     current = config.post_grad_custom_pre_pass
     if not isinstance(current, kind):
@@ -374,7 +386,9 @@ def enable() -> None:
 
 
 def disable() -> None:
-    """Undo enable()."""
+    """Undo enable(), and do not enable it by default again."""
+    global _wanted
+    _wanted = False
     config, kind = _inductor()
     current = config.post_grad_custom_pre_pass
     if isinstance(current, kind):

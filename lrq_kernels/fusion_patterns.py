@@ -109,8 +109,7 @@ def above_views(node: Node) -> Node:
 
 
 class _Norm(NamedTuple):
-    x: Node  # peeled
-    source: Node  # as the norm reads it
+    x: Node
     kind: str
     eps: float
     weight: Node | None = None
@@ -118,7 +117,8 @@ class _Norm(NamedTuple):
 
 
 def _plain_norm(node: Any) -> _Norm | None:
-    """(x - mean) * rsqrt(var + eps) or x * rsqrt(mean(x^2) + eps) over the last dimension."""
+    """(x - mean) * rsqrt(var + eps) or x * rsqrt(mean(x^2) + eps) over the last dimension, of x
+    as it is read: mostly a conversion to fp32."""
     for value, root in _products(node):
         if not is_call(root, aten.rsqrt.default):
             continue
@@ -139,11 +139,11 @@ def _plain_norm(node: Any) -> _Norm | None:
                     and _over_last(moments.args[1], x)
                 )
                 if matches:
-                    return _Norm(x, moments.args[0], "layer", float(eps))
+                    return _Norm(moments.args[0], "layer", float(eps))
             elif is_call(variance, aten.mean.dim) and _is_square(variance.args[0], value):
                 if _over_last(variance.args[1], value):
                     square = peel(variance.args[0])
-                    return _Norm(value, square.args[0], "rms", float(eps))
+                    return _Norm(square.args[0], "rms", float(eps))
     return None
 
 
@@ -167,16 +167,17 @@ def _is_channel_vector(node: Any, x: Node) -> bool:
     )
 
 
-def _norm(node: Any) -> _Norm | None:
-    """A norm over the last dimension, with its weight and bias where it has them."""
+def _norm(node: Any, dtype: torch.dtype) -> _Norm | None:
+    """A norm over the last dimension of x in `dtype`, with its weight and bias if it has them."""
     for scaled, bias in (*_sums(node), (node, None)):
         for value, weight in (*_products(scaled), (scaled, None)):
             norm = _plain_norm(value)
-            if norm is None:
+            x = None if norm is None else in_type(norm.x, dtype)
+            if norm is None or x is None:
                 continue
             vectors = [vector for vector in (weight, bias) if vector is not None]
-            if all(_is_channel_vector(vector, norm.x) for vector in vectors):
-                return norm._replace(weight=weight, bias=bias)
+            if all(_is_channel_vector(vector, x) for vector in vectors):
+                return norm._replace(x=x, weight=weight, bias=bias)
     return None
 
 
@@ -209,17 +210,18 @@ class _Modulated(NamedTuple):
     shift: Node | None
 
 
-def modulated_norm(node: Any) -> _Modulated | None:
-    """norm(x) * (1 + scale) + shift; scale, or both, may be missing."""
+def modulated_norm(node: Node) -> _Modulated | None:
+    """norm(x) * (1 + scale) + shift in the type of x; scale, or both, may be missing."""
+    dtype = value_of(node).dtype
     for scaled, shift in (*_sums(node), (node, None)):
         for value, factor in _products(scaled):
-            norm = _norm(value)
+            norm = _norm(value, dtype)
             if norm is None or (shift is not None and not is_sample_vector(shift, norm.x)):
                 continue
             scale = _scale_of(factor, norm.x)
             if scale is not None:
                 return _Modulated(norm, scale, shift)
-    norm = _norm(node)
+    norm = _norm(node, dtype)
     return None if norm is None else _Modulated(norm, None, None)
 
 

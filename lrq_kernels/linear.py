@@ -31,6 +31,18 @@ def _no_source() -> None:
     return None
 
 
+def _fuse_what_is_compiled() -> bool:
+    """Runs while torch.compile traces a quantized linear, before inductor sees the graph."""
+    from . import fusion
+
+    fusion.enable_by_default()
+    return True
+
+
+# As torch.compiler.assume_constant_result marks it, whose import of torch._dynamo takes a second.
+_fuse_what_is_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _is_moved_alone(module: nn.Module) -> bool:
     """Whether hooks of diffusers or accelerate bring the buffers of this module when it runs."""
     return hasattr(module, "_diffusers_hook") or hasattr(module, "_hf_hook")
@@ -226,6 +238,7 @@ class InputQuantizer(nn.Module):
         """
         shared = self.shared
         if torch.compiler.is_compiling():
+            _fuse_what_is_compiled()
             reader = self if alone else shared.readers[0]
             return reader._prepare(x)
         # An inference tensor has no version, so a change between two reads would go unseen.

@@ -26,11 +26,12 @@ W4A8 = QuantScheme(4, 8)
 
 
 @pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
-    fusion.reset_counts()
-    yield
     fusion.disable()
+    fusion.reset_counts()
+    monkeypatch.setattr(fusion, "_wanted", True)
+    yield
     torch._dynamo.reset()
 
 
@@ -283,15 +284,22 @@ def test_enabling_twice_and_beside_another_pass():
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_inductor_runs_the_pass():
+def test_inductor_runs_the_pass_unless_told_not_to():
     def formula(b: Block, x: Tensor) -> Tensor:
         y = b.up(layer_norm(x) * (1 + b.scale) + b.shift)
         return x + b.scale * b.down(F.gelu(y, approximate="tanh"))
 
     block, x = Block(formula), tokens()
-    fusion.enable()
+    fusion.disable()
+    plain = torch.compile(copy.deepcopy(block), fullgraph=True)
+    assert sqnr_db(block(x), plain(x)) > 60
+    assert not fusion.is_enabled() and not any(fusion.counts().values())
+
+    fusion._wanted = True
+    torch._dynamo.reset()
     fast = torch.compile(copy.deepcopy(block), fullgraph=True)
     assert sqnr_db(block(x), fast(x)) > 60
+    assert fusion.is_enabled()
     matched = {name: count for name, count in fusion.counts().items() if count}
     assert matched == {"gemm_gelu": 1, "norm_modulate": 1, "gemm_residual": 1}
 
@@ -306,7 +314,6 @@ def test_on_a_gpu(kind: str, fused: bool, mode: str, made):
     given = inputs_of(kind, torch.bfloat16, "cuda")
     eager = forward(model, given)
     exact = forward(made(kind, torch.float32).to("cuda"), inputs_of(kind, torch.float32, "cuda"))
-    fusion.enable()
     fast = torch.compile(model, fullgraph=True, mode=mode)
     for _ in range(3):
         got = forward(fast, given).clone()
