@@ -1,8 +1,10 @@
 """LRQLinear: a linear layer that holds only its packed weight, and InputQuantizer, what comes
 before it.
 
-Linears that read the same tensor (q, k and v; proj_mlp of a FLUX single block) share one
-InputQuantizer: the input is rotated and quantized once and every sharer's GEMM reads the result.
+Linears that read the same tensor (q, k and v; proj_mlp of a FLUX single block) share a SharedInput:
+the input is rotated and quantized once and every sharer's GEMM reads the result. Each linear has an
+InputQuantizer of its own, with buffers of its own: offloading moves the buffers of one linear while
+another runs.
 
 All buffers are integers. Floating data is kept as int32 views, so that model.to(bfloat16),
 layerwise casting and loaders that cast floats cannot touch it.
@@ -13,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +29,11 @@ from .scheme import INPUT_FIELDS, QuantScheme
 
 def _no_source() -> None:
     return None
+
+
+def _is_moved_alone(module: nn.Module) -> bool:
+    """Whether hooks of diffusers or accelerate bring the buffers of this module when it runs."""
+    return hasattr(module, "_diffusers_hook") or hasattr(module, "_hf_hook")
 
 
 def as_bits(tensor: Tensor) -> Tensor:
@@ -43,22 +51,56 @@ def _with_last_stride_1(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+class SharedInput:
+    """What the readers of one input have in common: act_bits, and the prepared input from the first
+    read to the last.
+
+    readers: the InputQuantizers of the linears that read it; all hold the same values.
+    act_bits: the scheme's, or what set_act_bits made of it.
+    """
+
+    def __init__(self, act_bits: int) -> None:
+        self.act_bits = act_bits
+        self.readers: list[InputQuantizer] = []
+        self.forget()
+
+    def forget(self) -> None:
+        self._source: Callable[[], Tensor | None] = _no_source
+        self._version = 0
+        self._result: Any = None
+        self._reads_left = 0
+
+    def read(
+        self, x: Tensor, prepare: Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """prepare(x), computed once for as many reads of the same x as there are readers."""
+        source = self._source()
+        if source is None or source is not x or self._version != x._version:
+            self._result = prepare(x)
+            self._source, self._version = weakref.ref(x), x._version
+            self._reads_left = len(self.readers)
+        result = self._result
+        self._reads_left -= 1
+        if self._reads_left == 0:
+            self.forget()
+        return result
+
+    def __getstate__(self) -> dict:
+        # A weak reference cannot be copied or pickled; what it caches need not be.
+        return {**self.__dict__, "_source": _no_source, "_result": None, "_reads_left": 0}
+
+
 class InputQuantizer(nn.Module):
-    """Smoothing, rotation and per-token quantization of the input of one or more LRQLinears.
+    """Smoothing, rotation and per-token quantization of the input of one LRQLinear.
 
     Buffers: channel_scale (fp32 [K] as int32: smoothing and signs in the order of lrq::rotate),
     permutation (int32 [K]), matrices (fp32 [2, 128, 128] as int32); each may be None.
-    act_bits: the scheme's, or what set_act_bits made of it.
+    shared: what it has in common with the quantizers of other linears that read the same input.
     """
 
     channel_scale: Tensor | None
     permutation: Tensor | None
     matrices: Tensor | None
-    # What sharers of one input have in common until all have read it.
-    _source: Callable[[], Tensor | None]
-    _version: int
-    _result: Tensor | tuple[Tensor, Tensor] | None
-    _reads_left: int
 
     def __init__(
         self,
@@ -76,8 +118,7 @@ class InputQuantizer(nn.Module):
             )
         self.in_features = in_features
         self.scheme = scheme
-        self.act_bits = scheme.act_bits
-        self.consumers = 0
+        self.shared = SharedInput(scheme.act_bits)
         scale = smooth_scale
         if rotation.kind == "hadamard":
             device = None if rotation.signs is None else rotation.signs.device
@@ -90,7 +131,31 @@ class InputQuantizer(nn.Module):
         self.register_buffer("permutation", _copy(rotation.permutation))
         matrices = rotation.matrices
         self.register_buffer("matrices", None if matrices is None else as_bits(matrices))
-        self._forget()
+
+    @property
+    def act_bits(self) -> int:
+        return self.shared.act_bits
+
+    # -- readers of one input
+
+    def join(self) -> InputQuantizer:
+        """The quantizer for one more linear that reads this input: this one for the first."""
+        readers = self.shared.readers
+        joining = self
+        if readers:
+            joining = InputQuantizer.__new__(InputQuantizer)
+            nn.Module.__init__(joining)
+            joining.in_features, joining.scheme = self.in_features, self.scheme
+            joining.shared = self.shared
+            for name, buffer in self._buffers.items():
+                joining.register_buffer(name, _copy(buffer))
+        readers.append(joining)
+        return joining
+
+    def leave(self) -> None:
+        """Of a linear that is removed from the model."""
+        self.shared.readers = [reader for reader in self.shared.readers if reader is not self]
+        self.shared.forget()
 
     # -- canonical form, for checkpoints
 
@@ -151,36 +216,25 @@ class InputQuantizer(nn.Module):
             _with_last_stride_1(x), *self._rotation_arguments(), self.act_bits, *rule
         )
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Rotated x (act_bits 16) or its codes, computed once for all sharers of the same x.
+    def forward(self, x: Tensor, alone: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Rotated x (act_bits 16) or its codes, computed once for all readers of the same x.
 
-        The result is kept until every sharer has read it. Under torch.compile and for inference
-        tensors each sharer asks for itself.
+        The result is kept until every reader has had it. For inference tensors each reader computes
+        its own. Under torch.compile too, and all with the buffers of the first: equal calls, which
+        lrq_kernels.fusion makes one. alone: the linear's buffers are moved by themselves, so those
+        of other readers may be elsewhere, or on their way.
         """
-        prepare = self.rotate if self.act_bits == 16 else self.quantize
+        shared = self.shared
+        if torch.compiler.is_compiling():
+            reader = self if alone else shared.readers[0]
+            return reader._prepare(x)
         # An inference tensor has no version, so a change between two reads would go unseen.
-        if self.consumers <= 1 or torch.compiler.is_compiling() or x.is_inference():
-            return prepare(x)
-        source = self._source()
-        if source is None or source is not x or self._version != x._version:
-            self._result = prepare(x)
-            self._source, self._version = weakref.ref(x), x._version
-            self._reads_left = self.consumers
-        result = self._result
-        self._reads_left -= 1
-        if self._reads_left == 0:
-            self._forget()
-        return result
+        if len(shared.readers) <= 1 or x.is_inference():
+            return self._prepare(x)
+        return shared.read(x, self._prepare)
 
-    def _forget(self) -> None:
-        self._source = _no_source
-        self._version = 0
-        self._result = None
-        self._reads_left = 0
-
-    def __getstate__(self) -> dict:
-        # A weak reference cannot be copied or pickled; what it caches need not be.
-        return {**self.__dict__, "_source": _no_source, "_result": None, "_reads_left": 0}
+    def _prepare(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return self.rotate(x) if self.shared.act_bits == 16 else self.quantize(x)
 
     def extra_repr(self) -> str:
         scheme = self.scheme
@@ -200,8 +254,9 @@ def set_act_bits(model: nn.Module, act_bits: int | None) -> None:
             f"set_act_bits: {type(model).__name__} holds no linear with quantized activations"
         )
     for quantizer in found:
-        quantizer.act_bits = quantizer.scheme.act_bits if act_bits is None else act_bits
-        quantizer._forget()
+        shared = quantizer.shared
+        shared.act_bits = quantizer.scheme.act_bits if act_bits is None else act_bits
+        shared.forget()
 
 
 def get_act_bits(model: nn.Module) -> int | None:
@@ -266,8 +321,7 @@ class LRQLinear(nn.Linear):
         self.register_buffer("levels", _copy(state.levels))
         self.register_buffer("weight_scale", as_bits(state.weight_scale))
         self.register_buffer("bias_bits", None if state.bias is None else as_bits(state.bias))
-        self.input_quantizer = input_quantizer
-        input_quantizer.consumers += 1
+        self.input_quantizer = input_quantizer.join()
 
     @classmethod
     def from_state(
@@ -326,7 +380,7 @@ class LRQLinear(nn.Linear):
                 "LRQLinear is for inference: it has no backward. Run under torch.no_grad() or "
                 "torch.inference_mode(), or detach the input"
             )
-        prepared = self.input_quantizer(x)
+        prepared = self.input_quantizer(x, alone=_is_moved_alone(self))
         if self.input_quantizer.act_bits == 16:
             y = self._forward_a16(prepared.reshape(-1, self.in_features))
         else:
@@ -429,7 +483,8 @@ def fuse_linears(linears: list[LRQLinear]) -> LRQLinear:
     """
     first = linears[0]
     for other in linears[1:]:
-        if other.input_quantizer is not first.input_quantizer or other.scheme != first.scheme:
+        same_input = other.input_quantizer.shared is first.input_quantizer.shared
+        if not same_input or other.scheme != first.scheme:
             raise ValueError(
                 f"fuse_linears: {other.parts[0][0]} must share its input and scheme with "
                 f"{first.parts[0][0]}"
@@ -448,15 +503,16 @@ def fuse_linears(linears: list[LRQLinear]) -> LRQLinear:
     )
     fused = LRQLinear(state, first.input_quantizer, dtype=first.dtype)
     fused.parts = [part for linear in linears for part in linear.parts]
-    first.input_quantizer.consumers -= len(linears)
+    for linear in linears:
+        linear.input_quantizer.leave()
     return fused
 
 
 def split_linear(fused: LRQLinear) -> list[LRQLinear]:
     """Inverse of fuse_linears: the linears that were fused, in order, reading the same input."""
-    shared = fused.input_quantizer
     linears = [
-        LRQLinear(state, shared, name, fused.dtype) for name, state in fused.part_states().items()
+        LRQLinear(state, fused.input_quantizer, name, fused.dtype)
+        for name, state in fused.part_states().items()
     ]
-    shared.consumers -= 1  # the fused one
+    fused.input_quantizer.leave()
     return linears

@@ -50,7 +50,7 @@ def load_quantized(
 
 
 def build_linears(states: Mapping[str, LinearState], dtype: torch.dtype) -> dict[str, LRQLinear]:
-    """Linears in place of the states, those of one input with one InputQuantizer; every state's
+    """Linears in place of the states, those of one input with one SharedInput; every state's
     shared_input must be among them. dtype: of the model around them."""
     inputs: dict[str, InputQuantizer] = {}
     linears = {}
@@ -77,7 +77,7 @@ def model_states(model: nn.Module) -> tuple[dict[str, LinearState], dict[str, Te
         skip.append(name + ".")
         for part, state in module.part_states().items():
             full = part or name
-            owner = owners.setdefault(id(module.input_quantizer), full)
+            owner = owners.setdefault(id(module.input_quantizer.shared), full)
             shared = None if owner == full else owner
             states[full] = dataclasses.replace(state, shared_input=shared)
     dense = {

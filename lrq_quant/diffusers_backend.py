@@ -10,11 +10,9 @@ diffusers knows a backend by two tables; importing lrq_quant enters this one (re
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
-from types import MethodType
 from typing import Any
 
 import torch
@@ -215,8 +213,6 @@ class LRQQuantizer(DiffusersQuantizer):
                 raise CheckpointError(f"the checkpoint holds no tensors of {name}")
         self._dense_loader = None
         self._model = weakref.ref(model)
-        if hasattr(model, "enable_group_offload"):
-            model.enable_group_offload = MethodType(_group_offload_to_memory, model)
 
     # -- afterwards
 
@@ -267,16 +263,3 @@ class LRQQuantizer(DiffusersQuantizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_model": None}
-
-
-def _group_offload_to_memory(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """enable_group_offload of the model's class, without the way that loses tensors."""
-    call = inspect.signature(type(self).enable_group_offload).bind(self, *args, **kwargs)
-    if call.arguments.get("offload_to_disk_path") is not None:
-        # A group writes its tensors when it is made and frees them. What two linears share, the
-        # second group would write after the first has freed it.
-        raise ValueError(
-            "lrq: offload_to_disk_path loses tensors that linears share, such as the rotation of "
-            "q, k and v; offload to memory instead"
-        )
-    return type(self).enable_group_offload(self, *args, **kwargs)

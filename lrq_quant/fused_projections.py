@@ -131,7 +131,7 @@ def _one_input(module: nn.Module, members: tuple[str, ...]) -> bool:
     first = linears[0]
     return all(
         linear.out_features == first.out_features  # diffusers splits the result evenly
-        and linear.input_quantizer is first.input_quantizer
+        and linear.input_quantizer.shared is first.input_quantizer.shared
         and linear.scheme == first.scheme
         and (linear.bias is None) == (first.bias is None)
         for linear in linears

@@ -292,7 +292,7 @@ def test_an_unknown_model_is_quantized_while_it_loads(
     assert bits["norm1"] == 16 and bits["attn"] == bits["ff"] == 8
     assert "dense linears: the class is of no known family" in str(check(model))
     attention = model.single_transformer_blocks[0].attn
-    assert attention.to_q.input_quantizer is not attention.to_k.input_quantizer
+    assert attention.to_q.input_quantizer.shared is not attention.to_k.input_quantizer.shared
     model.save_pretrained(tmp_path / "q")
     again = type(dense).from_pretrained(tmp_path / "q")
     assert torch.equal(forward(again, inputs), forward(model, inputs))
@@ -301,7 +301,7 @@ def test_an_unknown_model_is_quantized_while_it_loads(
     register_family(auto_family(dense, lambda: forward(dense, inputs)))
     model = type(dense).from_pretrained(tmp_path / "dense", quantization_config=config)
     attention = model.single_transformer_blocks[0].attn
-    assert attention.to_q.input_quantizer is attention.to_k.input_quantizer
+    assert attention.to_q.input_quantizer.shared is attention.to_k.input_quantizer.shared
     assert not check(model).problems
 
 

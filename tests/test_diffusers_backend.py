@@ -239,8 +239,8 @@ def test_nothing_is_left_on_meta(kind: str, folders: dict[str, Path], tmp_path: 
 def test_sharing_of_inputs_survives(folders: dict[str, Path]):
     block = load("flux", folders["flux"]).single_transformer_blocks[0]
     readers = (block.attn.to_q, block.attn.to_k, block.attn.to_v, block.proj_mlp)
-    assert len({id(linear.input_quantizer) for linear in readers}) == 1
-    assert readers[0].input_quantizer.consumers == 4
+    assert len({id(linear.input_quantizer.shared) for linear in readers}) == 1
+    assert len(readers[0].input_quantizer.shared.readers) == 4
 
 
 def test_users_config_is_ignored_for_a_quantized_folder(folders: dict[str, Path]):

@@ -209,10 +209,17 @@ def test_the_widest_input_of_flux_fits_a_gpu():
     columns, rows = 15360, 3072
     generator = torch.Generator("cuda").manual_seed(0)
     options = {"generator": generator, "device": "cuda"}
-    tokens = torch.randn(32768, columns, **options) * torch.logspace(0, -1, columns, device="cuda")
-    tokens[:, 1:] += 0.7 * tokens[:, :-1].clone()
+    spread = torch.logspace(0, -1, columns, device="cuda")
+
+    def tokens(count: int) -> Tensor:
+        drawn = torch.randn(count, columns, **options) * spread
+        drawn[:, 1:] += 0.7 * drawn[:, :-1].clone()
+        return drawn
+
     stats = ActivationStats("proj_out", columns, CalibrationOptions(gram=True))
-    stats.update(tokens[:24576])
+    # Eight tokens to a channel: with 1.6 the moments are so uncertain that 0.87 of the error stays.
+    for _ in range(15):
+        stats.update(tokens(8192))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     weight = torch.randn(rows, columns, **options)
@@ -232,7 +239,7 @@ def test_the_widest_input_of_flux_fits_a_gpu():
     peak = torch.cuda.max_memory_allocated() - before
     print(f"peak {peak / 2**30:.1f} GiB")
     plain = codebook.decode(codebook.encode(weight))
-    fresh = tokens[24576:]
+    fresh = tokens(8192)
     errors = [((w - weight) @ fresh.T).square().sum() for w in (rounded, plain)]
     assert torch.isfinite(rounded).all() and errors[0] < 0.8 * errors[1]
     assert peak < 24 * 2**30

@@ -312,7 +312,7 @@ def test_fused_linear_is_bit_identical_to_its_parts(prepared: list[weakref.ref])
     prepared.clear()
     assert torch.equal(fused(x), separate)
     assert len(prepared) == 1
-    assert (fused.out_features, fused.input_quantizer.consumers) == (3 * N, 1)
+    assert (fused.out_features, len(fused.input_quantizer.shared.readers)) == (3 * N, 1)
     assert fused.parts == [("q", N), ("k", N), ("v", N)]
     parts = fused.part_states()
     for name, state in zip("qkv", states, strict=True):
@@ -327,12 +327,12 @@ def test_fused_and_another_reader_share():
     x = tokens(5)
     expected = alone(states, x)
     fused = fuse_linears(linears[:3])
-    assert fused.input_quantizer.consumers == 2
+    assert len(fused.input_quantizer.shared.readers) == 2
     for _ in range(2):
         assert torch.equal(fused(x), torch.cat(expected[:3], dim=-1))
         assert torch.equal(linears[3](x), expected[3])
     parts = split_linear(fused)
-    assert parts[0].input_quantizer.consumers == 4
+    assert len(parts[0].input_quantizer.shared.readers) == 4
     assert [part.parts for part in parts] == [[("q", N)], [("k", N)], [("v", N)]]
     assert equal_lists([part(x) for part in [*parts, linears[3]]], expected)
 
@@ -416,7 +416,7 @@ def test_deepcopy_and_pickle_between_two_readers(scheme: QuantScheme):
     expected = alone(states, x)
     model[0](x)  # the shared result is now waiting for two more readers
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert len({id(linear.input_quantizer) for linear in twin}) == 1
+        assert len({id(linear.input_quantizer.shared) for linear in twin}) == 1
         assert equal_lists([linear(x) for linear in twin], expected)
         twin[0].levels.zero_()
     assert equal_lists([linear(x) for linear in model], expected)

@@ -140,10 +140,12 @@ def test_two_loads_are_bit_identical(file: Path):
 def test_sharers_get_one_input_quantizer(file: Path):
     linears = quantized_linears(load_quantized(Toy(), file))
     for block in ("blocks.0", "blocks.1"):
-        shared = {id(linears[f"{block}.{name}"].input_quantizer) for name in ("to_q", "to_k")}
+        shared = {
+            id(linears[f"{block}.{name}"].input_quantizer.shared) for name in ("to_q", "to_k")
+        }
         assert len(shared) == 1
-        assert linears[f"{block}.to_q"].input_quantizer.consumers == 3
-        assert linears[f"{block}.to_out.0"].input_quantizer.consumers == 1
+        assert len(linears[f"{block}.to_q"].input_quantizer.shared.readers) == 3
+        assert len(linears[f"{block}.to_out.0"].input_quantizer.shared.readers) == 1
 
 
 def test_model_on_the_meta_device_is_filled(file: Path, source: Toy, states: dict):

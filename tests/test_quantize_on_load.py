@@ -70,7 +70,7 @@ def test_on_the_fly_shares_inputs_and_keeps_what_it_is_told(tmp_path: Path):
     assert not any("norm" in n or n.startswith("transformer_blocks.0.") for n in found)
     assert found["transformer_blocks.1.ff.net.2"].scheme.weight_bits == 3
     attention = model.transformer_blocks[1].attn
-    assert attention.to_q.input_quantizer is attention.to_v.input_quantizer
+    assert attention.to_q.input_quantizer.shared is attention.to_v.input_quantizer.shared
     assert isinstance(model.transformer_blocks[0].attn.to_q, nn.Linear)
     assert not isinstance(model.transformer_blocks[0].attn.to_q, LRQLinear)
     model.save_pretrained(tmp_path / "again")

@@ -177,7 +177,7 @@ def test_config_decides_what_is_converted(tmp_path: Path):
     assert {m.scheme.name for n, m in found.items() if n.endswith("SelfAttention.q")} == {"w4a16"}
     assert not any("block.0." in n or n.endswith(".o") for n in found)
     attention = model.encoder.block[1].layer[0].SelfAttention
-    assert attention.q.input_quantizer is attention.v.input_quantizer
+    assert attention.q.input_quantizer.shared is attention.v.input_quantizer.shared
 
 
 def test_what_overflows_fp16_stays_in_fp32(tmp_path: Path):
