@@ -1,10 +1,10 @@
 """Triton kernel of lrq::qk_norm_rope: what lies between the projections and attention, in one pass.
 
 A program takes GROUP heads of one token, of q, k and v alike, so that cos and sin are read once for
-them. A tile is [GROUP, channels], a thread has 16 bytes of a head at a time, and of a pair of
-channels both: interleaved they are neighbours, in halves each half is a load of its own. Nothing
-but the sum of squares goes between threads. attention_reference.py has the arithmetic; its
-roundings need products that are not fused with sums (enable_fp_fusion).
+all of them. A thread holds both channels of each of its pairs: interleaved they are neighbours in
+one load, in halves each half is a load of its own. Nothing but sums of squares goes between
+threads. attention_reference.py has the arithmetic; its roundings need products that are not fused
+with sums (enable_fp_fusion).
 
 Arguments are validated by ops.py; the functions here trust them.
 """
@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Channels of q in a program: with k and v 48 bytes are on their way to each of 128 threads.
-_TILE = 1024
+# Of a token, for each warp, where a program takes all its heads: 32 for each thread.
+_MOST_CHANNELS = 1024
 
 
 @triton.jit
@@ -252,16 +252,18 @@ def padded_pairs(head_dim: int) -> int:
 
 
 def select_launch(heads: int, head_dim: int, norm: str) -> Launch:
-    """As many heads as fill a tile, fewer where that leaves fewer of them idle in the last group;
-    all of a token where the norm needs them."""
+    """Twice as many threads as a head has channels: Triton then loads cos, sin and weights where
+    they are used, while for fewer threads it sends them through shared memory, at two barriers a
+    vector. Then a thread has 16 bytes of 16 heads, or 8 of 8 where that leaves fewer heads idle in
+    the last group. All heads of a token where the norm needs them.
+    """
     width = 2 * padded_pairs(head_dim)
+    num_warps = max(1, 2 * width // 32)
     if norm == "rms_across_heads":
         group = triton.next_power_of_2(heads)
-        return Launch(group, min(16, max(2, group * width // 1024)))
-    most = min(triton.next_power_of_2(heads), max(1, _TILE // width))
-    groups = [group for group in (most, most // 2, most // 4) if group]
-    group = min(groups, key=lambda group: (triton.cdiv(heads, group) * group, -group))
-    return Launch(group, 2 if group * width > 256 else 1)
+        return Launch(group, min(16, max(num_warps, group * width // _MOST_CHANNELS)))
+    groups = [min(size, triton.next_power_of_2(heads)) for size in (16, 8)]
+    return Launch(min(groups, key=lambda group: triton.cdiv(heads, group) * group), num_warps)
 
 
 class _Stream(NamedTuple):
