@@ -16,6 +16,9 @@ GEMM_ACTIVATIONS = ("none", "gelu_tanh")
 ACTIVATIONS = ("gelu_tanh", "gelu_erf", "silu")
 NORMS = ("layer", "rms")
 TOKEN_NORMS = ("none", *NORMS)
+HEAD_NORMS = ("none", "rms", "rms_rounded", "rms_across_heads")
+ROPES = ("interleaved", "half")
+MAX_HEAD_DIM = 256
 GEMV_MAX_ROWS = 16
 A16_TILES = (0, 64, 128, 192, 256)  # tile_m of gemm_a16; 0: chosen for the problem
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -399,3 +402,89 @@ def check_dequantize(
     check_choice("dequantize", "out_dtype", out_dtype, FLOAT_DTYPES)
     check_weight("dequantize", weight, out_features, in_features, weight_bits)
     check_codebook("dequantize", weight, levels, weight_scale, out_features, weight_bits)
+
+
+def check_qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    context_q: Tensor | None,
+    context_k: Tensor | None,
+    context_v: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    context_q_weight: Tensor | None,
+    context_k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    heads: int,
+    eps: float,
+    norm: str,
+    rope: str,
+) -> tuple[int, int]:
+    """Checks the arguments and returns heads and the tokens of the joint sequence."""
+    op = "qk_norm_rope"
+    check_choice(op, "norm", norm, HEAD_NORMS)
+    check_choice(op, "rope", rope, ROPES)
+    if not 0 <= eps < float("inf"):
+        fail(op, "eps", "finite and not negative", eps)
+    if q.dim() != 3:
+        fail(op, "q", "[B, S, H*D]", f"shape {list(q.shape)}")
+    check_tokens(op, "q", q)
+    samples, tokens, channels = q.shape
+    if heads < 1:
+        fail(op, "heads", "at least 1", heads)
+    head_dim = channels // heads
+    if channels % heads or head_dim % 2 or not 2 <= head_dim <= MAX_HEAD_DIM:
+        expected = f"of heads = {heads} times an even D of 2 to {MAX_HEAD_DIM} channels"
+        fail(op, "q", expected, f"shape {list(q.shape)}")
+    check_like(op, "k", k, q, tuple(q.shape))
+    if v is not None:
+        check_like(op, "v", v, q, tuple(q.shape))
+    with_context = context_q is not None
+    together = [("context_k", context_k, with_context)]
+    together.append(("context_v", context_v, with_context and v is not None))
+    for argument, tensor, wanted in together:
+        if (tensor is not None) != wanted:
+            got = "None" if tensor is None else "a tensor"
+            reason = "context_q is" if argument == "context_k" else "context_q and v are"
+            fail(op, argument, f"given exactly when {reason}", got)
+    if context_q is not None:
+        # Any number of tokens, but the samples and channels of q.
+        length = context_q.shape[1:2] if context_q.dim() == 3 else (0,)
+        shape = (samples, *length, channels)
+        for argument, tensor in (("context_q", context_q), ("context_k", context_k)):
+            if tensor is not None:
+                check_like(op, argument, tensor, q, shape)
+        if context_v is not None:
+            check_like(op, "context_v", context_v, q, shape)
+        tokens = tokens + context_q.shape[1]
+    weights = {"q_weight": q_weight, "k_weight": k_weight}
+    of_context = {"context_q_weight": context_q_weight, "context_k_weight": context_k_weight}
+    check_head_weights(q, {**weights, **of_context}, with_context, norm, head_dim)
+    if (cos is None) != (sin is None):
+        fail(op, "sin", "given exactly when cos is", "one without the other")
+    for argument, tensor in (("cos", cos), ("sin", sin)):
+        check_optional(op, argument, tensor, torch.float32, (tokens, head_dim), q.device)
+    return heads, tokens
+
+
+def check_head_weights(
+    q: Tensor, weights: dict[str, Tensor | None], with_context: bool, norm: str, head_dim: int
+) -> None:
+    """Of one dtype, all given or none; those of the context with a context only."""
+    op, q_weight = "qk_norm_rope", weights["q_weight"]
+    size = q.shape[2] if norm == "rms_across_heads" else head_dim
+    for argument, weight in weights.items():
+        wanted = q_weight is not None and (with_context or not argument.startswith("context"))
+        if (weight is not None) != wanted:
+            expected = "given exactly when q_weight is"
+            expected += " and there is a context" if argument.startswith("context") else ""
+            fail(op, argument, expected, "None" if weight is None else "a tensor")
+        if weight is None or q_weight is None:
+            continue
+        if norm == "none":
+            fail(op, argument, "None for norm 'none'", "a tensor")
+        if weight.dtype not in (q.dtype, torch.float32):
+            fail(op, argument, f"of dtype {q.dtype} or torch.float32", weight.dtype)
+        check_tensor(op, argument, weight, q_weight.dtype, (size,), q.device)

@@ -1,9 +1,11 @@
-"""The torch ops `lrq::*`: schemas, fakes, CPU kernels (the reference) and typed wrappers.
+"""The torch ops `lrq::*`: schemas, CPU kernels (the reference) and typed wrappers; op_fakes has the
+fakes.
 
 The dispatcher is the only place that knows devices. CUDA kernels of prepack, unprepack,
 dequantize, gemm, gemv, gemm_a16 and _rotate_rows come from csrc/ops.cpp; for rotate,
-rotate_quantize and its fused forms activation_path names Triton or CUDA. Every op is functional and
-returns fresh tensors. op_checks validates arguments on every one of these ways.
+rotate_quantize and its fused forms activation_path names Triton or CUDA; qk_norm_rope is Triton.
+Every op is functional and returns fresh tensors. op_checks validates arguments on every one of
+these ways.
 
 _rotate_rows is the CUDA kernel of rotate_quantize and its fused forms for the problems that
 _planner.supports_rotate_rows allows, under a name of its own.
@@ -16,10 +18,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import activation_path, reference
+from . import activation_path, attention_reference, reference
 from . import op_checks as checks
 from .op_checks import GEMV_MAX_ROWS
-from .packing import packed_words
+from .op_fakes import FAKES
 
 __all__ = [
     "GEMV_MAX_ROWS",
@@ -31,6 +33,7 @@ __all__ = [
     "gemv",
     "norm_modulate_rotate_quantize",
     "prepack",
+    "qk_norm_rope",
     "rotate",
     "rotate_quantize",
     "unprepack",
@@ -69,6 +72,10 @@ _SCHEMAS = {
     "int weight_bits, int out_features) -> Tensor",
     "gemm_a16": "(Tensor x, Tensor weight, Tensor levels, Tensor weight_scale, Tensor? bias, "
     "int weight_bits, int out_features, int tile_m=0) -> Tensor",
+    "qk_norm_rope": "(Tensor q, Tensor k, Tensor? v, Tensor? context_q, Tensor? context_k, "
+    "Tensor? context_v, Tensor? q_weight, Tensor? k_weight, Tensor? context_q_weight, "
+    "Tensor? context_k_weight, Tensor? cos, Tensor? sin, int heads, float eps, str norm, "
+    "str rope) -> (Tensor, Tensor, Tensor)",
 }
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
@@ -145,7 +152,12 @@ def _gemm_a16_cpu(*arguments):  # type: ignore[no-untyped-def]
     return (reference.gemv if few else reference.gemm_a16)(*arguments[:7])
 
 
-# ---- the activation path on CUDA ----------------------------------------------------------------
+def _qk_norm_rope_cpu(*arguments):  # type: ignore[no-untyped-def]
+    checks.check_qk_norm_rope(*arguments)
+    return attention_reference.qk_norm_rope(*arguments)
+
+
+# ---- Triton, and the activation path on CUDA -----------------------------------------------------
 
 
 def _rotate_quantize_cuda(*arguments):  # type: ignore[no-untyped-def]
@@ -178,88 +190,12 @@ def _norm_modulate_rotate_quantize_cuda(*arguments):  # type: ignore[no-untyped-
     return activation_path.norm_modulate_rotate_quantize(*arguments)
 
 
-# ---- fakes --------------------------------------------------------------------------------------
+def _qk_norm_rope_cuda(*arguments):  # type: ignore[no-untyped-def]
+    checks.check_qk_norm_rope(*arguments)
+    checks.check_cuda_dtype("qk_norm_rope", "q", arguments[0])
+    from . import qk_norm_rope as kernels  # Triton is imported on the first call
 
-
-def _quantized_fake(x, *shape):  # type: ignore[no-untyped-def]
-    """x_q and x_scale of tokens of this shape."""
-    scale_dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(shape, dtype=torch.int8), x.new_empty(shape[:-1], dtype=scale_dtype)
-
-
-def _rotate_quantize_fake(*arguments):  # type: ignore[no-untyped-def]
-    checks.check_rotate_quantize(*arguments)
-    return _quantized_fake(arguments[0], *arguments[0].shape)
-
-
-def _concat_rotate_quantize_fake(*arguments):  # type: ignore[no-untyped-def]
-    checks.check_concat_rotate_quantize(*arguments)
-    first, second = arguments[:2]
-    return _quantized_fake(first, *first.shape[:-1], first.shape[-1] + second.shape[-1])
-
-
-def _quantized_and_kept_fake(x, keep):  # type: ignore[no-untyped-def]
-    return (*_quantized_fake(x, *x.shape), x.new_empty(x.shape if keep else (0,)))
-
-
-def _activation_rotate_quantize_fake(*arguments):  # type: ignore[no-untyped-def]
-    checks.check_activation_rotate_quantize(*arguments)
-    return _quantized_and_kept_fake(arguments[0], arguments[-1])
-
-
-def _norm_modulate_rotate_quantize_fake(*arguments):  # type: ignore[no-untyped-def]
-    checks.check_norm_modulate_rotate_quantize(*arguments)
-    return _quantized_and_kept_fake(arguments[0], arguments[-1])
-
-
-def _rotate_fake(x, channel_scale, permutation, matrices, rotation, block_size):  # type: ignore[no-untyped-def]
-    checks.check_rotate("rotate", x, channel_scale, permutation, matrices, rotation, block_size)
-    return x.new_empty(x.shape)
-
-
-def _rotate_rows_fake(*arguments):  # type: ignore[no-untyped-def]
-    in_features = checks.check_rotate_rows(*arguments)
-    x = arguments[0]
-    scale_dtype = torch.promote_types(x.dtype, torch.float32)
-    x_q = x.new_empty((*x.shape[:-1], in_features), dtype=torch.int8)
-    return x_q, x.new_empty(x.shape[:-1], dtype=scale_dtype)
-
-
-def _prepack_fake(codes, in_features, weight_bits):  # type: ignore[no-untyped-def]
-    checks.check_prepack(codes, in_features, weight_bits)
-    return codes.new_empty(checks.weight_shape(codes.shape[0], in_features, weight_bits))
-
-
-def _unprepack_fake(weight, out_features, in_features, weight_bits):  # type: ignore[no-untyped-def]
-    checks.check_weight("unprepack", weight, out_features, in_features, weight_bits)
-    return weight.new_empty(out_features, packed_words(in_features, weight_bits))
-
-
-def _dequantize_fake(*arguments):  # type: ignore[no-untyped-def]
-    checks.check_dequantize(*arguments)
-    weight, _, _, out_features, in_features, _, out_dtype = arguments
-    return weight.new_empty(out_features, in_features, dtype=out_dtype)
-
-
-def _gemm_fake(*arguments):  # type: ignore[no-untyped-def]
-    checks.check_gemm(*arguments)
-    x_q, out_features, out_dtype = arguments[0], arguments[9], arguments[11]
-    return x_q.new_empty(x_q.shape[0], out_features, dtype=out_dtype)
-
-
-def _gemm_config_fake(*arguments):  # type: ignore[no-untyped-def]
-    checks.check_gemm_config(*arguments)
-    return _gemm_fake(*arguments[:-1])
-
-
-def _gemv_fake(*arguments):  # type: ignore[no-untyped-def]
-    checks.check_gemv(*arguments)
-    return arguments[0].new_empty(arguments[0].shape[0], arguments[6])
-
-
-def _gemm_a16_fake(*arguments):  # type: ignore[no-untyped-def]
-    checks.check_gemm_a16(*arguments)
-    return arguments[0].new_empty(arguments[0].shape[0], arguments[6])
+    return kernels.qk_norm_rope(*arguments)
 
 
 _CPU = {
@@ -276,21 +212,7 @@ _CPU = {
     "gemm_config": _gemm_config_cpu,
     "gemv": _gemv_cpu,
     "gemm_a16": _gemm_a16_cpu,
-}
-_FAKE = {
-    "rotate": _rotate_fake,
-    "rotate_quantize": _rotate_quantize_fake,
-    "concat_rotate_quantize": _concat_rotate_quantize_fake,
-    "activation_rotate_quantize": _activation_rotate_quantize_fake,
-    "norm_modulate_rotate_quantize": _norm_modulate_rotate_quantize_fake,
-    "_rotate_rows": _rotate_rows_fake,
-    "prepack": _prepack_fake,
-    "unprepack": _unprepack_fake,
-    "dequantize": _dequantize_fake,
-    "gemm": _gemm_fake,
-    "gemm_config": _gemm_config_fake,
-    "gemv": _gemv_fake,
-    "gemm_a16": _gemm_a16_fake,
+    "qk_norm_rope": _qk_norm_rope_cpu,
 }
 # What csrc/ops.cpp does not register; activation_path names the kernel that runs.
 _CUDA = {
@@ -299,10 +221,11 @@ _CUDA = {
     "concat_rotate_quantize": _concat_rotate_quantize_cuda,
     "activation_rotate_quantize": _activation_rotate_quantize_cuda,
     "norm_modulate_rotate_quantize": _norm_modulate_rotate_quantize_cuda,
+    "qk_norm_rope": _qk_norm_rope_cuda,
 }
 for _name in _SCHEMAS:
     _library.impl(_name, _CPU[_name], "CPU")
-    torch.library.register_fake(f"lrq::{_name}", _FAKE[_name], lib=_library)
+    torch.library.register_fake(f"lrq::{_name}", FAKES[_name], lib=_library)
 for _name, _kernel in _CUDA.items():
     _library.impl(_name, _kernel, "CUDA")
 
@@ -576,4 +499,49 @@ def gemm_a16(
     """
     return torch.ops.lrq.gemm_a16.default(
         x, weight, levels, weight_scale, bias, weight_bits, out_features, tile_m
+    )
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    context_q: Tensor | None,
+    context_k: Tensor | None,
+    context_v: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    context_q_weight: Tensor | None,
+    context_k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    heads: int,
+    eps: float,
+    norm: str = "rms",
+    rope: str = "interleaved",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """RMSNorm and rotary embedding of q and k [B, S, H*D], behind those of a context if there is
+    one: q, k and v [B, S_context + S, H, D], as attention takes them.
+
+    Without v the third result is empty; a caller without a context keeps its own v. See
+    attention_reference.qk_norm_rope for shapes, modes and roundings. ValueError for what it does
+    not take.
+    """
+    return torch.ops.lrq.qk_norm_rope.default(
+        q,
+        k,
+        v,
+        context_q,
+        context_k,
+        context_v,
+        q_weight,
+        k_weight,
+        context_q_weight,
+        context_k_weight,
+        cos,
+        sin,
+        heads,
+        eps,
+        norm,
+        rope,
     )

@@ -1,5 +1,5 @@
-"""The Triton kernels of rotate_quantize and its fused forms, compiled ahead of time without a GPU,
-and what their code must be like.
+"""The Triton kernels of rotate_quantize, its fused forms and qk_norm_rope, compiled ahead of time
+without a GPU, and what their code must be like.
 """
 
 from __future__ import annotations
@@ -13,7 +13,13 @@ from rotate_cases import Case
 
 
 def compile_kernel(
-    kernel, arguments: dict[str, object], num_warps: int, arch: int, *, aligned: bool = True
+    kernel,
+    arguments: dict[str, object],
+    num_warps: int,
+    arch: int,
+    *,
+    aligned: bool = True,
+    **options,
 ):
     """Cubin of a kernel; arguments: name -> Triton type ("*bf16", "i32"), or a constant.
 
@@ -37,7 +43,7 @@ def compile_kernel(
     return triton.compile(
         ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": num_warps},
+        options={"num_warps": num_warps, **options},
     )
 
 
@@ -161,6 +167,48 @@ def dense_quantize_kernel(in_features: int, tokens: int, rows: int, case: Case, 
     }
     kernel = rotate_kernels.block_dense_quantize_kernel
     return compile_kernel(kernel, arguments, kernels._DENSE_WARPS, arch)
+
+
+def qk_kernel(
+    heads: int,
+    head_dim: int,
+    arch: int,
+    *,
+    norm: str = "rms",
+    rope: str | None = "interleaved",
+    context: bool = True,
+    weights: str | None = "bf16",
+    dtype: str = "bf16",
+):
+    """With a context also v is joined."""
+    from lrq_kernels import qk_norm_rope as kernels
+
+    launch = kernels.select_launch(heads, head_dim, norm)
+    x, weight = f"*{dtype}", f"*{weights}" if weights else None
+    streams = dict.fromkeys(("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr", "v_out_ptr"), x)
+    streams |= dict.fromkeys(
+        ("v_ptr", "context_q_ptr", "context_k_ptr", "context_v_ptr"), x if context else None
+    )
+    prefixes = ("", "context_")
+    strides = [f"{prefix}{of}_stride" for prefix in prefixes for of in ("sample", "row")]
+    arguments = {
+        **streams,
+        **dict.fromkeys(("q_weight_ptr", "k_weight_ptr"), weight),
+        **dict.fromkeys(
+            ("context_q_weight_ptr", "context_k_weight_ptr"), weight if context else None
+        ),
+        **dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32" if rope else None),
+        **dict.fromkeys((*strides, "context_tokens", "tokens"), "i32"),
+        "eps": "fp32",
+        "HEADS": heads,
+        "GROUP": launch.group,
+        "D": head_dim,
+        "PAIRS": kernels.padded_pairs(head_dim),
+        "NORM": norm,
+        "HALF": rope == "half",
+    }
+    options = {"enable_fp_fusion": False}
+    return compile_kernel(kernels.qk_norm_rope_kernel, arguments, launch.num_warps, arch, **options)
 
 
 def assert_no_spills(compiled) -> None:

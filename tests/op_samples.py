@@ -177,6 +177,47 @@ def dequantize_arguments(device: str) -> Arguments:
     }
 
 
+def qk_arguments(
+    device: str, context_tokens: int = 2, norm: str = "rms", rope: str = "interleaved"
+) -> Arguments:
+    """Streams of one fused projection each; no context and no v with context_tokens 0."""
+    heads, head_dim, tokens = 3, 16, 4
+
+    def stream(length: int) -> list[torch.Tensor]:
+        fused = torch.randn(2, length, 3 * heads * head_dim).to(device, torch.bfloat16)
+        return list(fused.chunk(3, dim=-1))
+
+    q, k, v = stream(tokens)
+    context = stream(context_tokens) if context_tokens else [None] * 3
+    size = heads * head_dim if norm == "rms_across_heads" else head_dim
+    weights = [torch.randn(size).to(device, torch.bfloat16) for _ in range(4)]
+    cos, sin = (torch.randn(context_tokens + tokens, head_dim).to(device) for _ in range(2))
+    return {
+        "q": q,
+        "k": k,
+        "v": v if context_tokens else None,
+        **dict(zip(("context_q", "context_k", "context_v"), context, strict=True)),
+        "q_weight": weights[0],
+        "k_weight": weights[1],
+        "context_q_weight": weights[2] if context_tokens else None,
+        "context_k_weight": weights[3] if context_tokens else None,
+        "cos": cos,
+        "sin": sin,
+        "heads": heads,
+        "eps": 1e-6,
+        "norm": norm,
+        "rope": rope,
+    }
+
+
+def qk_bare_arguments(device: str) -> Arguments:
+    """Joined, neither normed nor rotated: the outputs must still not be the inputs."""
+    arguments = qk_arguments(device, 0, "none")
+    v = arguments["q"].contiguous()
+    bare = dict.fromkeys(("q_weight", "k_weight", "cos", "sin"))
+    return {**arguments, "k": v + 1, "v": v, "q": v - 1, **bare}
+
+
 VALID: dict[str, Callable[[str], Arguments]] = {
     "rotate": rotate_arguments,
     "rotate_quantize": quantize_arguments,
@@ -191,6 +232,7 @@ VALID: dict[str, Callable[[str], Arguments]] = {
     "gemm_config": gemm_config_arguments,
     "gemv": gemv_arguments,
     "gemm_a16": gemm_a16_arguments,
+    "qk_norm_rope": qk_arguments,
 }
 
 
@@ -287,6 +329,9 @@ SAMPLES: list[tuple[str, str, Callable[[str], Arguments]]] = [
     ("gemv", "no tokens", lambda device: gemv_arguments(device, rows=0)),
     ("gemm_a16", "few tokens", lambda device: gemm_a16_arguments(device, rows=3)),
     ("gemm_a16", "no tokens", lambda device: gemm_a16_arguments(device, rows=0)),
+    ("qk_norm_rope", "no context", lambda device: qk_arguments(device, 0, "rms_rounded", "half")),
+    ("qk_norm_rope", "across", lambda device: qk_arguments(device, 3, "rms_across_heads")),
+    ("qk_norm_rope", "bare", qk_bare_arguments),
 ]
 
 

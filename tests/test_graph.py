@@ -38,6 +38,7 @@ LATE = {
     "gemv": "x",
     "gemm_a16": "x",
     "_rotate_rows": "x",
+    "qk_norm_rope": "q",
 }
 
 

@@ -1,7 +1,7 @@
 """The ops as torch sees them: schemas, fakes, compilation, fresh outputs, and every error message.
 
 What the ops compute is held by test_reference.py (CPU), test_gemm.py, test_gemv.py, test_prepack.py
-and test_rotate_quantize.py (GPU).
+and test_rotate_quantize.py (GPU); all of qk_norm_rope's by test_qk_norm_rope.py.
 """
 
 from __future__ import annotations
