@@ -198,9 +198,7 @@ class InputQuantizer(nn.Module):
 
     # -- forward
 
-    def _rotation_arguments(
-        self,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, str, int]:
+    def _rotation_arguments(self) -> tuple[Any, ...]:
         return (
             self._floats(self.channel_scale),
             self.permutation,
@@ -218,15 +216,38 @@ class InputQuantizer(nn.Module):
             return x
         return ops.rotate(_with_last_stride_1(x), *self._rotation_arguments())
 
+    def _quantize_arguments(self) -> tuple[Any, ...]:
+        """What rotate_quantize and its fused forms take after the tokens."""
+        scheme, act_bits = self.scheme, self.shared.act_bits
+        # A scale rule is fitted to its width; at another, absmax is right for any input.
+        own = act_bits == scheme.act_bits
+        rule = (scheme.scale_mode, scheme.scale_factor) if own else ("absmax", 1.0)
+        return *self._rotation_arguments(), act_bits, *rule
+
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(x_q int8 [..., K], x_scale fp32 [...]) of x [..., K]."""
-        scheme = self.scheme
-        # A scale rule is fitted to its width; at another, absmax is right for any input.
-        own = self.act_bits == scheme.act_bits
-        rule = (scheme.scale_mode, scheme.scale_factor) if own else ("absmax", 1.0)
-        return ops.rotate_quantize(
-            _with_last_stride_1(x), *self._rotation_arguments(), self.act_bits, *rule
-        )
+        return ops.rotate_quantize(_with_last_stride_1(x), *self._quantize_arguments())
+
+    def quantize_concat(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """quantize() of [first | second] along the last dimension, which is not made."""
+        sources = (_with_last_stride_1(first), _with_last_stride_1(second))
+        return ops.concat_rotate_quantize(*sources, *self._quantize_arguments())
+
+    def quantize_layer_norm(
+        self, x: Tensor, scale: Tensor, shift: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """quantize() of LayerNorm(x) * (1 + scale) + shift, x [B, T, K], scale and shift [B, K];
+        fp32 from x to the codes."""
+        return ops.norm_modulate_rotate_quantize(
+            _with_last_stride_1(x),
+            None,
+            None,
+            scale,
+            shift,
+            "layer",
+            eps,
+            *self._quantize_arguments(),
+        )[:2]
 
     def forward(self, x: Tensor, alone: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Rotated x (act_bits 16) or its codes, computed once for all readers of the same x.
@@ -396,23 +417,37 @@ class LRQLinear(nn.Linear):
         prepared = self.input_quantizer(x, alone=_is_moved_alone(self))
         if self.input_quantizer.act_bits == 16:
             y = self._forward_a16(prepared.reshape(-1, self.in_features))
-        else:
-            x_q, x_scale = prepared
-            y = ops.gemm(
-                x_q.view(-1, self.in_features),
-                x_scale.view(-1),
-                self.packed_weight,
-                self.levels,
-                self.weight_scale.view(torch.float32),
-                self.bias,
-                None,
-                None,
-                self.scheme.weight_bits,
-                self.out_features,
-                "none",
-                x.dtype,
-            )
-        return y.view(*x.shape[:-1], self.out_features)
+            return y.view(*x.shape[:-1], self.out_features)
+        return self.from_quantized(*prepared, x.dtype)
+
+    def from_quantized(
+        self,
+        x_q: Tensor,
+        x_scale: Tensor,
+        out_dtype: torch.dtype,
+        activation: str = "none",
+        residual: Tensor | None = None,
+        gate: Tensor | None = None,
+    ) -> Tensor:
+        """The linear of a quantized input, x_q int8 [..., K] and x_scale fp32 [...] as
+        input_quantizer gives them, to [..., N]; then the activation ("gelu_tanh"), or
+        residual [..., N] + gate [B, N] * y, where gate is one row for each of B equal parts of the
+        tokens. fp32 from the sum to the rounding at the end. See lrq::gemm for its errors."""
+        y = ops.gemm(
+            x_q.view(-1, self.in_features),
+            x_scale.view(-1),
+            self.packed_weight,
+            self.levels,
+            self.weight_scale.view(torch.float32),
+            self.bias,
+            None if residual is None else residual.reshape(-1, self.out_features),
+            gate,
+            self.scheme.weight_bits,
+            self.out_features,
+            activation,
+            out_dtype,
+        )
+        return y.view(*x_q.shape[:-1], self.out_features)
 
     def _forward_a16(self, rows: Tensor) -> Tensor:
         return ops.gemm_a16(

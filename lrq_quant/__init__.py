@@ -18,6 +18,7 @@ from .checkup import Checkup, check
 from .config import LRQConfig
 from .diffusers_backend import LRQQuantizer
 from .families import Family, SharedInput, register_family
+from .fused_blocks import fuse_blocks, fused_blocks, unfuse_blocks
 from .fused_projections import fuse_projections, fused_projections, unfuse_projections
 from .pipeline import QuantizedModel, quantize_linear, quantize_model
 from .recipe import CalibrationOptions, QuantPlan, QuantRecipe, SearchOptions
@@ -49,12 +50,15 @@ __all__ = [
     "collect_stats",
     "fit_twin_log",
     "fit_twin_log_paper",
+    "fuse_blocks",
     "fuse_projections",
+    "fused_blocks",
     "fused_projections",
     "quantize_linear",
     "quantize_model",
     "register_family",
     "smooth_scale",
+    "unfuse_blocks",
     "unfuse_projections",
 ]
 

@@ -18,6 +18,7 @@ import lrq_kernels
 from lrq_kernels import LRQLinear, get_act_bits
 
 from .families import find_family
+from .fused_blocks import fused_blocks
 from .fused_projections import fusable_attentions, fused_projections
 from .info import MIN_CAPABILITY
 from .recipe import QuantRecipe
@@ -79,6 +80,7 @@ class _ModelCheck:
         self._dense()
         self._meta()
         self._fused()
+        self._blocks()
         self._adapters()
 
     def _say(self, text: str) -> None:
@@ -125,6 +127,18 @@ class _ModelCheck:
         meta = [name for name, tensor in tensors.items() if tensor.is_meta]
         if meta:
             self.problems.append(f"{self.name}: on the meta device, without values: {meta[:5]}")
+
+    def _blocks(self) -> None:
+        blocks = fused_blocks(self.model)
+        if not blocks:
+            return
+        left = {name: why for name, why in blocks.items() if why is not None}
+        if len(left) == len(blocks):
+            self._say(f"{len(blocks)} blocks run unfused: lrq_quant.fuse_blocks(model)")
+            return
+        text = f"{len(blocks) - len(left)} of {len(blocks)} blocks run fused"
+        examples = [f"{name}: {why}" for name, why in left.items()]
+        self._say("; not ".join([text, *examples[:3]]) + ("; ..." if len(examples) > 3 else ""))
 
     def _fused(self) -> None:
         fused, open_ones = fused_projections(self.model), fusable_attentions(self.model)

@@ -1,0 +1,231 @@
+"""Fused forwards of FLUX's blocks (diffusers' FluxTransformerBlock, FluxSingleTransformerBlock).
+
+double block, of image and of context:
+    norm1 + modulate + quantize -> to_qkv -> | norm, rope, join | attention
+    quantize -> to_out, + gate, residual -> norm2 + modulate + quantize
+    -> ff.net.0.proj, GELU -> quantize -> ff.net.2, + gate, residual
+single block, of both as one sequence:
+    norm + modulate + quantize -> to_qkv -> norm, rope -> attention
+                               -> proj_mlp, GELU
+    quantize [attention | mlp] -> proj_out, + gate, residual
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrq_kernels import ops
+
+from .fused_linears import is_plain_layer_norm, obstacle
+
+_DOUBLE = (
+    "attn.to_qkv",
+    "attn.to_added_qkv",
+    "attn.to_out.0",
+    "attn.to_add_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "ff_context.net.0.proj",
+    "ff_context.net.2",
+)
+_SINGLE = ("attn.to_qkv", "proj_mlp", "proj_out")
+_FP16_LIMIT = 65504
+
+
+def double_obstacle(block: Any) -> str | None:
+    """Why a double block cannot run fused, None where it can."""
+    norms = (block.norm1.norm, block.norm1_context.norm, block.norm2, block.norm2_context)
+    gelus = (block.ff.net[0], block.ff_context.net[0])
+    return (
+        obstacle(block, _DOUBLE)
+        or _attention_obstacle(block.attn)
+        or _unless(all(map(is_plain_layer_norm, norms)), "a norm has weights")
+        or _unless(all(map(_is_gelu_tanh, gelus)), "its activation is not GELU(tanh)")
+    )
+
+
+def single_obstacle(block: Any) -> str | None:
+    """Why a single block cannot run fused, None where it can."""
+    found = obstacle(block, _SINGLE) or _attention_obstacle(block.attn)
+    if found is None:
+        shared = block.proj_mlp.input_quantizer.shared is block.attn.to_qkv.input_quantizer.shared
+        gelu = block.act_mlp
+        is_tanh = isinstance(gelu, nn.GELU) and gelu.approximate == "tanh"
+        found = (
+            _unless(shared, "to_qkv and proj_mlp do not share their input")
+            or _unless(is_plain_layer_norm(block.norm.norm), "its norm has weights")
+            or _unless(is_tanh, "its activation is not GELU(tanh)")
+        )
+    return found
+
+
+def _unless(condition: bool, reason: str) -> str | None:
+    return None if condition else reason
+
+
+def _is_gelu_tanh(module: Any) -> bool:
+    return type(module).__name__ == "GELU" and getattr(module, "approximate", None) == "tanh"
+
+
+def _attention_obstacle(attn: Any) -> str | None:
+    processor = type(attn.processor).__name__
+    norms = (attn.norm_q, attn.norm_k)
+    plain = all(isinstance(norm, nn.RMSNorm) and norm.eps == attn.norm_q.eps for norm in norms)
+    return _unless(processor == "FluxAttnProcessor", f"its processor is a {processor}") or _unless(
+        plain, "queries and keys are not normed as RMSNorm does"
+    )
+
+
+def double_block(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As FluxTransformerBlock.forward."""
+    if joint_attention_kwargs or double_obstacle(self) is not None:
+        return type(self).forward(
+            self,
+            hidden_states,
+            encoder_hidden_states,
+            temb,
+            image_rotary_emb,
+            joint_attention_kwargs,
+        )
+    attn = self.attn
+    image, image_qkv = _normed_qkv(self.norm1, attn.to_qkv, hidden_states, temb)
+    text, text_qkv = _normed_qkv(self.norm1_context, attn.to_added_qkv, encoder_hidden_states, temb)
+    q, k, v = ops.qk_norm_rope(
+        *image_qkv,
+        *text_qkv,
+        attn.norm_q.weight,
+        attn.norm_k.weight,
+        attn.norm_added_q.weight,
+        attn.norm_added_k.weight,
+        *(image_rotary_emb or (None, None)),
+        attn.heads,
+        attn.norm_q.eps,
+    )
+    attended = _attend(attn, q, k, v)
+    length = encoder_hidden_states.shape[1]
+    hidden_states = _rest_of_stream(
+        (attn.to_out[0], self.norm2, self.ff), attended[:, length:], hidden_states, image
+    )
+    encoder_hidden_states = _rest_of_stream(
+        (attn.to_add_out, self.norm2_context, self.ff_context),
+        attended[:, :length],
+        encoder_hidden_states,
+        text,
+    )
+    if encoder_hidden_states.dtype == torch.float16:
+        encoder_hidden_states = encoder_hidden_states.clip(-_FP16_LIMIT, _FP16_LIMIT)
+    return encoder_hidden_states, hidden_states
+
+
+def _normed_qkv(
+    norm: Any, to_qkv: Any, x: Tensor, temb: Tensor
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The modulation of a stream after its first norm, and q, k and v."""
+    shift, scale, *later = norm.linear(norm.silu(temb)).chunk(6, dim=1)
+    quantized = to_qkv.input_quantizer.quantize_layer_norm(x, scale, shift, norm.norm.eps)
+    return tuple(later), to_qkv.from_quantized(*quantized, x.dtype).chunk(3, dim=-1)
+
+
+def _rest_of_stream(
+    modules: tuple[Any, Any, Any], attended: Tensor, x: Tensor, modulation: tuple[Tensor, ...]
+) -> Tensor:
+    """Output projection and feed-forward of one stream of a double block."""
+    to_out, norm, ff = modules
+    gate, shift, scale, ff_gate = modulation
+    x = to_out.from_quantized(
+        *to_out.input_quantizer.quantize(attended), x.dtype, residual=x, gate=gate
+    )
+    up, down = ff.net[0].proj, ff.net[2]
+    quantized = up.input_quantizer.quantize_layer_norm(x, scale, shift, norm.eps)
+    inner = up.from_quantized(*quantized, x.dtype, activation="gelu_tanh")
+    return down.from_quantized(
+        *down.input_quantizer.quantize(inner), x.dtype, residual=x, gate=ff_gate
+    )
+
+
+def _attend(attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[B, T, H * D] of q, k, v [B, T, H, D], by the backend that the processor is set to."""
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    processor = attn.processor
+    out = dispatch_attention_fn(
+        q, k, v, backend=processor._attention_backend, parallel_config=processor._parallel_config
+    )
+    return out.flatten(2, 3)
+
+
+def single_block(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As FluxSingleTransformerBlock.forward."""
+    if joint_attention_kwargs or single_obstacle(self) is not None:
+        return type(self).forward(
+            self,
+            hidden_states,
+            encoder_hidden_states,
+            temb,
+            image_rotary_emb,
+            joint_attention_kwargs,
+        )
+    attn = self.attn
+    x = joined(encoder_hidden_states, hidden_states)
+    shift, scale, gate = self.norm.linear(self.norm.silu(temb)).chunk(3, dim=1)
+    quantized = attn.to_qkv.input_quantizer.quantize_layer_norm(x, scale, shift, self.norm.norm.eps)
+    q, k, v = attn.to_qkv.from_quantized(*quantized, x.dtype).chunk(3, dim=-1)
+    mlp = self.proj_mlp.from_quantized(*quantized, x.dtype, activation="gelu_tanh")
+    q, k, _ = ops.qk_norm_rope(
+        q,
+        k,
+        None,
+        None,
+        None,
+        None,
+        attn.norm_q.weight,
+        attn.norm_k.weight,
+        None,
+        None,
+        *(image_rotary_emb or (None, None)),
+        attn.heads,
+        attn.norm_q.eps,
+    )
+    attended = _attend(attn, q, k, v.unflatten(-1, (attn.heads, -1)))
+    quantized = self.proj_out.input_quantizer.quantize_concat(attended, mlp)
+    x = self.proj_out.from_quantized(*quantized, x.dtype, residual=x, gate=gate)
+    if x.dtype == torch.float16:
+        x = x.clip(-_FP16_LIMIT, _FP16_LIMIT)
+    length = encoder_hidden_states.shape[1]
+    return x[:, :length], x[:, length:]
+
+
+def joined(context: Tensor, image: Tensor) -> Tensor:
+    """[context | image] along the tokens [B, T, K]: without a copy where the two are the parts of
+    one tensor already, as one single block hands them to the next."""
+    if torch.compiler.is_compiling():
+        return torch.cat([context, image], dim=1)
+    batch, length, channels = context.shape
+    total = length + image.shape[1]
+    strides = (total * channels, channels, 1)
+    parts_of_one = (
+        context.untyped_storage().data_ptr() == image.untyped_storage().data_ptr()
+        and image.storage_offset() == context.storage_offset() + length * channels
+        and all(t.stride()[1:] == strides[1:] for t in (context, image))
+        and (batch == 1 or context.stride(0) == image.stride(0) == strides[0])
+    )
+    if not parts_of_one:
+        return torch.cat([context, image], dim=1)
+    return context.as_strided((batch, total, channels), strides)
