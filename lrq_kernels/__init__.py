@@ -10,6 +10,7 @@ from __future__ import annotations
 from . import ops, reference
 from .checkpoint import CheckpointError, LinearState, load, save
 from .codebook import TwinLogCodebook
+from .cuda_graph import graph, ungraph
 from .library import cuda_library_status, load_cuda_library
 from .linear import InputQuantizer, LRQLinear, fuse_linears, get_act_bits, set_act_bits
 from .loader import load_quantized, model_states
@@ -28,6 +29,7 @@ __all__ = [
     "cuda_library_status",
     "fuse_linears",
     "get_act_bits",
+    "graph",
     "load",
     "load_quantized",
     "model_states",
@@ -36,6 +38,7 @@ __all__ = [
     "reference",
     "save",
     "set_act_bits",
+    "ungraph",
     "unpack_codes",
 ]
 

@@ -418,7 +418,8 @@ class LRQLinear(nn.Linear):
         if self.input_quantizer.act_bits == 16:
             y = self._forward_a16(prepared.reshape(-1, self.in_features))
             return y.view(*x.shape[:-1], self.out_features)
-        return self.from_quantized(*prepared, x.dtype)
+        x_q, x_scale = prepared
+        return self.from_quantized(x_q, x_scale, x.dtype)
 
     def from_quantized(
         self,

@@ -56,7 +56,7 @@ def fuse_blocks(model: nn.Module) -> nn.Module:
     for block in blocks.values():
         kind = _KINDS[type(block).__name__]
         if kind.obstacle(block) is None:
-            block.forward = MethodType(kind.forward, block)  # type: ignore[method-assign]
+            block.forward = MethodType(kind.forward, block)
     return model
 
 

@@ -100,14 +100,22 @@ def double_block(
     attn = self.attn
     image, image_qkv = _normed_qkv(self.norm1, attn.to_qkv, hidden_states, temb)
     text, text_qkv = _normed_qkv(self.norm1_context, attn.to_added_qkv, encoder_hidden_states, temb)
+    q, k, v = image_qkv
+    text_q, text_k, text_v = text_qkv
+    cos, sin = image_rotary_emb or (None, None)
     q, k, v = ops.qk_norm_rope(
-        *image_qkv,
-        *text_qkv,
+        q,
+        k,
+        v,
+        text_q,
+        text_k,
+        text_v,
         attn.norm_q.weight,
         attn.norm_k.weight,
         attn.norm_added_q.weight,
         attn.norm_added_k.weight,
-        *(image_rotary_emb or (None, None)),
+        cos,
+        sin,
         attn.heads,
         attn.norm_q.eps,
     )
@@ -188,6 +196,7 @@ def single_block(
     quantized = attn.to_qkv.input_quantizer.quantize_layer_norm(x, scale, shift, self.norm.norm.eps)
     q, k, v = attn.to_qkv.from_quantized(*quantized, x.dtype).chunk(3, dim=-1)
     mlp = self.proj_mlp.from_quantized(*quantized, x.dtype, activation="gelu_tanh")
+    cos, sin = image_rotary_emb or (None, None)
     q, k, _ = ops.qk_norm_rope(
         q,
         k,
@@ -199,7 +208,8 @@ def single_block(
         attn.norm_k.weight,
         None,
         None,
-        *(image_rotary_emb or (None, None)),
+        cos,
+        sin,
         attn.heads,
         attn.norm_q.eps,
     )

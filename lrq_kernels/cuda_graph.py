@@ -1,0 +1,232 @@
+"""graph(model): the whole forward of a denoiser as one CUDA graph for each kind of input.
+
+A step of FLUX is several hundred launches, which a slow host cannot issue as fast as the GPU runs
+them. Captured, they are issued by one call.
+
+    transformer = lrq_kernels.graph(transformer)    # the same model; pipelines need not know
+    ungraph(transformer)
+
+What a graph holds is what Python did while it was captured. Shapes, dtypes, other arguments,
+activation bits, adapters and their strength, and the addresses of parameters and buffers are looked
+at in every call: where something is new, another graph is captured. What else Python decides by
+(the attention backend, a hook) is not: call model.forward.reset() after changing it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .linear import InputQuantizer, SharedInput
+
+
+def graph(
+    model: nn.Module, *, warmup: int = 3, max_graphs: int = 8, copy_outputs: bool = True
+) -> nn.Module:
+    """Give `model` a forward that replays CUDA graphs; returns the model.
+
+    warmup: calls before a capture, for kernels that are compiled or chosen when first run;
+    max_graphs: kept, the one not used for longest goes first; copy_outputs: False returns the
+    graph's own output, which the next call overwrites.
+
+    Raises ValueError for a model with tensors off the GPU or moved by hooks, in the call for tensor
+    arguments off the GPU, and RuntimeError from the call where gradients are asked for.
+    """
+    if warmup < 1 or max_graphs < 1:
+        raise ValueError(
+            f"graph: warmup and max_graphs must be positive, got {warmup} and {max_graphs}"
+        )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device.type != "cuda":
+            raise ValueError(
+                f"graph: {type(model).__name__} must be on a CUDA device, {name} is on "
+                f"{tensor.device}"
+            )
+    for name, module in model.named_modules():
+        if "_diffusers_hook" in module.__dict__ or "_hf_hook" in module.__dict__:
+            raise ValueError(f"graph: {name or 'the model'} is moved or cast by hooks")
+    ungraph(model)
+    options = Options(warmup, max_graphs, copy_outputs)
+    model.forward = GraphedForward(model, _capture, options)
+    return model
+
+
+def ungraph(model: nn.Module) -> nn.Module:
+    """Undo graph(); returns the model."""
+    forward = model.__dict__.get("forward")
+    if isinstance(forward, GraphedForward):
+        forward.restore()
+    return model
+
+
+class Options(NamedTuple):
+    warmup: int = 3
+    max_graphs: int = 8
+    copy_outputs: bool = True
+    device_type: str = "cuda"
+
+
+class Captured(NamedTuple):
+    """inputs: the tensors that a replay reads, outputs: what it writes (any pytree)."""
+
+    inputs: list[Tensor]
+    replay: Callable[[], None]
+    outputs: Any
+
+
+def _capture(call: Callable[[list[Tensor]], Any], tensors: list[Tensor], warmup: int) -> Captured:
+    """A CUDA graph of call(inputs), with inputs of its own."""
+    inputs = [tensor.clone() for tensor in tensors]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warmup):
+            call(inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    recorded = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(recorded, pool=_pool()):
+        outputs = call(inputs)
+    return Captured(inputs, recorded.replay, outputs)
+
+
+_pools: dict[int, Any] = {}
+
+
+def _pool() -> Any:
+    """One for all graphs of a device: they run one at a time, and what they return is copied."""
+    device = torch.cuda.current_device()
+    if device not in _pools:
+        _pools[device] = torch.cuda.graph_pool_handle()
+    return _pools[device]
+
+
+class GraphedForward:
+    """The forward of a model; capture(call, tensors, warmup) makes one that can be replayed."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        capture: Callable[[Callable[[list[Tensor]], Any], list[Tensor], int], Captured],
+        options: Options,
+    ) -> None:
+        self.model = model
+        self._own = model.__dict__.get("forward")  # of an instance, as fuse_blocks makes it
+        self._capture = capture
+        self._options = options
+        self.reset()
+
+    def reset(self) -> None:
+        """Drop every graph."""
+        self._graphs: OrderedDict[Hashable, Captured] = OrderedDict()
+        self._addresses: list[tuple[dict[str, Any], str, int]] = []
+        self._modules: list[tuple[dict[str, Any], str, nn.Module | None]] = []
+        self._inputs: list[SharedInput] = []
+        self._adapters: list[Any] = []
+
+    def restore(self) -> None:
+        """Give the model the forward that it had."""
+        self.reset()
+        if self._own is None:
+            del self.model.forward
+        else:
+            self.model.forward = self._own
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphedForward:
+        """A copied model captures its own graphs."""
+        twin = GraphedForward.__new__(GraphedForward)
+        memo[id(self)] = twin
+        twin.model = copy.deepcopy(self.model, memo)
+        twin._own = copy.deepcopy(self._own, memo)
+        twin._capture, twin._options = self._capture, self._options
+        twin.reset()
+        return twin
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError("graph: run the model under torch.no_grad() or inference_mode()")
+        leaves, structure = tree_flatten((args, kwargs))
+        signature = [self._signature(leaf) for leaf in leaves]
+        if not self._addresses or not self._is_unchanged():
+            self.reset()
+            self._remember()
+        key = (structure, *signature, *self._numbers())
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        captured = self._graphs.get(key)
+        if captured is None:
+            captured = self._new(key, leaves, structure, tensors)
+        self._graphs.move_to_end(key)
+        if tensors:
+            torch._foreach_copy_(captured.inputs, tensors)
+        captured.replay()
+        if not self._options.copy_outputs:
+            return captured.outputs
+        outputs, shape = tree_flatten(captured.outputs)
+        copies = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in outputs]
+        return tree_unflatten(copies, shape)
+
+    def _new(self, key: Hashable, leaves: list, structure: Any, tensors: list[Tensor]) -> Captured:
+        def call(inputs: list[Tensor]) -> Any:
+            given = iter(inputs)
+            filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            args, kwargs = tree_unflatten(filled, structure)
+            run = type(self.model).forward.__get__(self.model) if self._own is None else self._own
+            return run(*args, **kwargs)
+
+        while len(self._graphs) >= self._options.max_graphs:
+            self._graphs.popitem(last=False)
+        captured = self._graphs[key] = self._capture(call, tensors, self._options.warmup)
+        return captured
+
+    # -- what a graph has built in
+
+    def _signature(self, leaf: Any) -> Hashable:
+        expected = self._options.device_type
+        if not isinstance(leaf, Tensor):
+            if isinstance(leaf, Hashable):
+                return (type(leaf), leaf)
+            raise TypeError(
+                f"graph: arguments must be tensors or hashable, got a {type(leaf).__name__}"
+            )
+        if leaf.device.type != expected:
+            raise ValueError(
+                f"graph: tensor arguments must be on a {expected} device, got {leaf.dtype} "
+                f"{list(leaf.shape)} on {leaf.device}"
+            )
+        return (tuple(leaf.shape), leaf.dtype, leaf.device)
+
+    def _numbers(self) -> list[Hashable]:
+        """What Python computes with: activation bits, active adapters and their strength."""
+        found: list[Hashable] = [shared.act_bits for shared in self._inputs]
+        for module in self._adapters:
+            found += map(str, (module.active_adapters, module.disable_adapters, module.merged))
+            found += module.scaling.items()
+        return found
+
+    def _remember(self) -> None:
+        """Addresses of all tensors, identities of all modules, and where the numbers are."""
+        shared = {}
+        for module in self.model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        self._addresses.append((tensors, name, tensor.data_ptr()))
+            for name, child in module._modules.items():
+                self._modules.append((module._modules, name, child))
+            if isinstance(module, InputQuantizer):
+                shared[id(module.shared)] = module.shared
+            if isinstance(getattr(module, "scaling", None), dict):  # a layer of PEFT
+                self._adapters.append(module)
+        self._inputs = list(shared.values())
+
+    def _is_unchanged(self) -> bool:
+        for tensors, name, address in self._addresses:
+            tensor = tensors.get(name)
+            if tensor is None or tensor.data_ptr() != address:
+                return False
+        return all(modules.get(name) is child for modules, name, child in self._modules)
