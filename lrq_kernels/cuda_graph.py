@@ -73,15 +73,20 @@ class Options(NamedTuple):
 
 
 class Captured(NamedTuple):
-    """inputs: the tensors that a replay reads, outputs: what it writes (any pytree)."""
+    """inputs: the tensors that a replay reads, outputs: what it writes (any pytree); pool: of the
+    memory between them."""
 
     inputs: list[Tensor]
     replay: Callable[[], None]
     outputs: Any
+    pool: Any
 
 
-def _capture(call: Callable[[list[Tensor]], Any], tensors: list[Tensor], warmup: int) -> Captured:
-    """A CUDA graph of call(inputs), with inputs of its own."""
+def _capture(
+    call: Callable[[list[Tensor]], Any], tensors: list[Tensor], warmup: int, pool: Any
+) -> Captured:
+    """A CUDA graph of call(inputs), with inputs of its own, in the pool of another graph or None.
+    Graphs of a model can share one: they run one at a time, and what they return is copied."""
     inputs = [tensor.clone() for tensor in tensors]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -90,29 +95,18 @@ def _capture(call: Callable[[list[Tensor]], Any], tensors: list[Tensor], warmup:
             call(inputs)
     torch.cuda.current_stream().wait_stream(stream)
     recorded = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(recorded, pool=_pool()):
+    with torch.cuda.graph(recorded, pool=pool):
         outputs = call(inputs)
-    return Captured(inputs, recorded.replay, outputs)
-
-
-_pools: dict[int, Any] = {}
-
-
-def _pool() -> Any:
-    """One for all graphs of a device: they run one at a time, and what they return is copied."""
-    device = torch.cuda.current_device()
-    if device not in _pools:
-        _pools[device] = torch.cuda.graph_pool_handle()
-    return _pools[device]
+    return Captured(inputs, recorded.replay, outputs, recorded.pool())
 
 
 class GraphedForward:
-    """The forward of a model; capture(call, tensors, warmup) makes one that can be replayed."""
+    """The forward of a model; capture(call, tensors, warmup, pool) makes one to replay."""
 
     def __init__(
         self,
         model: nn.Module,
-        capture: Callable[[Callable[[list[Tensor]], Any], list[Tensor], int], Captured],
+        capture: Callable[..., Captured],
         options: Options,
     ) -> None:
         self.model = model
@@ -180,8 +174,10 @@ class GraphedForward:
 
         while len(self._graphs) >= self._options.max_graphs:
             self._graphs.popitem(last=False)
-        captured = self._graphs[key] = self._capture(call, tensors, self._options.warmup)
-        return captured
+        # A pool lives as long as a graph in it.
+        pool = next((captured.pool for captured in self._graphs.values()), None)
+        new = self._graphs[key] = self._capture(call, tensors, self._options.warmup, pool)
+        return new
 
     # -- what a graph has built in
 

@@ -26,8 +26,9 @@ class Recorder:
 
     def __init__(self) -> None:
         self.captures = 0
+        self.pools: list[Any] = []
 
-    def __call__(self, call: Callable, tensors: list[Tensor], warmup: int) -> Captured:
+    def __call__(self, call: Callable, tensors: list[Tensor], warmup: int, pool: Any) -> Captured:
         self.captures += 1
         inputs = [tensor.clone() for tensor in tensors]
         outputs = call(inputs)
@@ -37,7 +38,8 @@ class Recorder:
                 if isinstance(old, Tensor):
                     old.copy_(new)
 
-        return Captured(inputs, replay, outputs)
+        self.pools.append(pool)
+        return Captured(inputs, replay, outputs, self.captures)
 
 
 class Toy(nn.Module):
@@ -107,6 +109,9 @@ def test_the_least_recently_used_graph_is_dropped():
     for rows in (1, 2, 1, 3, 1, 2):  # 3 drops 2, and 2 then 3
         model(torch.randn(rows, 128))
     assert recorder.captures == 4
+    model.forward.reset()
+    model(torch.randn(1, 128))
+    assert recorder.pools == [None, 1, 1, 3, None]  # of a graph that is alive
 
 
 CHANGES: dict[str, Callable[[Toy], object]] = {
