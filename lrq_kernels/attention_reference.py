@@ -15,9 +15,9 @@ def _normed(x: Tensor, weight: Tensor | None, heads: int, eps: float, norm: str)
     wide = v.to(torch.promote_types(x.dtype, torch.float32))
     y = wide * (wide.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
     if weight is not None:
-        y = (
-            y.to(weight.dtype) if norm == "rms_rounded" and x.dtype != torch.float64 else y
-        ) * weight
+        if norm == "rms_rounded" and x.dtype != torch.float64:
+            y = y.to(weight.dtype)
+        y = y * weight
     return y.to(x.dtype).view(by_head.shape)
 
 
@@ -74,8 +74,9 @@ def qk_norm_rope(
     Of a pair (a, b) in fp32, from the norm's rounded result, each product, then the sum rounded to
     fp32, then once to the dtype: (a * cos_a - b * sin_a, b * cos_b + a * sin_b).
 
-    These are the roundings of diffusers in eager mode, bit for bit on one device. fp64 input is
-    computed in fp64 throughout, without any of them.
+    These are the roundings of diffusers in eager mode, bit for bit on a CPU; on a GPU sums and
+    square roots may differ in their last bit. fp64 input is computed in fp64 throughout, without
+    any roundings.
     """
     q_out, k_out = _normed(q, q_weight, heads, eps, norm), _normed(k, k_weight, heads, eps, norm)
     v_out = None if v is None else v.unflatten(-1, (heads, v.shape[-1] // heads))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .linear import InputQuantizer, SharedInput
+from .linear import InputQuantizer, PreparedInput, has_hooks
 
 
 def graph(
@@ -49,7 +49,7 @@ def graph(
                 f"{tensor.device}"
             )
     for name, module in model.named_modules():
-        if "_diffusers_hook" in module.__dict__ or "_hf_hook" in module.__dict__:
+        if has_hooks(module):
             raise ValueError(f"graph: {name or 'the model'} is moved or cast by hooks")
     ungraph(model)
     options = Options(warmup, max_graphs, copy_outputs)
@@ -120,7 +120,7 @@ class GraphedForward:
         self._graphs: OrderedDict[Hashable, Captured] = OrderedDict()
         self._addresses: list[tuple[dict[str, Any], str, int]] = []
         self._modules: list[tuple[dict[str, Any], str, nn.Module | None]] = []
-        self._inputs: list[SharedInput] = []
+        self._inputs: list[PreparedInput] = []
         self._adapters: list[Any] = []
 
     def restore(self) -> None:

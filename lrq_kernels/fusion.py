@@ -107,7 +107,7 @@ def _share_inputs(graph: Graph) -> int:
     for op in ("rotate_quantize", "rotate"):
         first: dict[tuple, Node] = {}
         for node in _sources_of(graph, op):
-            key = tuple(map(_origin, _all_arguments(node)))
+            key = tuple(map(_origin, node.args))
             earlier = first.setdefault(key, node)
             if earlier is node:
                 continue
@@ -118,21 +118,14 @@ def _share_inputs(graph: Graph) -> int:
 
 
 def _replace_quantize(graph: Graph, node: Node, op: str, arguments: tuple, x: Node) -> None:
-    """By a fused op of `arguments` and those of rotate_quantize after its x; nothing is kept."""
+    """By a fused op of `arguments` and those of rotate_quantize after its x, all of which a graph
+    gives by position; nothing is kept."""
     quantized = value_of(node)
     with graph.inserting_before(node):
         value = (*quantized, quantized[0].new_empty(0, dtype=value_of(x).dtype))
-        fused = _call(graph, _lrq(op), (*arguments, *_all_arguments(node)[1:], False), value)
+        fused = _call(graph, _lrq(op), (*arguments, *node.args[1:], False), value)
     node.replace_all_uses_with(fused)
     graph.erase_node(node)
-
-
-def _all_arguments(node: Node) -> tuple:
-    """Positional arguments of a call with the defaults that the graph leaves out."""
-    given = list(node.args)
-    for argument in node.target._schema.arguments[len(given) :]:
-        given.append(node.kwargs.get(argument.name, argument.default_value))
-    return tuple(given)
 
 
 def _fuse_norms(graph: Graph) -> int:
@@ -422,7 +415,7 @@ def _inductor() -> tuple[Any, Any]:
                 _run(graph)
 
             def uuid(self) -> Any:
-                """Of what inductor caches: this file, and the pass before it (None: no cache)."""
+                """Of what inductor caches: these files, and the pass before it (None: no cache)."""
                 if self.before is None:
                     return get_hash_for_files(_FILES)
                 uuid = getattr(self.before, "uuid", lambda: None)()

@@ -1,10 +1,10 @@
 """LRQLinear: a linear layer that holds only its packed weight, and InputQuantizer, what comes
 before it.
 
-Linears that read the same tensor (q, k and v; proj_mlp of a FLUX single block) share a SharedInput:
-the input is rotated and quantized once and every sharer's GEMM reads the result. Each linear has an
-InputQuantizer of its own, with buffers of its own: offloading moves the buffers of one linear while
-another runs.
+Linears that read the same tensor (q, k and v; proj_mlp of a FLUX single block) share a
+PreparedInput: the input is rotated and quantized once and every sharer's GEMM reads the result.
+Each linear has an InputQuantizer of its own, with buffers of its own: offloading moves the buffers
+of one linear while another runs.
 
 All buffers are integers. Floating data is kept as int32 views, so that model.to(bfloat16),
 layerwise casting and loaders that cast floats cannot touch it.
@@ -43,8 +43,8 @@ def _fuse_what_is_compiled() -> bool:
 _fuse_what_is_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _is_moved_alone(module: nn.Module) -> bool:
-    """Whether hooks of diffusers or accelerate bring the buffers of this module when it runs."""
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks of diffusers or accelerate move or cast the tensors of this module."""
     return hasattr(module, "_diffusers_hook") or hasattr(module, "_hf_hook")
 
 
@@ -63,7 +63,7 @@ def _with_last_stride_1(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-class SharedInput:
+class PreparedInput:
     """What the readers of one input have in common: act_bits, and the prepared input from the first
     read to the last.
 
@@ -130,7 +130,7 @@ class InputQuantizer(nn.Module):
             )
         self.in_features = in_features
         self.scheme = scheme
-        self.shared = SharedInput(scheme.act_bits)
+        self.shared = PreparedInput(scheme.act_bits)
         scale = smooth_scale
         if rotation.kind == "hadamard":
             device = None if rotation.signs is None else rotation.signs.device
@@ -414,7 +414,7 @@ class LRQLinear(nn.Linear):
                 "LRQLinear is for inference: it has no backward. Run under torch.no_grad() or "
                 "torch.inference_mode(), or detach the input"
             )
-        prepared = self.input_quantizer(x, alone=_is_moved_alone(self))
+        prepared = self.input_quantizer(x, alone=torch.compiler.is_compiling() and has_hooks(self))
         if self.input_quantizer.act_bits == 16:
             y = self._forward_a16(prepared.reshape(-1, self.in_features))
             return y.view(*x.shape[:-1], self.out_features)

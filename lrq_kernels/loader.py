@@ -50,7 +50,7 @@ def load_quantized(
 
 
 def build_linears(states: Mapping[str, LinearState], dtype: torch.dtype) -> dict[str, LRQLinear]:
-    """Linears in place of the states, those of one input with one SharedInput; every state's
+    """Linears in place of the states, those of one input with one PreparedInput; every state's
     shared_input must be among them. dtype: of the model around them."""
     inputs: dict[str, InputQuantizer] = {}
     linears = {}

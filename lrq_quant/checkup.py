@@ -16,6 +16,7 @@ from torch import nn
 
 import lrq_kernels
 from lrq_kernels import LRQLinear, get_act_bits
+from lrq_kernels.linear import has_hooks
 
 from .families import find_family
 from .fused_blocks import fused_blocks
@@ -234,4 +235,4 @@ def _is_adapter_layer(module: nn.Module) -> bool:
 
 
 def _is_offloaded(model: nn.Module) -> bool:
-    return any(hasattr(m, "_hf_hook") or hasattr(m, "_diffusers_hook") for m in model.modules())
+    return any(map(has_hooks, model.modules()))

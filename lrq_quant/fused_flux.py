@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lrq_kernels import ops
 
-from .fused_linears import is_plain_layer_norm, obstacle
+from .fused_linears import is_gelu_tanh, is_plain_layer_norm, normed, obstacle, quantized
 
 _DOUBLE = (
     "attn.to_qkv",
@@ -43,7 +43,7 @@ def double_obstacle(block: Any) -> str | None:
         obstacle(block, _DOUBLE)
         or _attention_obstacle(block.attn)
         or _unless(all(map(is_plain_layer_norm, norms)), "a norm has weights")
-        or _unless(all(map(_is_gelu_tanh, gelus)), "its activation is not GELU(tanh)")
+        or _unless(all(map(is_gelu_tanh, gelus)), "its activation is not GELU(tanh)")
     )
 
 
@@ -52,22 +52,16 @@ def single_obstacle(block: Any) -> str | None:
     found = obstacle(block, _SINGLE) or _attention_obstacle(block.attn)
     if found is None:
         shared = block.proj_mlp.input_quantizer.shared is block.attn.to_qkv.input_quantizer.shared
-        gelu = block.act_mlp
-        is_tanh = isinstance(gelu, nn.GELU) and gelu.approximate == "tanh"
         found = (
             _unless(shared, "to_qkv and proj_mlp do not share their input")
             or _unless(is_plain_layer_norm(block.norm.norm), "its norm has weights")
-            or _unless(is_tanh, "its activation is not GELU(tanh)")
+            or _unless(is_gelu_tanh(block.act_mlp), "its activation is not GELU(tanh)")
         )
     return found
 
 
 def _unless(condition: bool, reason: str) -> str | None:
     return None if condition else reason
-
-
-def _is_gelu_tanh(module: Any) -> bool:
-    return type(module).__name__ == "GELU" and getattr(module, "approximate", None) == "tanh"
 
 
 def _attention_obstacle(attn: Any) -> str | None:
@@ -100,26 +94,8 @@ def double_block(
     attn = self.attn
     image, image_qkv = _normed_qkv(self.norm1, attn.to_qkv, hidden_states, temb)
     text, text_qkv = _normed_qkv(self.norm1_context, attn.to_added_qkv, encoder_hidden_states, temb)
-    q, k, v = image_qkv
-    text_q, text_k, text_v = text_qkv
-    cos, sin = image_rotary_emb or (None, None)
-    q, k, v = ops.qk_norm_rope(
-        q,
-        k,
-        v,
-        text_q,
-        text_k,
-        text_v,
-        attn.norm_q.weight,
-        attn.norm_k.weight,
-        attn.norm_added_q.weight,
-        attn.norm_added_k.weight,
-        cos,
-        sin,
-        attn.heads,
-        attn.norm_q.eps,
-    )
-    attended = _attend(attn, q, k, v)
+    text_weights = (attn.norm_added_q.weight, attn.norm_added_k.weight)
+    attended = _attend(attn, image_qkv, (*text_qkv, *text_weights), image_rotary_emb)
     length = encoder_hidden_states.shape[1]
     hidden_states = _rest_of_stream(
         (attn.to_out[0], self.norm2, self.ff), attended[:, length:], hidden_states, image
@@ -140,8 +116,7 @@ def _normed_qkv(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """The modulation of a stream after its first norm, and q, k and v."""
     shift, scale, *later = norm.linear(norm.silu(temb)).chunk(6, dim=1)
-    quantized = to_qkv.input_quantizer.quantize_layer_norm(x, scale, shift, norm.norm.eps)
-    return tuple(later), to_qkv.from_quantized(*quantized, x.dtype).chunk(3, dim=-1)
+    return tuple(later), normed(to_qkv, x, scale, shift, norm.norm.eps).chunk(3, dim=-1)
 
 
 def _rest_of_stream(
@@ -150,21 +125,41 @@ def _rest_of_stream(
     """Output projection and feed-forward of one stream of a double block."""
     to_out, norm, ff = modules
     gate, shift, scale, ff_gate = modulation
-    x = to_out.from_quantized(
-        *to_out.input_quantizer.quantize(attended), x.dtype, residual=x, gate=gate
-    )
-    up, down = ff.net[0].proj, ff.net[2]
-    quantized = up.input_quantizer.quantize_layer_norm(x, scale, shift, norm.eps)
-    inner = up.from_quantized(*quantized, x.dtype, activation="gelu_tanh")
-    return down.from_quantized(
-        *down.input_quantizer.quantize(inner), x.dtype, residual=x, gate=ff_gate
-    )
+    x = quantized(to_out, attended, residual=x, gate=gate)
+    inner = normed(ff.net[0].proj, x, scale, shift, norm.eps, activation="gelu_tanh")
+    return quantized(ff.net[2], inner, residual=x, gate=ff_gate)
 
 
-def _attend(attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """[B, T, H * D] of q, k, v [B, T, H, D], by the backend that the processor is set to."""
+def _attend(
+    attn: Any,
+    qkv: tuple[Tensor, ...],
+    context: tuple[Tensor, ...] | None,
+    image_rotary_emb: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """[B, T, H * D] of q, k, v [B, S, H * D], and those of a context before them, with the weights
+    of its norms, by the backend that the processor is set to."""
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 
+    q, k, v = qkv
+    context_q, context_k, context_v, context_q_weight, context_k_weight = context or (None,) * 5
+    cos, sin = image_rotary_emb or (None, None)
+    q, k, joint_v = ops.qk_norm_rope(
+        q,
+        k,
+        v if context else None,  # alone, it is what attention takes already
+        context_q,
+        context_k,
+        context_v,
+        attn.norm_q.weight,
+        attn.norm_k.weight,
+        context_q_weight,
+        context_k_weight,
+        cos,
+        sin,
+        attn.heads,
+        attn.norm_q.eps,
+    )
+    v = joint_v if context else v.unflatten(-1, (attn.heads, -1))
     processor = attn.processor
     out = dispatch_attention_fn(
         q, k, v, backend=processor._attention_backend, parallel_config=processor._parallel_config
@@ -193,29 +188,12 @@ def single_block(
     attn = self.attn
     x = joined(encoder_hidden_states, hidden_states)
     shift, scale, gate = self.norm.linear(self.norm.silu(temb)).chunk(3, dim=1)
-    quantized = attn.to_qkv.input_quantizer.quantize_layer_norm(x, scale, shift, self.norm.norm.eps)
-    q, k, v = attn.to_qkv.from_quantized(*quantized, x.dtype).chunk(3, dim=-1)
-    mlp = self.proj_mlp.from_quantized(*quantized, x.dtype, activation="gelu_tanh")
-    cos, sin = image_rotary_emb or (None, None)
-    q, k, _ = ops.qk_norm_rope(
-        q,
-        k,
-        None,
-        None,
-        None,
-        None,
-        attn.norm_q.weight,
-        attn.norm_k.weight,
-        None,
-        None,
-        cos,
-        sin,
-        attn.heads,
-        attn.norm_q.eps,
-    )
-    attended = _attend(attn, q, k, v.unflatten(-1, (attn.heads, -1)))
-    quantized = self.proj_out.input_quantizer.quantize_concat(attended, mlp)
-    x = self.proj_out.from_quantized(*quantized, x.dtype, residual=x, gate=gate)
+    prepared = attn.to_qkv.input_quantizer.quantize_layer_norm(x, scale, shift, self.norm.norm.eps)
+    qkv = attn.to_qkv.from_quantized(*prepared, x.dtype).chunk(3, dim=-1)
+    mlp = self.proj_mlp.from_quantized(*prepared, x.dtype, activation="gelu_tanh")
+    attended = _attend(attn, qkv, None, image_rotary_emb)
+    prepared = self.proj_out.input_quantizer.quantize_concat(attended, mlp)
+    x = self.proj_out.from_quantized(*prepared, x.dtype, residual=x, gate=gate)
     if x.dtype == torch.float16:
         x = x.clip(-_FP16_LIMIT, _FP16_LIMIT)
     length = encoder_hidden_states.shape[1]

@@ -13,7 +13,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fused_linears import is_plain_layer_norm
+from .fused_linears import is_gelu_tanh, is_plain_layer_norm, normed, quantized
 from .fused_linears import obstacle as linear_obstacle
 
 _LINEARS = (
@@ -31,8 +31,7 @@ def obstacle(block: Any) -> str | None:
     """Why a block cannot run fused, None where it can."""
     if block.norm_type != "ada_norm_single" or block.attn2 is None:
         return f"its norm is {block.norm_type}"
-    gelu = block.ff.net[0]
-    if type(gelu).__name__ != "GELU" or getattr(gelu, "approximate", None) != "tanh":
+    if not is_gelu_tanh(block.ff.net[0]):
         return "its activation is not GELU(tanh)"
     if not all(map(is_plain_layer_norm, (block.norm1, block.norm2))):
         return "a norm has weights"
@@ -77,29 +76,22 @@ def block(
             added_cond_kwargs,
         )
     # The patch embedding of more than one token leaves channels apart, and the ops ask for rows.
-    x, dtype = hidden_states.contiguous(), hidden_states.dtype
+    x = hidden_states.contiguous()
     table = self.scale_shift_table[None] + timestep.reshape(x.shape[0], 6, -1)  # type: ignore[union-attr]
     shift, scale, gate, ff_shift, ff_scale, ff_gate = table.unbind(dim=1)
 
-    to_qkv = self.attn1.to_qkv
-    quantized = to_qkv.input_quantizer.quantize_layer_norm(x, scale, shift, self.norm1.eps)
-    q, k, v = to_qkv.from_quantized(*quantized, dtype).chunk(3, dim=-1)
+    q, k, v = normed(self.attn1.to_qkv, x, scale, shift, self.norm1.eps).chunk(3, dim=-1)
     attended = _attend(self.attn1, q, k, v, attention_mask)
-    x = _quantized(self.attn1.to_out[0], attended, residual=x, gate=gate)
+    x = quantized(self.attn1.to_out[0], attended, residual=x, gate=gate)
 
     cross = self.attn2
     k, v = cross.to_kv(encoder_hidden_states).chunk(2, dim=-1)
-    attended = _attend(cross, _quantized(cross.to_q, x), k, v, encoder_attention_mask)
-    x = _quantized(cross.to_out[0], attended, residual=x)
+    attended = _attend(cross, quantized(cross.to_q, x), k, v, encoder_attention_mask)
+    x = quantized(cross.to_out[0], attended, residual=x)
 
     up, down = self.ff.net[0].proj, self.ff.net[2]
-    quantized = up.input_quantizer.quantize_layer_norm(x, ff_scale, ff_shift, self.norm2.eps)
-    inner = up.from_quantized(*quantized, dtype, activation="gelu_tanh")
-    return _quantized(down, inner, residual=x, gate=ff_gate)
-
-
-def _quantized(linear: Any, x: Tensor, **epilogue: Any) -> Tensor:
-    return linear.from_quantized(*linear.input_quantizer.quantize(x), x.dtype, **epilogue)
+    inner = normed(up, x, ff_scale, ff_shift, self.norm2.eps, activation="gelu_tanh")
+    return quantized(down, inner, residual=x, gate=ff_gate)
 
 
 def _attend(attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
