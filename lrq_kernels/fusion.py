@@ -49,7 +49,6 @@ from .fusion_patterns import (
 logger = logging.getLogger(__name__)
 
 aten = torch.ops.aten
-_counts: Counter[str] = Counter()
 
 
 def _lrq(name: str) -> Any:
@@ -337,20 +336,36 @@ def fuse(graph: Graph) -> dict[str, int]:
 # ---- registration -------------------------------------------------------------------------------
 
 
+def _inductor_counters() -> Counter[str]:
+    """inductor's own, which it keeps with a graph in its cache and adds again on a hit: the pass
+    does not run on a graph that comes from there."""
+    from torch._dynamo.utils import counters
+
+    return counters["inductor"]
+
+
+def _counter(pattern: str) -> str:
+    return f"lrq_fusion.{pattern}"
+
+
 def counts() -> dict[str, int]:
-    """How often each pattern matched since reset_counts(), in all graphs compiled."""
-    return {pattern: _counts[pattern] for pattern, _ in _REWRITES}
+    """How often each pattern matched since reset_counts(), in all graphs compiled by inductor or
+    taken from its cache."""
+    counters = _inductor_counters()
+    return {pattern: counters[_counter(pattern)] for pattern, _ in _REWRITES}
 
 
 def reset_counts() -> None:
-    _counts.clear()
+    counters = _inductor_counters()
+    for pattern, _ in _REWRITES:
+        counters.pop(_counter(pattern), None)
 
 
 def _run(graph: Graph) -> None:
     if not any(node.op == "call_function" and _is_ours(node.target) for node in graph.nodes):
         return
     matched = fuse(graph)
-    _counts.update(matched)
+    _inductor_counters().update({_counter(pattern): count for pattern, count in matched.items()})
     logger.info("lrq fusion: %s", matched or "nothing matched")
 
 

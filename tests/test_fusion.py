@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from tiny_families import forward
 from tiny_models import TINY, load, quantized_folder
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from lrq_kernels import LRQLinear, QuantScheme, fusion
 from lrq_kernels.testing import make_state, sqnr_db
@@ -284,7 +285,9 @@ def test_enabling_twice_and_beside_another_pass():
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_inductor_runs_the_pass_unless_told_not_to():
+def test_inductor_runs_the_pass_unless_told_not_to(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # the first compilation finds none
+
     def formula(b: Block, x: Tensor) -> Tensor:
         y = b.up(layer_norm(x) * (1 + b.scale) + b.shift)
         return x + b.scale * b.down(F.gelu(y, approximate="tanh"))
@@ -297,11 +300,16 @@ def test_inductor_runs_the_pass_unless_told_not_to():
 
     fusion._wanted = True
     torch._dynamo.reset()
-    fast = torch.compile(copy.deepcopy(block), fullgraph=True)
-    assert sqnr_db(block(x), fast(x)) > 60
-    assert fusion.is_enabled()
-    matched = {name: count for name, count in fusion.counts().items() if count}
-    assert matched == {"gemm_gelu": 1, "norm_modulate": 1, "gemm_residual": 1}
+    for cached in (False, True):
+        fusion.reset_counts()
+        hits = counters["inductor"]["fxgraph_cache_hit"]
+        fast = torch.compile(copy.deepcopy(block), fullgraph=True)
+        assert sqnr_db(block(x), fast(x)) > 60
+        assert fusion.is_enabled()
+        assert counters["inductor"]["fxgraph_cache_hit"] - hits == cached
+        matched = {name: count for name, count in fusion.counts().items() if count}
+        assert matched == {"gemm_gelu": 1, "norm_modulate": 1, "gemm_residual": 1}
+        torch._dynamo.reset()
 
 
 @pytest.mark.gpu
