@@ -17,6 +17,7 @@ from .loader import load_quantized, model_states
 from .packing import pack_codes, unpack_codes
 from .rotation import Rotation
 from .scheme import QuantScheme
+from .stacked_linear import StackedLinear, StackedRows, stack_linears
 
 __all__ = [
     "CheckpointError",
@@ -25,6 +26,8 @@ __all__ = [
     "LinearState",
     "QuantScheme",
     "Rotation",
+    "StackedLinear",
+    "StackedRows",
     "TwinLogCodebook",
     "cuda_library_status",
     "fuse_linears",
@@ -38,6 +41,7 @@ __all__ = [
     "reference",
     "save",
     "set_act_bits",
+    "stack_linears",
     "ungraph",
     "unpack_codes",
 ]

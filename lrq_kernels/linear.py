@@ -43,6 +43,14 @@ def _fuse_what_is_compiled() -> bool:
 _fuse_what_is_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def refuse_gradients(x: Tensor) -> None:
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise RuntimeError(
+            "LRQLinear is for inference: it has no backward. Run under torch.no_grad() or "
+            "torch.inference_mode(), or detach the input"
+        )
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether hooks of diffusers or accelerate move or cast the tensors of this module."""
     return hasattr(module, "_diffusers_hook") or hasattr(module, "_hf_hook")
@@ -199,12 +207,13 @@ class InputQuantizer(nn.Module):
     # -- forward
 
     def _rotation_arguments(self) -> tuple[Any, ...]:
+        buffers, scheme = self._buffers, self.scheme  # attributes of a module are slow to find
         return (
-            self._floats(self.channel_scale),
-            self.permutation,
-            self._floats(self.matrices),
-            self.scheme.rotation,
-            self.scheme.block_size,
+            self._floats(buffers["channel_scale"]),
+            buffers["permutation"],
+            self._floats(buffers["matrices"]),
+            scheme.rotation,
+            scheme.block_size,
         )
 
     def is_identity(self) -> bool:
@@ -322,6 +331,8 @@ class LRQLinear(nn.Linear):
     levels: Tensor
     weight_scale: Tensor
     bias_bits: Tensor | None
+    # Whether the linears in parts stand under one input in a checkpoint.
+    parts_share_input = True
 
     def __init__(
         self,
@@ -409,11 +420,7 @@ class LRQLinear(nn.Linear):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise RuntimeError(
-                "LRQLinear is for inference: it has no backward. Run under torch.no_grad() or "
-                "torch.inference_mode(), or detach the input"
-            )
+        refuse_gradients(x)
         prepared = self.input_quantizer(x, alone=torch.compiler.is_compiling() and has_hooks(self))
         if self.input_quantizer.act_bits == 16:
             y = self._forward_a16(prepared.reshape(-1, self.in_features))
@@ -434,13 +441,14 @@ class LRQLinear(nn.Linear):
         input_quantizer gives them, to [..., N]; then the activation ("gelu_tanh"), or
         residual [..., N] + gate [B, N] * y, where gate is one row for each of B equal parts of the
         tokens. fp32 from the sum to the rounding at the end. See lrq::gemm for its errors."""
+        buffers, bias = self._buffers, self._buffers["bias_bits"]
         y = ops.gemm(
             x_q.view(-1, self.in_features),
             x_scale.view(-1),
-            self.packed_weight,
-            self.levels,
-            self.weight_scale.view(torch.float32),
-            self.bias,
+            buffers["packed_weight"],
+            buffers["levels"],
+            buffers["weight_scale"].view(torch.float32),
+            None if bias is None else bias.view(torch.float32),
             None if residual is None else residual.reshape(-1, self.out_features),
             gate,
             self.scheme.weight_bits,

@@ -77,7 +77,9 @@ def model_states(model: nn.Module) -> tuple[dict[str, LinearState], dict[str, Te
         skip.append(name + ".")
         for part, state in module.part_states().items():
             full = part or name
-            owner = owners.setdefault(id(module.input_quantizer.shared), full)
+            owner = full
+            if module.parts_share_input:
+                owner = owners.setdefault(id(module.input_quantizer.shared), full)
             shared = None if owner == full else owner
             states[full] = dataclasses.replace(state, shared_input=shared)
     dense = {

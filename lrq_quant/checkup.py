@@ -20,6 +20,7 @@ from lrq_kernels.linear import has_hooks
 
 from .families import find_family
 from .fused_blocks import fused_blocks
+from .fused_modulation import is_stacked, modulation_obstacle
 from .fused_projections import fusable_attentions, fused_projections
 from .info import MIN_CAPABILITY
 from .recipe import QuantRecipe
@@ -140,6 +141,10 @@ class _ModelCheck:
         text = f"{len(blocks) - len(left)} of {len(blocks)} blocks run fused"
         examples = [f"{name}: {why}" for name, why in left.items()]
         self._say("; not ".join([text, *examples[:3]]) + ("; ..." if len(examples) > 3 else ""))
+        if is_stacked(self.model):
+            self._say("the modulation of all blocks is one linear")
+        elif (why := modulation_obstacle(self.model)) is not None:
+            self._say(f"each block computes its modulation: {why}")
 
     def _fused(self) -> None:
         fused, open_ones = fused_projections(self.model), fusable_attentions(self.model)

@@ -3,20 +3,28 @@
 fuse_blocks(model) gives the blocks of FLUX and PixArt a forward that calls the fused ops: norm,
 modulation, rotation and quantization in one launch; GELU, gate and residual in the GEMM; the two
 inputs of a single block's last linear without their concatenation; what stands between the
-projections and attention in one launch. It is for eager calls and CUDA graphs. torch.compile finds
-the same by itself (lrq_kernels.fusion), in any model.
+projections and attention in one launch; the modulation of all blocks of FLUX in one launch. It is
+for eager calls and CUDA graphs. torch.compile finds the same by itself (lrq_kernels.fusion), in any
+model.
 
-Against the unfused blocks, values stay in fp32 where those round to the model's type: from the
-norm's input to the codes, from a linear's sum through GELU, and through gate and residual.
+Against the unfused blocks only roundings to the model's type are left out:
+    norm and modulation     the norm's result, 1 + scale, their product, and the sum before rotation
+    GELU                    the linear's result, which GELU reads
+    gate and residual       the linear's result and its product with the gate
+so that values stay in fp32 from the norm's input to the codes, and from a linear's integer sum
+through what follows it. Queries and keys, attention, the modulation and the rotated values are
+rounded where they were, and the clipping of fp16 stays.
 
-A call that asks for something else (an attention mask, an adapter on a linear, 16 bit activations,
-image prompts) runs the block's own forward; fused_blocks() and check() say which blocks are ready.
+A call that asks for something else (gradients, an image prompt, masks that FLUX takes in
+joint_attention_kwargs, tensors of several dtypes) and a block that is not what it was (an adapter
+on a linear, 16 bit activations, hooks on a module) run the block's own forward; fused_blocks() and
+check() say which blocks are ready.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -24,7 +32,9 @@ from torch import nn
 from lrq_kernels import LRQLinear
 
 from . import fused_flux, fused_pixart
+from .fused_modulation import stack_modulation, unstack_modulation
 from .fused_projections import fuse_projections
+from .fused_readiness import forget
 
 
 class _Kind(NamedTuple):
@@ -40,9 +50,11 @@ _KINDS: dict[str, _Kind] = {
 
 
 def fuse_blocks(model: nn.Module) -> nn.Module:
-    """Fuse the projections of `model`, then give its blocks a fused forward; returns the model.
+    """Fuse the projections and the modulation of `model`, then give its blocks a fused forward;
+    returns the model.
 
-    Blocks that cannot be fused stay as they are: fused_blocks() tells why. Raises ValueError where
+    A block runs its own forward for as long as it cannot be fused: fused_blocks() tells why. What
+    wraps the forward of a block (group offload, caching) comes after this. Raises ValueError where
     the model has no quantized linear or no block of a kind that is known."""
     if not any(isinstance(module, LRQLinear) for module in model.modules()):
         raise ValueError(f"fuse_blocks: {type(model).__name__} has no quantized linear")
@@ -53,18 +65,27 @@ def fuse_blocks(model: nn.Module) -> nn.Module:
             "torch.compile fuses any model"
         )
     fuse_projections(model)
+    stack_modulation(model)
     for block in blocks.values():
-        kind = _KINDS[type(block).__name__]
-        if kind.obstacle(block) is None:
-            block.forward = MethodType(kind.forward, block)
+        # Whatever is in the way may pass (16 bits in the first steps, an adapter): each call looks.
+        # A partial, since a bound method of a function elsewhere cannot be unpickled.
+        if "forward" not in block.__dict__:
+            block.forward = partial(_KINDS[type(block).__name__].forward, block)
     return model
 
 
 def unfuse_blocks(model: nn.Module) -> nn.Module:
-    """Give the blocks of `model` their own forward again. Projections stay fused."""
-    for block in _blocks(model).values():
-        if _is_fused(block):
-            del block.forward
+    """Give the blocks of `model` their own forward and modulation again; projections stay fused
+    (unfuse_projections). Raises RuntimeError, and changes nothing, where something wraps the fused
+    forward of a block: undo that first."""
+    fused = {name: block for name, block in _blocks(model).items() if _runs_fused(block)}
+    for name, block in fused.items():
+        if not _is_fused_forward(block, block.__dict__["forward"]):
+            raise RuntimeError(f"unfuse_blocks: the forward of {name} is wrapped, by a hook or so")
+    for block in fused.values():
+        del block.forward
+        forget(block)
+    unstack_modulation(model)
     return model
 
 
@@ -72,10 +93,12 @@ def fused_blocks(model: nn.Module) -> dict[str, str | None]:
     """Name of each block of a known kind -> None where it runs fused, else why it does not."""
     found = {}
     for name, block in _blocks(model).items():
-        obstacle = _KINDS[type(block).__name__].obstacle(block)
-        if obstacle is None and not _is_fused(block):
-            obstacle = "fuse_blocks was not called"
-        found[name] = obstacle
+        reason = _obstacle(block)
+        if reason is None and not _runs_fused(block):
+            reason = "fuse_blocks was not called"
+            if "forward" in block.__dict__:
+                reason = "its forward was replaced, by a hook or so, before fuse_blocks was called"
+        found[name] = reason
     return found
 
 
@@ -83,6 +106,20 @@ def _blocks(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if type(m).__name__ in _KINDS}
 
 
-def _is_fused(block: nn.Module) -> bool:
+def _obstacle(block: nn.Module) -> str | None:
+    return _KINDS[type(block).__name__].obstacle(block)
+
+
+def _is_fused_forward(block: nn.Module, forward: object) -> bool:
+    return getattr(forward, "func", None) is _KINDS[type(block).__name__].forward
+
+
+def _runs_fused(block: nn.Module) -> bool:
+    """Whether the block's forward, or what it wraps, is the fused one: functools.update_wrapper,
+    which hooks use, keeps what is wrapped."""
     forward = block.__dict__.get("forward")
-    return getattr(forward, "__func__", None) is _KINDS[type(block).__name__].forward
+    while forward is not None:
+        if _is_fused_forward(block, forward):
+            return True
+        forward = getattr(forward, "__wrapped__", None)
+    return False

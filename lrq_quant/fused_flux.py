@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from lrq_kernels import ops
 
-from .fused_linears import is_gelu_tanh, is_plain_layer_norm, normed, obstacle, quantized
+from .fused_linears import normed, quantized
+from .fused_modulation import modulation
+from .fused_readiness import is_gelu_tanh, is_plain_layer_norm, is_ready, obstacle, unless
 
 _DOUBLE = (
     "attn.to_qkv",
@@ -41,36 +43,47 @@ def double_obstacle(block: Any) -> str | None:
     gelus = (block.ff.net[0], block.ff_context.net[0])
     return (
         obstacle(block, _DOUBLE)
-        or _attention_obstacle(block.attn)
-        or _unless(all(map(is_plain_layer_norm, norms)), "a norm has weights")
-        or _unless(all(map(is_gelu_tanh, gelus)), "its activation is not GELU(tanh)")
+        or _attention_obstacle(block.attn, ("norm_q", "norm_k", "norm_added_q", "norm_added_k"))
+        or unless(all(map(is_plain_layer_norm, norms)), "a norm has weights")
+        or unless(all(map(is_gelu_tanh, gelus)), "its activation is not GELU(tanh)")
     )
 
 
 def single_obstacle(block: Any) -> str | None:
     """Why a single block cannot run fused, None where it can."""
-    found = obstacle(block, _SINGLE) or _attention_obstacle(block.attn)
+    found = obstacle(block, _SINGLE) or _attention_obstacle(block.attn, ("norm_q", "norm_k"))
     if found is None:
         shared = block.proj_mlp.input_quantizer.shared is block.attn.to_qkv.input_quantizer.shared
         found = (
-            _unless(shared, "to_qkv and proj_mlp do not share their input")
-            or _unless(is_plain_layer_norm(block.norm.norm), "its norm has weights")
-            or _unless(is_gelu_tanh(block.act_mlp), "its activation is not GELU(tanh)")
+            unless(shared, "to_qkv and proj_mlp do not share their input")
+            or unless(is_plain_layer_norm(block.norm.norm), "its norm has weights")
+            or unless(is_gelu_tanh(block.act_mlp), "its activation is not GELU(tanh)")
         )
     return found
 
 
-def _unless(condition: bool, reason: str) -> str | None:
-    return None if condition else reason
-
-
-def _attention_obstacle(attn: Any) -> str | None:
+def _attention_obstacle(attn: Any, names: tuple[str, ...]) -> str | None:
     processor = type(attn.processor).__name__
-    norms = (attn.norm_q, attn.norm_k)
-    plain = all(isinstance(norm, nn.RMSNorm) and norm.eps == attn.norm_q.eps for norm in norms)
-    return _unless(processor == "FluxAttnProcessor", f"its processor is a {processor}") or _unless(
+    norms = [getattr(attn, name) for name in names]
+    plain = all(
+        type(norm) is nn.RMSNorm
+        and norm.eps == norms[0].eps is not None
+        and (norm.weight is None) == (norms[0].weight is None)
+        for norm in norms
+    )
+    return unless(processor == "FluxAttnProcessor", f"its processor is a {processor}") or unless(
         plain, "queries and keys are not normed as RMSNorm does"
     )
+
+
+def _is_usual(hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor) -> bool:
+    """Whether the arguments of a block are what the kernels take."""
+    dtype = hidden_states.dtype
+    asks_gradients = torch.is_grad_enabled() and (
+        hidden_states.requires_grad or encoder_hidden_states.requires_grad or temb.requires_grad
+    )
+    same = encoder_hidden_states.dtype == dtype and temb.dtype == dtype
+    return same and temb.dim() == 2 and not asks_gradients
 
 
 def double_block(
@@ -82,7 +95,8 @@ def double_block(
     joint_attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As FluxTransformerBlock.forward."""
-    if joint_attention_kwargs or double_obstacle(self) is not None:
+    usual = not joint_attention_kwargs and _is_usual(hidden_states, encoder_hidden_states, temb)
+    if not usual or not is_ready(self, double_obstacle):
         return type(self).forward(
             self,
             hidden_states,
@@ -111,11 +125,9 @@ def double_block(
     return encoder_hidden_states, hidden_states
 
 
-def _normed_qkv(
-    norm: Any, to_qkv: Any, x: Tensor, temb: Tensor
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def _normed_qkv(norm: Any, to_qkv: Any, x: Tensor, temb: Tensor) -> tuple[tuple[Tensor, ...], Any]:
     """The modulation of a stream after its first norm, and q, k and v."""
-    shift, scale, *later = norm.linear(norm.silu(temb)).chunk(6, dim=1)
+    shift, scale, *later = modulation(norm, temb, 6)
     return tuple(later), normed(to_qkv, x, scale, shift, norm.norm.eps).chunk(3, dim=-1)
 
 
@@ -176,7 +188,8 @@ def single_block(
     joint_attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As FluxSingleTransformerBlock.forward."""
-    if joint_attention_kwargs or single_obstacle(self) is not None:
+    usual = not joint_attention_kwargs and _is_usual(hidden_states, encoder_hidden_states, temb)
+    if not usual or not is_ready(self, single_obstacle):
         return type(self).forward(
             self,
             hidden_states,
@@ -187,7 +200,7 @@ def single_block(
         )
     attn = self.attn
     x = joined(encoder_hidden_states, hidden_states)
-    shift, scale, gate = self.norm.linear(self.norm.silu(temb)).chunk(3, dim=1)
+    shift, scale, gate = modulation(self.norm, temb, 3)
     prepared = attn.to_qkv.input_quantizer.quantize_layer_norm(x, scale, shift, self.norm.norm.eps)
     qkv = attn.to_qkv.from_quantized(*prepared, x.dtype).chunk(3, dim=-1)
     mlp = self.proj_mlp.from_quantized(*prepared, x.dtype, activation="gelu_tanh")
@@ -202,10 +215,14 @@ def single_block(
 
 def joined(context: Tensor, image: Tensor) -> Tensor:
     """[context | image] along the tokens [B, T, K]: without a copy where the two are the parts of
-    one tensor already, as one single block hands them to the next."""
-    if torch.compiler.is_compiling():
-        return torch.cat([context, image], dim=1)
+    one tensor already, as one single block hands them to the next.
+
+    Strides and offsets of both are those that slicing one contiguous tensor gives, in one storage:
+    every element of the result is then where torch.cat would have read it. Nothing writes to it."""
     batch, length, channels = context.shape
+    alike = image.shape[0] == batch and image.shape[2] == channels and image.dtype == context.dtype
+    if torch.compiler.is_compiling() or not alike:
+        return torch.cat([context, image], dim=1)
     total = length + image.shape[1]
     strides = (total * channels, channels, 1)
     parts_of_one = (

@@ -1,42 +1,10 @@
-"""What the fused blocks of all families ask of their linears, and how they call them."""
+"""How the fused blocks of all families call their linears."""
 
 from __future__ import annotations
 
-from operator import attrgetter
 from typing import Any
 
-from torch import Tensor, nn
-
-from lrq_kernels import LRQLinear
-from lrq_kernels.linear import has_hooks
-
-
-def obstacle(block: nn.Module, quantized: tuple[str, ...]) -> str | None:
-    """Why the linears of these names are not all quantized ones that can be called directly."""
-    for name in quantized:
-        try:
-            linear = attrgetter(name)(block)
-        except AttributeError:
-            return f"it has no {name}"
-        if type(linear) is not LRQLinear:
-            return f"{name} is a {type(linear).__name__}"
-        if linear.input_quantizer.act_bits == 16:
-            return f"{name} runs with 16 bit activations"
-        if has_hooks(linear):
-            return f"{name} is moved by hooks"
-    if block.training:
-        return "it is in training mode"
-    return None
-
-
-def is_plain_layer_norm(norm: Any) -> bool:
-    """Without weight and bias."""
-    return type(norm) is nn.LayerNorm and not norm.elementwise_affine
-
-
-def is_gelu_tanh(module: Any) -> bool:
-    """torch's GELU, or the one of diffusers' feed-forward, which holds a linear too."""
-    return type(module).__name__ == "GELU" and module.approximate == "tanh"
+from torch import Tensor
 
 
 def quantized(linear: Any, x: Tensor, **epilogue: Any) -> Tensor:

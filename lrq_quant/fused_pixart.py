@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fused_linears import is_gelu_tanh, is_plain_layer_norm, normed, quantized
-from .fused_linears import obstacle as linear_obstacle
+from . import fused_readiness
+from .fused_linears import normed, quantized
+from .fused_readiness import is_gelu_tanh, is_plain_layer_norm, is_ready
 
 _LINEARS = (
     "attn1.to_qkv",
@@ -40,7 +42,7 @@ def obstacle(block: Any) -> str | None:
             return f"{name} is not plain attention"
     if block.pos_embed is not None or block.only_cross_attention or block._chunk_size is not None:
         return "it embeds positions, has no self-attention or a chunked feed-forward"
-    return linear_obstacle(block, _LINEARS)
+    return fused_readiness.obstacle(block, _LINEARS)
 
 
 def _is_plain_attention(attn: Any) -> bool:
@@ -62,8 +64,11 @@ def block(
     added_cond_kwargs: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """As BasicTransformerBlock.forward."""
-    usual = encoder_hidden_states is not None and timestep is not None and hidden_states.ndim == 3
-    if not usual or cross_attention_kwargs or obstacle(self) is not None:
+    masks = (attention_mask, encoder_attention_mask)
+    usual = not cross_attention_kwargs and _is_usual(
+        self, hidden_states, encoder_hidden_states, timestep, masks
+    )
+    if not usual or not is_ready(self, obstacle):
         return type(self).forward(
             self,
             hidden_states,
@@ -92,6 +97,28 @@ def block(
     up, down = self.ff.net[0].proj, self.ff.net[2]
     inner = normed(up, x, ff_scale, ff_shift, self.norm2.eps, activation="gelu_tanh")
     return quantized(down, inner, residual=x, gate=ff_gate)
+
+
+def _is_usual(
+    block: Any,
+    x: Tensor,
+    caption: Tensor | None,
+    timestep: Tensor | None,
+    masks: tuple[Tensor | None, Tensor | None],
+) -> bool:
+    """Whether the arguments of a block are what the kernels take: one dtype and no gradients, masks
+    [B, 1, keys] that are added. diffusers pads shorter ones and takes others."""
+    if caption is None or timestep is None or x.dim() != 3 or caption.dim() != 3:
+        return False
+    sources = (x, caption, timestep, block.scale_shift_table)
+    if any(source.dtype != x.dtype for source in sources):
+        return False
+    if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
+        return False
+    return all(
+        mask is None or tuple(mask.shape) == (x.shape[0], 1, keys.shape[1])
+        for mask, keys in zip(masks, (x, caption), strict=True)
+    )
 
 
 def _attend(attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -6,8 +6,7 @@ to_added_qkv, to_kv with fused_projections set), so its attention processors use
 
 from __future__ import annotations
 
-import logging
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -15,7 +14,7 @@ from torch import nn
 from lrq_kernels import LRQLinear, fuse_linears
 from lrq_kernels.linear import split_linear
 
-logger = logging.getLogger(__name__)
+from .adapters import no_longer, undo_before_adapters
 
 # Fused name -> linears of an attention module, in the order in which diffusers splits the result.
 _SELF_ATTENTION: dict[str, tuple[str, ...]] = {
@@ -23,10 +22,6 @@ _SELF_ATTENTION: dict[str, tuple[str, ...]] = {
     "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
 }
 _CROSS_ATTENTION: dict[str, tuple[str, ...]] = {"to_kv": ("to_k", "to_v")}
-
-
-# Loading an adapter looks for to_q, to_k and to_v by name and passes over those it does not find.
-_ADAPTER_METHODS = ("load_lora_adapter", "add_adapter")
 
 
 def fuse_projections(model: nn.Module) -> nn.Module:
@@ -49,9 +44,7 @@ def fuse_projections(model: nn.Module) -> nn.Module:
         if getattr(module, "fused_projections", False):
             _use_processor(module, fused=True)
     if fused_any:
-        for name in _ADAPTER_METHODS:
-            if hasattr(type(model), name):
-                setattr(model, name, MethodType(_UNFUSE_FIRST[name], model))
+        undo_before_adapters(model, unfuse_projections)
     return model
 
 
@@ -68,36 +61,16 @@ def unfuse_projections(model: nn.Module) -> nn.Module:
             module.fused_projections = False
             module.__dict__.pop("_supports_qkv_fusion", None)
             _use_processor(module, fused=False)
-    for name in _ADAPTER_METHODS:
-        model.__dict__.pop(name, None)
+    no_longer(model, unfuse_projections)
     return model
 
 
-def _unfuse_first(method: str) -> Any:
-    """`method` of the model's class, on a model whose projections are separate again."""
-
-    def split_then_call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        logger.warning(
-            "lrq: q, k and v are separate linears again, since %s addresses them by name; call "
-            "lrq_quant.fuse_projections(model) once the adapter is unloaded",
-            method,
-        )
-        unfuse_projections(self)
-        return getattr(self, method)(*args, **kwargs)
-
-    split_then_call.__name__ = method
-    return split_then_call
-
-
-_UNFUSE_FIRST = {name: _unfuse_first(name) for name in _ADAPTER_METHODS}
-
-
 def fused_projections(model: nn.Module) -> dict[str, list[str]]:
-    """Full name of each fused linear -> names of the linears in it."""
+    """Full name of each fused linear of one input -> names of the linears in it."""
     return {
         name: [part for part, _ in module.parts]
         for name, module in model.named_modules()
-        if isinstance(module, LRQLinear) and len(module.parts) > 1
+        if isinstance(module, LRQLinear) and module.parts_share_input and len(module.parts) > 1
     }
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +24,7 @@ from lrq_kernels import model_states, set_act_bits
 from lrq_kernels.testing import sqnr_db
 from lrq_quant import fuse_blocks, fused_blocks, unfuse_blocks
 from lrq_quant.fused_flux import joined
+from lrq_quant.fused_modulation import unstack_modulation
 
 KINDS = ("flux", "pixart")
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -235,3 +239,83 @@ def test_on_a_gpu_and_in_a_cuda_graph(kind: str, dtype: torch.dtype, made: Calla
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(replayed, fused)
+
+
+@every_kind
+def test_a_fused_model_is_given_up(kind: str, made: Callable):
+    """What a block remembers of itself must not keep it, and its weights, alive."""
+    model = fuse_blocks(made(kind).eval())
+    forward(model, inputs_of(kind))
+    blocks = [weakref.ref(block) for block in model.transformer_blocks]
+    del model
+    gc.collect()
+    assert [block() for block in blocks] == [None, None]
+
+
+@every_kind
+def test_what_is_in_the_way_may_pass(kind: str, made: Callable):
+    model, given = made(kind).eval(), inputs_of(kind)
+    expected = forward(fuse_blocks(copy.deepcopy(model)), given)
+    set_act_bits(model, 16)
+    model.train()
+    fuse_blocks(model)
+    assert None not in fused_blocks(model).values()
+    set_act_bits(model, None)
+    model.eval()
+    assert set(fused_blocks(model).values()) == {None}
+    assert torch.equal(forward(model, given), expected)
+
+
+@every_kind
+def test_hooks_are_never_passed_over(kind: str, made: Callable):
+    model, given = made(kind).eval(), inputs_of(kind)
+    seen: list[str] = []
+    block, wrapped = model.transformer_blocks[0], model.transformer_blocks[1]
+    own = wrapped.forward
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        seen.append("wrapper")
+        return own(*args, **kwargs)
+
+    wrapped.forward = wrapper
+    forward(fuse_blocks(model), given)
+    handle = block.ff.register_forward_hook(lambda *_: seen.append("hook"))
+    assert "forward hook" in fused_blocks(model)["transformer_blocks.0"]
+    assert "replaced" in fused_blocks(model)["transformer_blocks.1"]
+    forward(model, given)
+    assert seen == ["wrapper", "hook", "wrapper"]
+    handle.remove()
+    assert fused_blocks(model)["transformer_blocks.0"] is None
+
+
+@every_kind
+def test_a_fused_model_is_pickled(kind: str, made: Callable):
+    model, given = fuse_blocks(made(kind).eval()), inputs_of(kind)
+    expected = forward(model, given)
+    twin = pickle.loads(pickle.dumps(model))
+    assert set(fused_blocks(twin).values()) == {None}
+    assert torch.equal(forward(twin, given), expected)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_the_modulation_of_flux_is_one_launch(samples: int, made: Callable):
+    """And bit for bit what each block computes by itself."""
+    model = made("flux", torch.bfloat16).eval()
+    given = {
+        n: torch.cat([x] * samples) if isinstance(x, Tensor) and not n.endswith("_ids") else x
+        for n, x in inputs_of("flux", torch.bfloat16).items()
+    }
+    before, _ = model_states(model)
+    fuse_blocks(model)
+    after, _ = model_states(model)
+    assert before.keys() == after.keys()
+    with LrqCalls() as calls:
+        fused = forward(model, given)
+    assert calls.counts["gemm_a16"] == 1
+    unstack_modulation(model)
+    with LrqCalls() as calls:
+        assert torch.equal(forward(model, given), fused)
+    assert calls.counts["gemm_a16"] == 6
+    for name, state in before.items():
+        again = model_states(model)[0][name]
+        assert torch.equal(again.codes, state.codes) and torch.equal(again.levels, state.levels)
