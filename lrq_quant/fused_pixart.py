@@ -76,7 +76,8 @@ def block(
             class_labels,
             added_cond_kwargs,
         )
-    x, dtype = hidden_states, hidden_states.dtype
+    # The patch embedding of more than one token leaves channels apart, and the ops ask for rows.
+    x, dtype = hidden_states.contiguous(), hidden_states.dtype
     table = self.scale_shift_table[None] + timestep.reshape(x.shape[0], 6, -1)  # type: ignore[union-attr]
     shift, scale, gate, ff_shift, ff_scale, ff_gate = table.unbind(dim=1)
 

@@ -100,6 +100,16 @@ def test_fused_computes_what_unfused_does(kind: str, dtype: torch.dtype, made: C
         assert sqnr_db(exact, fused.float()) > sqnr_db(exact, eager.float()) - 1
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_pixart_of_several_patches(batch: int, made: Callable):
+    """Their embedding leaves tokens side by side instead of channels."""
+    model = made("pixart")
+    given = {**inputs_of("pixart"), "hidden_states": torch.randn(2, 3, 64, 64)}
+    given = {n: x[:batch] if isinstance(x, Tensor) else x for n, x in given.items()}
+    eager = forward(model, given)
+    assert sqnr_db(eager, forward(fuse_blocks(model), given)) > 45
+
+
 @every_kind
 def test_unfusing_and_copies(kind: str, made: Callable):
     model, given = made(kind), inputs_of(kind)
