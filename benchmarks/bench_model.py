@@ -50,11 +50,11 @@ from benchmarks.model_variants import (
     fusion_counts,
     peer_names,
     prepare,
-    sqnr_db,
-    undo,
     weight_bytes,
 )
+from lrq_kernels.testing import sqnr_db
 from lrq_quant.model_shapes import named_inputs, names_with_inputs
+from lrq_quant.run_modes import COMPILE_KINDS, remove_compiled_and_graph
 
 WARMUP_S, TIMED_S = 1.0, 1.5
 MIN_FORWARDS, MAX_FORWARDS = 10, 200
@@ -179,7 +179,7 @@ def measure(run: Run, variant: Variant) -> dict[str, Any]:
         return row
     finally:
         if variant.base == "bf16":
-            undo(model)
+            remove_compiled_and_graph(model)
 
 
 def output_errors(eager: Tensor, output: Tensor) -> dict[str, float | None]:
@@ -257,7 +257,7 @@ def _parser() -> argparse.ArgumentParser:
         default=[*DEFAULT_VARIANTS],
         help=f"of {' '.join(peer_names())} and SCHEME-eager, -fused, -compiled, -graph",
     )
-    parser.add_argument("--compile", choices=("whole", "blocks"), help="what compiled compiles")
+    parser.add_argument("--compile", choices=COMPILE_KINDS, help="what compiled compiles")
     parser.add_argument("--no-fusion", action="store_true", help="compile ours without its pass")
     parser.add_argument(
         "--output-error", action="store_true", help="compare outputs to those of the model eager"

@@ -29,11 +29,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+import lrq_kernels.fusion
 from benchmarks.peers import PeerMissing, package
 from lrq_quant.model_memory import tensor_bytes
 from lrq_quant.model_shapes import make_model
+from lrq_quant.run_modes import MODES, apply_mode
 
 PEER_MODES = {
     "bf16": ("eager", "compiled", "graph"),
@@ -44,13 +46,12 @@ PEER_MODES = {
 }
 # Whose name alone means eager.
 SHORT_NAMES = ("nf4", "sdnq")
-LRQ_MODES = ("eager", "fused", "compiled", "graph")
 DEFAULT_VARIANTS = (
     "bf16-eager",
     "bf16-compiled",
     "torchao-fp8-compiled",
     "torchao-int8-compiled",
-    *(f"w4a8-{mode}" for mode in LRQ_MODES),
+    *(f"w4a8-{mode}" for mode in MODES),
 )
 FACTS_FILE = "bench_model.json"
 
@@ -70,11 +71,11 @@ class Variant:
             return Variant(name, name, "eager")
         base, _, mode = name.rpartition("-")
         is_scheme = re.fullmatch(r"w[234]a(4|8|16)", base) is not None
-        if mode in PEER_MODES.get(base, LRQ_MODES if is_scheme else ()):
+        if mode in PEER_MODES.get(base, MODES if is_scheme else ()):
             return Variant(name, base, mode)
         raise ValueError(
             f"a variant must be one of {peer_names()} or SCHEME-MODE as in w4a8-fused, with a mode "
-            f"of {LRQ_MODES}, got {name!r}"
+            f"of {MODES}, got {name!r}"
         )
 
     @property
@@ -254,60 +255,17 @@ class Models:
 def prepare(
     model: nn.Module, variant: Variant, *, compile: str | None = None, fusion: bool = True
 ) -> dict[str, Any]:
-    """Fuse, compile or capture `model` in place; facts for the row. Compiling and capturing happen
-    in the next forward. compile: "blocks" or "whole", by default as the model's class is compiled
-    best. Raises RuntimeError where the package lacks a part."""
-    facts: dict[str, Any] = {}
-    if variant.is_lrq and variant.mode in ("fused", "graph"):
-        facts["fused_blocks"] = _fuse(model)
-    if variant.mode == "graph":
-        _part("lrq_kernels", "graph")(model)
+    """Put `model` into the mode of the variant, with or without our pass; facts for the row."""
     if variant.mode == "compiled":
         torch._dynamo.reset()
-        if variant.is_lrq:
-            _set_fusion(fusion)
-        is_flux = type(model).__name__.startswith("Flux")
-        facts["compile"] = compile or ("blocks" if is_flux else "whole")
-        if facts["compile"] == "blocks":
-            model.compile_repeated_blocks(fullgraph=True)
-        else:
-            model.compile(fullgraph=True)
-    return facts
-
-
-def undo(model: nn.Module) -> None:
-    """Leave the bf16 model as it was made."""
-    _part("lrq_kernels", "ungraph")(model)
-    for module in model.modules():
-        module._compiled_call_impl = None
-    torch._dynamo.reset()
-
-
-def _part(module: str, name: str) -> Any:
-    found = getattr(package(module), name, None)
-    if found is None:
-        raise RuntimeError(f"{module} has no {name}, which this variant needs")
-    return found
-
-
-def _fuse(model: nn.Module) -> str:
-    """ "57 of 57", with the first obstacle where some blocks stay as they are."""
-    _part("lrq_quant", "fuse_blocks")(model)
-    blocks = _part("lrq_quant", "fused_blocks")(model)
-    obstacles = [why for why in blocks.values() if why is not None]
-    text = f"{len(blocks) - len(obstacles)} of {len(blocks)}"
-    return f"{text}; {obstacles[0]}" if obstacles else text
-
-
-def _set_fusion(wanted: bool) -> None:
-    fusion = package("lrq_kernels.fusion")
-    (fusion.enable if wanted else fusion.disable)()
-    fusion.reset_counts()
+        (lrq_kernels.fusion.enable if fusion else lrq_kernels.fusion.disable)()
+        lrq_kernels.fusion.reset_counts()
+    return apply_mode(model, variant.mode, compile)
 
 
 def fusion_counts() -> dict[str, int]:
     """Pattern -> matches since the last compiled lrq variant began."""
-    return {name: n for name, n in package("lrq_kernels.fusion").counts().items() if n}
+    return {name: n for name, n in lrq_kernels.fusion.counts().items() if n}
 
 
 @contextmanager
@@ -319,13 +277,3 @@ def cold_compiles() -> Iterator[None]:
 
     with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
         yield
-
-
-# ---- outputs ------------------------------------------------------------------------------------
-
-
-def sqnr_db(reference: Tensor, output: Tensor) -> float:
-    """Power of the reference over that of the difference, in dB; inf where they are equal."""
-    reference, output = reference.double(), output.double()
-    noise = (output - reference).square().sum().item()
-    return float("inf") if noise == 0 else float(10 * torch.log10(reference.square().sum() / noise))
