@@ -35,7 +35,8 @@ def apply_mode(model: nn.Module, mode: str, compile: str | None = None) -> dict[
     done: dict[str, str] = {}
     is_quantized = any(isinstance(module, LRQLinear) for module in model.modules())
     if mode == "fused" or (mode == "graph" and is_quantized):
-        fuse_blocks(model)
+        if None not in fused_blocks(model).values():  # none is fused yet
+            fuse_blocks(model)
         done["fused_blocks"] = _blocks_fused(model)
     if mode == "graph":
         lrq_kernels.graph(model)
