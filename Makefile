@@ -6,6 +6,9 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# One process a core, whole files each: the models that a file makes are made once.
+PYTEST_WORKERS ?= auto
+PYTEST = OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n $(PYTEST_WORKERS) --maxprocesses 16 --dist loadfile $(PYTEST_ARGS)
 VENV_PYTHON := .venv/bin/python
 # Its script is in bin of the environment below when it came from there.
 CLANG_FORMAT := $(VENV_PYTHON) -c "import clang_format; clang_format.clang_format()"
@@ -44,10 +47,10 @@ demo: build
 	$(VENV_PYTHON) -m lrq_quant demo --out demo
 
 test: build
-	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+	$(PYTEST)
 
 test-gpu: build
-	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
+	$(PYTEST) -m gpu
 
 SOURCES := lrq_kernels lrq_quant tests benchmarks setup.py .ci/environment.py
 CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')

@@ -34,10 +34,10 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.dit_shapes import FLUX_DEV, PIXART_SIGMA
-from benchmarks.timing import copy_gbps
 from lrq_kernels import _planner
 from lrq_kernels.op_checks import A16_TILES, GEMV_MAX_ROWS
 from lrq_kernels.testing import make_problem
+from lrq_quant.machine_limits import copy_gbps
 
 ROTATED_BYTES = 220_000_000
 GRAPH_BELOW_US, GRAPH_US = 100.0, 900.0

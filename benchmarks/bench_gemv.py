@@ -29,8 +29,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers import PeerMissing, nf4, tinygemm
-from benchmarks.timing import copy_gbps, graph_us, num_buffers
+from benchmarks.timing import graph_us, num_buffers
 from lrq_kernels.ops import GEMV_MAX_ROWS
+from lrq_quant.machine_limits import copy_gbps
 
 Row = dict[str, Any]
 Shape = tuple[int, int]  # N, K

@@ -30,11 +30,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.bench_model import REPEATS, WARMUP, make_inputs, make_model, tensor_bytes
-from benchmarks.dit_shapes import MODEL_CONFIGS
+from lrq_quant.model_memory import tensor_bytes
+from lrq_quant.model_shapes import make_model, model_config, named_inputs
 
 ROWS = ("load-gpu", "load-cpu", "eager", "model", "group", "compile")
 GB = 1e9
+WARMUP, REPEATS = 3, 10
 
 
 def make_checkpoint(name: str, scheme: str, folder: Path, device: str) -> dict[str, Any]:
@@ -155,13 +156,11 @@ def main() -> None:
 
 
 def _in_this_process(arguments: argparse.Namespace) -> dict[str, Any]:
-    import diffusers
-
     name, folder = arguments.model, arguments.folder
     if arguments.one == "make":
         return make_checkpoint(name, arguments.scheme, folder, "cuda")
-    model_class = getattr(diffusers, MODEL_CONFIGS[name][0])
-    return measure(arguments.one, model_class, folder, "cuda", lambda: make_inputs(name, "cuda"))
+    model_class, _ = model_config(name)
+    return measure(arguments.one, model_class, folder, "cuda", lambda: named_inputs(name))
 
 
 def _in_a_process(arguments: argparse.Namespace, folder: Path, row: str) -> dict[str, Any]:

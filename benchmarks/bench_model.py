@@ -1,155 +1,314 @@
-"""One transformer at its published shape: memory by kind and time per forward.
+"""One transformer at its published shape in many ways: time of a forward, and memory.
 
-    python -m benchmarks.bench_model --model flux-dev --variants bf16-eager w4a8-eager
+    python -m benchmarks.bench_model --model flux-dev --json flux.json --plot flux.png
+    python -m benchmarks.bench_model --model pixart-sigma --batch 2 --variants bf16-eager w4a8-graph
 
-Weights are random, in bf16. A quantized variant is quantized from weights alone, saved, loaded
-from the file and run; its memory is what all parameters and buffers take on the GPU.
+benchmarks.model_variants lists the variants. Weights are random, in bf16; ours are quantized from
+the weights alone, saved, loaded from the file and run.
+
+Each variant is timed on its own, after the same second of forwards: ms is the median of forwards
+that follow each other without a gap, between CUDA events; spread the distance of their quartiles
+over it. weights_gb counts all parameters and buffers of the transformer, each storage once. peak_gb
+is the most that was allocated while forwards ran, for a graph while it was captured. compile_s is
+the first forward of a compiled or captured model, with the compilation or capture in it.
+
+--output-error compares the output of ours, and of bf16, to that of the same model eager: in bf16
+roundings alone make differences that are larger than what fusion changes, so that the row of
+bf16-compiled is the measure for the others. Below 45 dB the line says so.
+
+Rows are written after each variant, so that a run cut short keeps what it has; a variant that fails
+is a row with its error, and the exit code is 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import contextlib
+import datetime
 import json
+import os
+import statistics
+import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from benchmarks.dit_shapes import MODEL_CONFIGS
+from benchmarks.model_plot import plot
+from benchmarks.model_variants import (
+    DEFAULT_VARIANTS,
+    Models,
+    Variant,
+    cold_compiles,
+    free,
+    fusion_counts,
+    peer_names,
+    prepare,
+    weight_bytes,
+)
+from lrq_kernels.testing import sqnr_db
+from lrq_quant.model_shapes import named_inputs, names_with_inputs
+from lrq_quant.run_modes import COMPILE_KINDS, remove_compiled_and_graph
 
-WARMUP, REPEATS = 3, 10
+WARMUP_S, TIMED_S = 1.0, 1.5
+MIN_FORWARDS, MAX_FORWARDS = 10, 200
+EXPECTED_SQNR_DB = 45.0
 
 
-def make_model(name: str, device: str) -> torch.nn.Module:
-    """The bf16 transformer with random weights of a trained model's scale, on `device`."""
-    import diffusers
+@dataclass
+class Run:
+    """What the variants of one call share. eager: outputs of each base as made, on the CPU."""
 
-    class_name, config = MODEL_CONFIGS[name]
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
+    models: Models
+    inputs: dict[str, Any]
+    device: str
+    compile: str | None = None
+    fusion: bool = True
+    output_error: bool = False
+    eager: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.startswith("cuda")
+
+
+# ---- timing -------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Marks between forwards: CUDA events, or the clock of the host where there is no GPU."""
+
+    def __init__(self, on_gpu: bool) -> None:
+        self.on_gpu = on_gpu
+        self.marks: list[Any] = []
+
+    def mark(self) -> None:
+        if self.on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def intervals_ms(self) -> list[float]:
+        pairs = zip(self.marks[:-1], self.marks[1:], strict=True)
+        if not self.on_gpu:
+            return [1e3 * (end - begin) for begin, end in pairs]
+        torch.cuda.synchronize()
+        return [begin.elapsed_time(end) for begin, end in pairs]
+
+
+def forward(run: Run, model: nn.Module) -> Tensor:
+    return model(**run.inputs, return_dict=False)[0]
+
+
+def first_forward(run: Run, model: nn.Module) -> tuple[Tensor, float]:
+    """Its output and seconds. Raises RuntimeError for NaN and inf."""
+    start = time.perf_counter()
+    output = forward(run, model)
+    if not bool(torch.isfinite(output).all()):  # waits for the GPU
+        raise RuntimeError("the output holds NaN or inf")
+    return output, time.perf_counter() - start
+
+
+def time_forwards(run: Run, model: nn.Module) -> dict[str, float]:
+    """ms, spread and forwards of a model that has run before."""
+    start, warmed = time.perf_counter(), 0
+    while warmed < 2 or time.perf_counter() - start < WARMUP_S:
+        forward(run, model)
+        warmed += 1
+        if run.on_gpu:
+            torch.cuda.synchronize()
+    each = (time.perf_counter() - start) / warmed
+    count = min(MAX_FORWARDS, max(MIN_FORWARDS, round(TIMED_S / each)))
+    clock = Clock(run.on_gpu)
+    clock.mark()
+    for _ in range(count):
+        forward(run, model)
+        clock.mark()
+    low, middle, high = statistics.quantiles(clock.intervals_ms(), n=4)
+    return {"ms": middle, "spread": (high - low) / middle, "forwards": count}
+
+
+def reset_peak(run: Run) -> None:
+    free()
+    if run.on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+
+
+# ---- rows ---------------------------------------------------------------------------------------
+
+
+def machine(device: str) -> dict[str, str]:
+    gpu = torch.cuda.get_device_name() if device.startswith("cuda") else "none, CPU"
+    return {"gpu": gpu, "torch": torch.__version__, "date": datetime.date.today().isoformat()}
+
+
+@torch.no_grad()
+def measure(run: Run, variant: Variant) -> dict[str, Any]:
+    """What a row says of one variant. Raises what the packages that it runs raise."""
+    if variant.mode == "graph" and not run.on_gpu:
+        raise RuntimeError("a CUDA graph needs a CUDA device")
+    model, row = run.models.make(variant)
     try:
-        with torch.device(device):
-            model = getattr(diffusers, class_name)(**config)
+        compare = run.output_error and (variant.is_lrq or variant.base == "bf16")
+        if compare and variant.base not in run.eager:
+            run.eager[variant.base] = forward(run, model).cpu()
+        row |= prepare(model, variant, compile=run.compile, fusion=run.fusion)
+        row["weights_gb"] = weight_bytes(model) / 1e9
+        reset_peak(run)
+        with cold_compiles() if variant.mode == "compiled" else contextlib.nullcontext():
+            output, seconds = first_forward(run, model)
+        if variant.mode in ("compiled", "graph"):
+            row["compile_s"] = seconds
+        if variant.mode == "compiled" and variant.is_lrq:
+            row["fusion"] = fusion_counts()
+        if compare:
+            row |= output_errors(run.eager[variant.base], output.cpu())
+        del output
+        if variant.mode != "graph":  # compiling and tuning allocate too; a replay does not
+            reset_peak(run)
+        row |= time_forwards(run, model)
+        row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9 if run.on_gpu else None
+        return row
     finally:
-        torch.set_default_dtype(default)
-    return model.eval().requires_grad_(False)
+        if variant.base == "bf16":
+            remove_compiled_and_graph(model)
 
 
-def make_inputs(name: str, device: str, size: int = 1024, batch: int = 1) -> dict[str, Any]:
-    """Arguments of one forward at `size` x `size` pixels."""
-    latent = size // 8
-    options: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
-    timestep = torch.full((batch,), 0.5, **options)
-    if name == "flux-dev":
-        tokens = (latent // 2) ** 2
-        return {
-            "hidden_states": torch.randn(batch, tokens, 64, **options),
-            "encoder_hidden_states": torch.randn(batch, 512, 4096, **options),
-            "pooled_projections": torch.randn(batch, 768, **options),
-            "timestep": timestep,
-            "guidance": torch.full((batch,), 3.5, **options),
-            "img_ids": torch.randint(0, latent // 2, (tokens, 3), device=device).to(torch.bfloat16),
-            "txt_ids": torch.zeros(512, 3, **options),
-        }
-    return {
-        "hidden_states": torch.randn(batch, 4, latent, latent, **options),
-        "encoder_hidden_states": torch.randn(batch, 300, 4096, **options),
-        "encoder_attention_mask": torch.ones(batch, 300, **options),
-        "timestep": timestep * 1000,
-        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-    }
+def output_errors(eager: Tensor, output: Tensor) -> dict[str, float | None]:
+    """Relative error and SQNR in dB; None where the outputs are equal."""
+    db = sqnr_db(eager, output)
+    equal = db == float("inf")
+    return {"output_error": 10 ** (-db / 20), "output_sqnr_db": None if equal else db}
 
 
-def tensor_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all parameters and buffers, each counted once."""
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+def rows_of(run: Run, variants: list[Variant], facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A row for each variant; that of a variant that failed says why."""
+    for variant in variants:
+        row = {**facts, "variant": variant.name, "lrq": variant.is_lrq}
+        try:
+            row |= measure(run, variant)
+        except Exception as error:  # a package may fail in any way; the other variants still count
+            reason = next(iter(str(error).splitlines()), "")
+            row |= {"error": f"{type(error).__name__}: {reason}"}
+            row |= {"traceback": traceback.format_exc()}
+        free()
+        yield row
 
 
-def quantized(name: str, scheme: str, device: str) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """Quantize random weights of `name`, save, and load the file into a fresh model."""
-    from lrq_quant import QuantRecipe, quantize_model
-    from lrq_quant.pipeline_io import load_transformer, save_transformer
-
-    model = make_model(name, device)
-    facts: dict[str, Any] = {"bf16_gb": tensor_bytes(model) / 1e9}
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "transformer"
-        start = time.perf_counter()
-        recipe = QuantRecipe.from_name(scheme)
-        result = quantize_model(model, recipe)
-        facts["quantize_s"] = time.perf_counter() - start
-        print(f"{name} {scheme}: quantized in {facts['quantize_s']:.0f} s", flush=True)
-        save_transformer(model, result, out)
-        facts["weight_bits"] = result.report.weight_bits
-        facts["coverage"] = result.report.coverage
-        del model, result
-        gc.collect()
-        torch.cuda.empty_cache()
-        print(f"{name} {scheme}: saved in {time.perf_counter() - start:.0f} s in all", flush=True)
-        facts["file_gb"] = sum(f.stat().st_size for f in out.iterdir()) / 1e9
-        start = time.perf_counter()
-        loaded = load_transformer(out, device=device)
-        facts["load_s"] = time.perf_counter() - start
-    return loaded, facts
+COLUMNS = (  # key, title, width, digits
+    ("weights_gb", "weights", 8, 2),
+    ("peak_gb", "peak GB", 8, 2),
+    ("compile_s", "comp s", 8, 1),
+    ("quantize_s", "quant s", 8, 1),
+    ("load_s", "load s", 7, 1),
+    ("weight_bits", "bits", 7, 3),
+)
+HEADER = f"{'variant':23}{'ms':>9}{'iqr':>7}" + "".join(f"{t:>{w}}" for _, t, w, _ in COLUMNS)
 
 
-def time_forward(model: torch.nn.Module, inputs: dict[str, Any]) -> float:
-    """Median milliseconds of one forward."""
-    times = []
-    with torch.no_grad():
-        for step in range(WARMUP + REPEATS):
-            begin, end = torch.cuda.Event(True), torch.cuda.Event(True)
-            begin.record()
-            model(**inputs, return_dict=False)
-            end.record()
-            end.synchronize()
-            if step >= WARMUP:
-                times.append(begin.elapsed_time(end))
-    return sorted(times)[len(times) // 2]
+def line(row: dict[str, Any]) -> str:
+    """One line of the table."""
+    if "error" in row:
+        return f"{row['variant']:23} failed: {row['error']}"
+    cells = []
+    for key, _, width, digits in COLUMNS:
+        value = row.get(key)
+        cells.append(f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}")
+    figures = f"{row['variant']:23}{row['ms']:9.2f}{100 * row['spread']:6.1f}%" + "".join(cells)
+    return f"{figures}  {'; '.join(notes(row))}".rstrip()
 
 
-def measure(name: str, variant: str, inputs: dict[str, Any], device: str) -> dict[str, Any]:
-    scheme, _, mode = variant.partition("-")
-    if mode != "eager":
-        raise ValueError(f"bench_model: variant must be SCHEME-eager, got {variant!r}")
-    facts: dict[str, Any] = {}
-    if scheme == "bf16":
-        model = make_model(name, device)
-    else:
-        model, facts = quantized(name, scheme, device)
-    weights = tensor_bytes(model) / 1e9
-    torch.cuda.reset_peak_memory_stats()
-    with torch.no_grad():
-        output = model(**inputs, return_dict=False)[0]
-    if not bool(torch.isfinite(output).all()):
-        raise RuntimeError(f"bench_model: {variant} gave NaN or inf")
-    row = {"model": name, "variant": variant, "ms": time_forward(model, inputs)}
-    row |= {"weights_gb": weights, "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
-    return row | facts
+def notes(row: dict[str, Any]) -> Iterator[str]:
+    if "compile" in row:
+        yield row["compile"]
+    if "fused_blocks" in row:
+        yield f"{row['fused_blocks']} blocks fused"
+    if "fusion" in row:
+        yield " ".join(f"{name} {n}" for name, n in row["fusion"].items()) or "no fusion"
+    if "output_error" in row:
+        db = row["output_sqnr_db"]
+        low = " (below 45)" if db is not None and db < EXPECTED_SQNR_DB else ""
+        yield "output equal" if db is None else f"output {db:.1f} dB{low}"
 
 
-def main() -> None:
+def write_json(rows: list[dict[str, Any]], file: Path) -> None:
+    """The file is whole at any time."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(rows, indent=1) + "\n")
+    temporary.replace(file)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=sorted(MODEL_CONFIGS), default="flux-dev")
-    parser.add_argument("--variants", nargs="+", default=["bf16-eager", "w4a8-eager"])
+    parser.add_argument("--model", choices=names_with_inputs(), default="flux-dev")
     parser.add_argument("--size", type=int, default=1024, help="pixels along a side")
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=[*DEFAULT_VARIANTS],
+        help=f"of {' '.join(peer_names())} and SCHEME-eager, -fused, -compiled, -graph",
+    )
+    parser.add_argument("--compile", choices=COMPILE_KINDS, help="what compiled compiles")
+    parser.add_argument("--no-fusion", action="store_true", help="compile ours without its pass")
+    parser.add_argument(
+        "--output-error", action="store_true", help="compare outputs to those of the model eager"
+    )
+    parser.add_argument("--cache", type=Path, help="folder to keep quantized checkpoints in")
+    parser.add_argument("--device", default="cuda", help="cpu: to try it with a tiny model")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
-    arguments = parser.parse_args()
-    inputs = make_inputs(arguments.model, "cuda", arguments.size, arguments.batch)
-    rows = []
-    for variant in arguments.variants:
-        rows.append(measure(arguments.model, variant, inputs, "cuda"))
-        print(json.dumps(rows[-1]), flush=True)
-        gc.collect()
-        torch.cuda.empty_cache()
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    parser.add_argument("--plot", type=Path, help="draw bars of time and memory into this file")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 1 where a variant failed."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    facts = {"model": arguments.model, "size": arguments.size, "batch": arguments.batch}
+    try:
+        variants = [Variant.parse(name) for name in arguments.variants]
+        if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError("needs a CUDA GPU")
+        inputs = named_inputs(
+            arguments.model,
+            size=arguments.size,
+            batch=arguments.batch,
+            device=arguments.device,
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    facts |= machine(arguments.device)
+    print(", ".join(f"{key} {value}" for key, value in facts.items()), HEADER, sep="\n", flush=True)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.cache or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        run = Run(
+            Models(arguments.model, arguments.device, folder),
+            inputs,
+            arguments.device,
+            arguments.compile,
+            not arguments.no_fusion,
+            arguments.output_error,
+        )
+        for row in rows_of(run, variants, facts):
+            rows.append(row)
+            print(line(row), flush=True)
+            if arguments.json:
+                write_json(rows, arguments.json)
+    if arguments.plot:
+        plot(rows, arguments.plot)
+    return int(any("error" in row for row in rows))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -35,24 +35,6 @@ def bench_us(call: Call, warmup_ms: float = 5, rep_ms: float = 25) -> float:
     return float(triton.testing.do_bench(call, **options)) * 1e3
 
 
-def copy_gbps(size: int = 1 << 29) -> float:
-    """GB/s of a large copy, bytes read and written: the ceiling of what memory can give."""
-    source = torch.empty(size, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    for _ in range(5):
-        target.copy_(source)
-    times = []
-    for _ in range(15):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        target.copy_(source)
-        target.copy_(source)
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    return 4 * size / sorted(times)[len(times) // 2] / 1e6
-
-
 def num_buffers(bytes_per_call: int) -> int:
     """How many sets of buffers of one call exceed four times the L2 of this GPU.
 

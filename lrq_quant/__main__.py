@@ -5,6 +5,7 @@ lrq generate OUT --prompt "..." --out picture.png
 lrq inspect OUT
 lrq card OUT --base HUB_ID
 lrq demo --out demo
+lrq profile flux-dev --mode graph
 lrq info
 """
 
@@ -82,6 +83,26 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--schemes", nargs="+", default=["w4a8", "w4a4", "w3a4"])
     add.add_argument("--device", help="cuda or cpu; the GPU when there is one")
     add.set_defaults(command=_demo)
+
+    add = commands.add_parser("profile", help="where the time of a forward goes, kernel by family")
+    add.add_argument("model", help="a published shape such as flux-dev, or a local folder")
+    add.add_argument("--size", type=int, default=1024, help="pixels along a side")
+    add.add_argument("--batch", type=int, default=1)
+    add.add_argument("--steps", type=int, default=5, help="forwards that are recorded")
+    add.add_argument("--scheme", help="w{2,3,4}a{4,8,16} or bf16; by default w4a8 or the folder's")
+    add.add_argument("--mode", default="eager", help="eager, fused, compiled or graph")
+    add.add_argument("--device", help="cuda or cpu; the GPU when there is one")
+    add.add_argument("--json", type=Path, help="write the profile to this file")
+    add.add_argument("--trace", type=Path, help="write a Chrome trace of one forward to this file")
+    add.add_argument("--plot", type=Path, help="draw families as a stacked bar into this file")
+    add.add_argument(
+        "--limits",
+        nargs=3,
+        type=float,
+        metavar=("GBPS", "TOPS_8", "TOPS_16"),
+        help="copy, 8-bit and bf16 products of this GPU; measured by default",
+    )
+    add.set_defaults(command=_profile)
 
     add = commands.add_parser("info", help="GPU, compiled architectures, kernels that will run")
     add.set_defaults(command=_info)
@@ -273,6 +294,31 @@ def _demo(arguments: argparse.Namespace) -> int:
     report = run_demo(arguments.out, device, prompts=prompts, schemes=arguments.schemes)
     print(table(report))
     print(f"{arguments.out / 'grid.png'} and report.json, {time.perf_counter() - start:.0f} s")
+    return 0
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    from .machine_limits import Limits
+    from .profiled_model import ProfileOptions, profile_model
+    from .profiling import plot
+
+    options = ProfileOptions(
+        model=arguments.model,
+        size=arguments.size,
+        batch=arguments.batch,
+        steps=arguments.steps,
+        scheme=arguments.scheme,
+        mode=arguments.mode,
+        device=_device(arguments),
+        trace=arguments.trace,
+        limits=None if arguments.limits is None else Limits(*arguments.limits),
+    )
+    result = profile_model(options)
+    print(result.table())
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result.to_dict(), indent=1) + "\n")
+    if arguments.plot:
+        plot([result], arguments.plot)
     return 0
 
 

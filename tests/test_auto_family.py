@@ -13,7 +13,6 @@ from tiny_families import TINY_FAMILIES, Tiny, forward
 from tiny_models import BF16, linears, load, run, tiny_pipeline, tiny_pixart
 from torch import Tensor, nn
 
-from benchmarks.dit_shapes import MODEL_CONFIGS
 from lrq_kernels import load_quantized
 from lrq_kernels.testing import relative_error
 from lrq_quant import (
@@ -28,6 +27,7 @@ from lrq_quant import (
 )
 from lrq_quant.auto_family import family_by_names, find_blocks
 from lrq_quant.families import ATTENTION, FAMILIES, FEED_FORWARD, MODULATION, SharedInput
+from lrq_quant.model_shapes import MODEL_CONFIGS
 from lrq_quant.pipeline_io import quantize_pipeline
 
 RECIPE = QuantRecipe.from_name("w4a8")

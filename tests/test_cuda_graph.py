@@ -19,6 +19,7 @@ from lrq_kernels import LRQLinear, QuantScheme, set_act_bits
 from lrq_kernels.cuda_graph import Captured, GraphedForward, Options, graph, ungraph
 from lrq_kernels.testing import make_state
 from lrq_quant import fuse_blocks
+from lrq_quant.model_shapes import named_inputs
 
 
 class Recorder:
@@ -231,3 +232,29 @@ def test_replays_are_what_the_model_computes(kind: str, fused: bool, tmp_path):
     }
     again = forward(model, twice)
     assert torch.equal(again, forward(ungraph(model), twice))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["flux", "pixart"])
+def test_resolutions_and_other_weights(kind: str, tmp_path):
+    """A graph for each resolution; weights loaded in place and weights replaced are both seen."""
+    folder = quantized_folder(kind, tmp_path / "one")
+    model, plain = (load(kind, folder).to("cuda") for _ in range(2))
+    other = load(kind, quantized_folder(kind, tmp_path / "other")).to(
+        "cuda"
+    )  # other random weights
+    draws = [named_inputs(f"tiny-{kind}", size=size) for size in (128, 256)]
+    lrq_kernels.graph(model)
+
+    def assert_equal(expected: nn.Module) -> None:
+        for given in (*draws, *draws):
+            assert torch.equal(forward(model, given), forward(expected, given))
+
+    assert_equal(plain)
+    assert len(model.forward._graphs) == 2
+    model.load_state_dict(other.state_dict())
+    assert_equal(other)
+    for name, part in (*plain.named_children(), *plain.named_parameters(recurse=False)):
+        setattr(model, name, part)
+    assert_equal(plain)
+    assert len(model.forward._graphs) == 2

@@ -92,6 +92,16 @@ def test_the_launches_of_a_forward(kind: str, made: Callable):
 
 
 @every_kind
+def test_fusing_twice_is_fusing_once(kind: str, made: Callable):
+    model, given = fuse_blocks(made(kind)), inputs_of(kind)
+    expected = forward(model, given)
+    fuse_blocks(model)
+    with LrqCalls() as calls:
+        assert torch.equal(forward(model, given), expected)
+    assert calls.counts == CALLS[kind]
+
+
+@every_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_fused_computes_what_unfused_does(kind: str, dtype: torch.dtype, made: Callable):
     model, given = made(kind, dtype), inputs_of(kind, dtype)

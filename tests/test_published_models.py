@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.dit_shapes import MODEL_CONFIGS
 from lrq_quant import LRQConfig, QuantPlan, QuantRecipe
 from lrq_quant.auto_family import find_blocks
 from lrq_quant.families import FAMILIES, MODULATION
+from lrq_quant.model_shapes import MODEL_CONFIGS
 from lrq_quant.rotation_search import data_free_rotation
 
 

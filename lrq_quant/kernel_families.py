@@ -1,0 +1,81 @@
+"""Which family a GPU kernel, or an operator on the CPU, belongs to: by its name, in one table."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+GEMM, ATTENTION, QUANTIZATION = "gemm", "attention", "quantization"
+ELEMENTWISE, COPY, OTHER = "element-wise", "memory copy", "other"
+# Of a table: what the GPU does, and when it does nothing.
+LAUNCH_GAPS = "launch gaps"
+FAMILIES = (GEMM, ATTENTION, QUANTIZATION, ELEMENTWISE, COPY, OTHER)
+
+# The work of lrq's kernels that is counted (op_work), and the kernels that do it.
+OUR_GEMM, OUR_A16, OUR_QUANTIZATION = "lrq gemm", "lrq a16 gemm, gemv", "lrq rotate + quantize"
+_OURS = (
+    (OUR_GEMM, r"lrq::.*\bgemm_sm(80|90)_kernel<"),
+    (OUR_A16, r"lrq::.*\b(gemm_a16_sm90_kernel|gemv_kernel)<"),
+    (
+        OUR_QUANTIZATION,
+        r"lrq::.*\brotate_rows_kernel<"
+        r"|^(row|activation|norm|block_dense|block_dense_quantize)_kernel$",
+    ),
+)
+
+# The first that is found in a name decides.
+_RULES = (
+    (GEMM, r"lrq::.*\b(gemm_sm(80|90)|gemm_a16_sm90|gemv)_kernel|^lrq::(gemm|gemm_a16|gemv)$"),
+    (
+        QUANTIZATION,
+        r"lrq::.*\b(rotate_rows|dequantize|prepack|unprepack)_kernel|^lrq::\w*rotate\w*$"
+        r"|^(row|activation|norm|block_dense|block_dense_quantize)_kernel$"
+        r"|^lrq::(dequantize|prepack|unprepack)$",
+    ),
+    (ELEMENTWISE, r"^qk_norm_rope_kernel$|^lrq::qk_norm_rope$"),
+    # Inductor names a kernel after the ops whose work it took part in, so that one which prepares
+    # or scales a product bears its name. Only templates multiply.
+    (GEMM, r"^triton_tem_fused_.*mm"),
+    (ATTENTION, r"^triton_tem_fused_.*attention"),
+    # A scale by the largest value, or values cut to those of a code: torchao's, after a norm or an
+    # activation as it comes.
+    (QUANTIZATION, r"^triton_(poi|red|per)_fused_.*(amax|clamp)"),
+    (ELEMENTWISE, r"^triton_"),
+    (QUANTIZATION, r"kQuantizeBlockwise|kDequantizeBlockwise|dequantize|quantize_"),
+    (
+        ATTENTION,
+        r"sdpa|flash_fwd|flash_attn|FlashAttn|fmha|efficient_attention|_attention",
+    ),
+    (COPY, r"^Mem(cpy|set)|CatArrayBatchedCopy|direct_copy_kernel|copy_device_to_device"),
+    (COPY, r"^aten::(copy_|cat|clone|contiguous|to)$"),
+    # "nvjet", "xmma", "cutlass" are families of libraries; convolutions are products to them.
+    (
+        GEMM,
+        r"nvjet_|xmma|gemm|GEMM|cutlass|gemv|splitK|dot_kernel"
+        r"|^aten::(linear|addmm|mm|bmm|matmul|_scaled_mm|_int_mm|conv\w*)$",
+    ),
+    (
+        ELEMENTWISE,
+        r"elementwise|reduce_kernel|layer_norm|LayerNorm|rms_norm|RMSNorm|softmax|SoftMax"
+        r"|multi_tensor_apply|index|gather|scatter",
+    ),
+    (
+        ELEMENTWISE,
+        r"^aten::(add|sub|mul|div|neg|sin|cos|exp|pow|rsqrt|silu|gelu|sigmoid|tanh|outer"
+        r"|layer_norm|rms_norm|_fused_rms_norm|mean|sum|stack|arange|embedding|index_select)_?$",
+    ),
+)
+_COMPILED_RULES = [(family, re.compile(pattern)) for family, pattern in _RULES]
+_COMPILED_OURS = [(work, re.compile(pattern)) for work, pattern in _OURS]
+
+
+@lru_cache(maxsize=4096)
+def family_of_kernel(name: str) -> str:
+    """One of FAMILIES."""
+    return next((family for family, rule in _COMPILED_RULES if rule.search(name)), OTHER)
+
+
+@lru_cache(maxsize=4096)
+def our_work(name: str) -> str | None:
+    """Which counted work of lrq a GPU kernel does, None where it is not lrq's."""
+    return next((work for work, rule in _COMPILED_OURS if rule.search(name)), None)

@@ -1,0 +1,82 @@
+"""How much a forward asks of lrq's ops: operations and bytes, counted as the ops are called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .kernel_families import OUR_A16, OUR_GEMM, OUR_QUANTIZATION
+
+_KIND = {
+    "gemm": OUR_GEMM,
+    "gemm_a16": OUR_A16,
+    "gemv": OUR_A16,
+    "rotate": OUR_QUANTIZATION,
+    "rotate_quantize": OUR_QUANTIZATION,
+    "concat_rotate_quantize": OUR_QUANTIZATION,
+    "activation_rotate_quantize": OUR_QUANTIZATION,
+    "norm_modulate_rotate_quantize": OUR_QUANTIZATION,
+}
+
+
+@dataclass
+class Work:
+    """operations: multiplications and additions; bytes: of all operands and results, each once; 0
+    where it is not known."""
+
+    calls: int = 0
+    operations: int = 0
+    bytes: int = 0
+
+
+class OpWork(TorchDispatchMode):
+    """Counts while it is active. It sees calls from Python: nothing that is compiled or replayed.
+
+    work: kind (kernel_families.OUR_...) -> Work.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.work: dict[str, Work] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        kind = _KIND.get(func._opname) if func.namespace == "lrq" else None
+        if kind is not None:
+            given = dict(_named_arguments(func, args, kwargs or {}))
+            work = self.work.setdefault(kind, Work())
+            work.calls += 1
+            work.operations += _operations(given)
+            work.bytes += sum(_nbytes(leaf) for leaf in tree_leaves((given, result)))
+        return result
+
+
+def _named_arguments(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[str, Any]]:
+    yield from zip((argument.name for argument in func._schema.arguments), args, strict=False)
+    yield from kwargs.items()
+
+
+def _operations(given: dict[str, Any]) -> int:
+    """2 M N K of a product, 0 of what has no out_features: a rotation is bound by its bytes."""
+    if "out_features" not in given:
+        return 0
+    x = given["x_q"] if "x_q" in given else given["x"]
+    return 2 * x.numel() * given["out_features"]
+
+
+def _nbytes(leaf: Any) -> int:
+    return leaf.numel() * leaf.element_size() if isinstance(leaf, Tensor) else 0
+
+
+@torch.no_grad()
+def count_work(model: torch.nn.Module, inputs: dict[str, Any]) -> dict[str, Work]:
+    """Of one forward, which runs."""
+    with OpWork() as counted:
+        model(**inputs, return_dict=False)
+    return counted.work

@@ -1,0 +1,154 @@
+"""bench_model: what a variant is, what a row says, and that a failing variant does not end a run.
+
+On tiny models on the CPU, where times mean nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import bench_model as bench
+from benchmarks import model_variants as variants
+from benchmarks.model_plot import plot
+from benchmarks.model_variants import Variant
+from lrq_quant.model_memory import memory_by_kind, tensor_bytes
+from lrq_quant.model_shapes import make_model, model_inputs, named_inputs, names_with_inputs
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch):
+    monkeypatch.setattr(bench, "WARMUP_S", 0.0)
+    monkeypatch.setattr(bench, "MIN_FORWARDS", 3)
+    monkeypatch.setattr(bench, "MAX_FORWARDS", 3)
+
+
+def run(tmp_path: Path, *names: str, model: str = "tiny-flux") -> tuple[int, list[dict]]:
+    file = tmp_path / "rows.json"
+    options = ["--device", "cpu", "--size", "64", "--json", str(file), "--output-error"]
+    cache = ["--cache", str(tmp_path / "cache")]
+    code = bench.main(["--model", model, *options, *cache, "--variants", *names])
+    return code, json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("model", ["tiny-flux", "tiny-pixart"])
+def test_rows_of_variants(model: str, tmp_path: Path, capsys):
+    code, rows = run(tmp_path, "bf16-eager", "w4a8-eager", "w4a8-fused", model=model)
+    assert code == 0 and [row["variant"] for row in rows] == [
+        "bf16-eager",
+        "w4a8-eager",
+        "w4a8-fused",
+    ]
+    dense, eager, fused = rows
+    assert dense["weights_gb"] == pytest.approx(tensor_bytes(make_model(model, "cpu")) / 1e9)
+    assert eager["weights_gb"] < dense["weights_gb"] and 4 < eager["weight_bits"] < 6
+    assert 0.5 < eager["coverage"] < 1 and eager["quantize_s"] == fused["quantize_s"]
+    assert (eager["output_error"], eager["output_sqnr_db"]) == (0.0, None)
+    assert fused["output_sqnr_db"] > 35 and fused["fused_blocks"].startswith(("4 of 4", "2 of 2"))
+    for row in rows:
+        assert row["ms"] > 0 and row["forwards"] == 3 and row["model"] == model
+        assert row["torch"] == torch.__version__ and row["gpu"] == "none, CPU" and row["date"]
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
+
+
+def test_a_failing_variant_is_a_row_and_the_others_run(tmp_path: Path, monkeypatch, capsys):
+    def absent(name: str) -> None:
+        raise variants.PeerMissing(f"{name} is not installed")
+
+    monkeypatch.setattr(variants, "package", absent)
+    code, rows = run(tmp_path, "torchao-int8-eager", "nf4", "sdnq", "w4a8-graph", "w4a8-eager")
+    assert code == 1
+    assert [("error" in row) for row in rows] == [True, True, True, True, False]
+    assert rows[0]["error"] == "PeerMissing: torchao.quantization is not installed"
+    assert "CUDA" in rows[3]["error"] and "Traceback" in rows[3]["traceback"]
+    assert "nf4                     failed: PeerMissing" in capsys.readouterr().out
+
+
+def test_rows_are_written_one_by_one(tmp_path: Path, monkeypatch):
+    """What was measured before a run is cut stays."""
+
+    def cut(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(variants._QUANTIZE, "sdnq", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "bf16-eager", "sdnq")
+    assert [row["variant"] for row in json.loads((tmp_path / "rows.json").read_text())] == [
+        "bf16-eager"
+    ]
+
+
+def test_a_scheme_is_quantized_once(tmp_path: Path, monkeypatch):
+    _, (first,) = run(tmp_path, "w3a8-eager")
+    monkeypatch.setattr("lrq_quant.quantize_model", None)
+    _, (again,) = run(tmp_path, "w3a8-eager")
+    assert again["weight_bits"] == first["weight_bits"]
+    assert again["quantize_s"] == first["quantize_s"]
+
+
+def test_names_of_variants():
+    for name in [*variants.peer_names(), *variants.DEFAULT_VARIANTS, "w2a8-graph", "w4a16-fused"]:
+        assert Variant.parse(name).name == name
+    assert Variant.parse("torchao-fp8-compiled") == Variant(
+        "torchao-fp8-compiled", "torchao-fp8", "compiled"
+    )
+    assert Variant.parse("nf4").mode == "eager" and not Variant.parse("nf4").is_lrq
+    for name in ("w4a8", "w5a8-eager", "bf16-fused", "nf4-compiled", "w4a8-fast", "", "sdnq-graph"):
+        with pytest.raises(ValueError, match="a variant must be one of"):
+            Variant.parse(name)
+
+
+@pytest.mark.parametrize("name", names_with_inputs())
+def test_inputs_are_the_same_in_every_call(name: str):
+    first, second = (named_inputs(name, size=256, batch=2, device="cpu") for _ in range(2))
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, second[key]) and value.dtype == torch.bfloat16
+
+
+def test_inputs_that_do_not_fit():
+    with pytest.raises(ValueError, match="multiple of 16 pixels, got 100"):
+        named_inputs("flux-dev", size=100, device="cpu")
+    with pytest.raises(ValueError, match="batch must be positive, got 0"):
+        named_inputs("flux-dev", batch=0, device="cpu")
+    with pytest.raises(ValueError, match="no inputs are known for Unknown"):
+        model_inputs("Unknown", {}, device="cpu")
+
+
+def test_memory_counts_each_storage_once_and_whole():
+    model = nn.Module()
+    model.whole = nn.Parameter(torch.zeros(8, 4))
+    model.register_buffer("view", model.whole.data[:2])
+    model.register_buffer("codes", torch.zeros(16, dtype=torch.int8))
+    model.register_buffer("empty", torch.zeros(0))
+    assert memory_by_kind(model) == {"float32": 128, "int8": 16}
+    assert tensor_bytes(model) == 144
+
+
+def test_memory_of_a_tensor_that_wraps_others():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    model = nn.Module()
+    model.weight = nn.Parameter(TwoTensor(torch.zeros(8), torch.ones(8)), requires_grad=False)
+    assert tensor_bytes(model) == 64
+
+
+def test_plot_writes_a_picture(tmp_path: Path, capsys):
+    row = {"variant": "bf16-eager", "lrq": False, "ms": 2.0, "weights_gb": 1.0, "peak_gb": None}
+    facts = {"model": "m", "size": 64, "batch": 1, "gpu": "g", "torch": "t", "date": "d"}
+    plot([{**facts, "variant": "nf4", "error": "no"}], tmp_path / "none.png")
+    assert "no plot" in capsys.readouterr().out
+    pytest.importorskip("matplotlib")
+    plot([facts | row, facts | row | {"lrq": True, "peak_gb": 1.5}], tmp_path / "bars.png")
+    assert (tmp_path / "bars.png").stat().st_size > 10_000
+
+
+def test_plot_without_matplotlib_is_a_word(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    plot([], tmp_path / "bars.png")
+    assert "matplotlib is not installed" in capsys.readouterr().out

@@ -1,0 +1,259 @@
+"""`lrq profile`: kernels to families, events to a table, and the command on tiny models."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import BF16, quantized_folder, tiny_pixart
+
+from lrq_quant import fuse_blocks, profiling
+from lrq_quant.__main__ import main
+from lrq_quant.kernel_families import (
+    COPY,
+    FAMILIES,
+    GEMM,
+    LAUNCH_GAPS,
+    OTHER,
+    OUR_A16,
+    OUR_GEMM,
+    OUR_QUANTIZATION,
+    QUANTIZATION,
+    family_of_kernel,
+    our_work,
+)
+from lrq_quant.machine_limits import Limits
+from lrq_quant.model_shapes import named_inputs
+from lrq_quant.op_work import Work, count_work
+from lrq_quant.pipeline_io import load_transformer
+from lrq_quant.profiled_model import ProfileOptions, profile_model
+from lrq_quant.profiling import Event
+
+# From profiles on an H100 with torch 2.11; the longest were cut there; G: gemm, and so on.
+RECORDED = """\
+G void lrq::gemm_sm90_kernel<4, 256, 2, 4>(CUtensorMap_st, CUtensorMap_st, CUtensorMap_st,
+G void lrq::(anonymous namespace)::gemv_kernel<lrq::(anonymous namespace)::Gemv<4, 1, 2> >
+G nvjet_sm90_qqtst_128x128_128x6_1x2_h_bz_ovscale_bias_TNT
+G nvjet_sm90_tst_64x8_64x16_4x1_v_bz_splitK_bias_TNT
+Q void lrq::rotate_rows_kernel<__nv_bfloat16, (lrq::NormForm)1, false, false, 72>(lrq::Rot
+Q triton_red_fused_abs_amax_cat_gelu_permute_view_3
+Q triton_poi_fused__scaled_mm__to_copy_cat_clamp_div_gelu_permute_t_unsqueeze_view_5
+Q triton_red_fused__scaled_mm__to_copy_abs_add_amax_cat_clamp_div_mul_native_layer_norm_sp
+E qk_norm_rope_kernel
+E triton_red_fused__fused_rms_norm__scaled_dot_product_cudnn_attention__to_copy_add_mul_ne
+E triton_poi_fused_gemm_a16_silu_view_0
+E triton_poi_fused__fused_rms_norm_cat_split_view_6
+E void at::native::elementwise_kernel<128, 4, at::native::gpu_kernel_impl_nocast<at::nativ
+E void at::native::vectorized_elementwise_kernel<8, at::native::GeluCUDAKernelImpl(at::Ten
+E void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<c10::BFloat16, floa
+A cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128_4x1x1_cga1
+C void at::native::(anonymous namespace)::CatArrayBatchedCopy_vectorized<at::native::(anon
+C void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda(at::Ten
+C Memset (Device)
+"""
+# As the sources of torch, inductor, bitsandbytes and of lrq have them.
+FROM_SOURCES = """\
+C Memcpy DtoD (Device -> Device)
+G void lrq::gemm_sm80_kernel<4, 3>(lrq::GemmArgs)
+G void lrq::gemm_a16_sm90_kernel<4, __nv_bfloat16, 128>(CUtensorMap_st, lrq::A16Args)
+G sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1_execute
+G void cutlass::device_kernel<at::cuda::detail::enable_3x_kernel_for_sm9x<cutlass::gemm::kernel
+G void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16, float, __nv_bfloat16
+G triton_tem_fused_mm_t_7
+G aten::linear
+G lrq::gemm
+Q lrq::dequantize_kernel(lrq::DequantizeArgs)
+Q row_kernel
+Q norm_kernel
+Q activation_kernel
+Q block_dense_quantize_kernel
+Q void kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>(float*, unsigned char*, float*
+Q lrq::norm_modulate_rotate_quantize
+A void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 128, 32,
+A fmha_cutlassF_bf16_aligned_64x128_rf_sm80(PyTorchMemEffAttention::AttentionKernel
+A triton_tem_fused_flex_attention_2
+A aten::scaled_dot_product_attention
+E void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, at::native::MeanOps
+E lrq::qk_norm_rope
+E aten::add_
+O aten::view
+O some_kernel_of_another_library
+"""
+_FAMILY = {family[0].upper(): family for family in FAMILIES if family not in (COPY, OTHER)}
+_FAMILY |= {"C": COPY, "O": OTHER}
+KERNELS = {line[2:]: _FAMILY[line[0]] for line in (RECORDED + FROM_SOURCES).splitlines()}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_family_of_a_kernel(name: str):
+    assert family_of_kernel(name) == KERNELS[name]
+
+
+def test_kernels_whose_work_is_counted_are_ours_alone():
+    kinds = {our_work(name) for name in KERNELS}
+    assert kinds == {None, OUR_GEMM, OUR_A16, OUR_QUANTIZATION}
+    assert our_work("void lrq::gemm_a16_sm90_kernel<4, __half, 64>(CUtensorMap_st)") == OUR_A16
+    for name in (
+        "nvjet_sm90_tst_64x8",
+        "layer_norm_kernel",
+        "triton_poi_fused_gemm_a16_silu_view_0",
+    ):
+        assert our_work(name) is None
+
+
+# ---- from events to a table ---------------------------------------------------------------------
+
+GEMM_NAME = "void lrq::gemm_sm90_kernel<4, 256, 2, 4>(CUtensorMap_st)"
+EVENTS = [
+    Event(GEMM_NAME, 100.0, 40.0),
+    Event("Memset (Device)", 130.0, 30.0),  # 10 of them beside the gemm
+    Event(GEMM_NAME, 200.0, 60.0),
+    Event("row_kernel", 210.0, 20.0),  # within it
+]
+
+
+def test_busy_time_is_a_union():
+    assert profiling.busy_us(EVENTS) == 60 + 60
+    assert profiling.busy_us([]) == 0
+
+
+def test_families_are_per_forward_and_end_with_the_gaps():
+    kernels = profiling.kernels_of(EVENTS, forwards=2)
+    assert (kernels[0].name, kernels[0].ms, kernels[0].launches) == (GEMM_NAME, 0.05, 1)
+    rows = profiling.families_of(kernels, wall_ms=0.1, gaps_ms=0.02)
+    assert [row.name for row in rows] == [GEMM, QUANTIZATION, COPY, LAUNCH_GAPS]
+    assert rows[0].share == pytest.approx(0.5) and rows[-1].ms == 0.02
+
+
+def test_what_is_reached_of_the_limits():
+    kernels = profiling.kernels_of(EVENTS, forwards=2)
+    work = {OUR_GEMM: Work(1, int(50e9), int(50e6)), OUR_QUANTIZATION: Work(1, 0, int(20e6))}
+    gemm, rotate = profiling.reached_of(kernels, work, Limits(4000.0, 2000.0, None))
+    assert (gemm.tops, gemm.tops_share) == (pytest.approx(1000.0), pytest.approx(0.5))
+    assert (gemm.tbps, gemm.tbps_share) == (pytest.approx(1.0), pytest.approx(0.25))
+    assert rotate.tops is None and rotate.tbps == pytest.approx(2.0)
+    (gemm, rotate) = profiling.reached_of(kernels, {}, profiling.UNKNOWN)
+    assert gemm.tops is None and rotate.tbps is None
+
+
+def test_gpu_events_of_a_trace():
+    def event(category: str, **changes: object) -> dict:
+        return {"ph": "X", "cat": category, "name": "n", "ts": 1, "dur": 2, **changes}
+
+    trace = [
+        event("kernel"),
+        event("gpu_memcpy", ts="3.5"),
+        event("gpu_user_annotation"),
+        event("cuda_runtime"),
+        {"ph": "M", "name": "process_name"},
+    ]
+    assert profiling.gpu_events(trace) == [Event("n", 1.0, 2.0), Event("n", 3.5, 2.0)]
+
+
+def test_counted_work(tmp_path: Path):
+    model = load_transformer(quantized_folder("pixart", tmp_path))
+    inputs = named_inputs("tiny-pixart", size=64, device="cpu")
+    eager = count_work(model, inputs)
+    # One token: of two blocks qkv, out, q, out and the feed-forward, of 300 for the caption's k, v.
+    of_a_block = 128 * (3 + 1 + 1 + 1 + 4 + 4) * 128 + 300 * 2 * 128 * 128
+    assert eager[OUR_GEMM].operations == 2 * 2 * of_a_block
+    assert eager[OUR_GEMM].calls == 2 * 7 and eager[OUR_A16].operations == 2 * 6 * 128 * 128
+    codes = 128 * (1 + 1 + 1 + 1 + 1 + 4) + 300 * 128
+    scales = 4 * (6 + 300)
+    assert eager[OUR_QUANTIZATION].bytes > 2 * (3 * codes + scales)
+    fused = count_work(fuse_blocks(model), inputs)
+    assert fused[OUR_GEMM].operations == eager[OUR_GEMM].operations
+    assert fused[OUR_GEMM].bytes > eager[OUR_GEMM].bytes  # residuals and gates
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch):
+    monkeypatch.setattr(profiling, "WARMUP_S", 0.0)
+
+
+SMALL = ["--size", "64", "--steps", "1", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("mode", ["eager", "fused"])
+def test_profile_of_a_published_shape(mode: str, tmp_path: Path, capsys):
+    files = {name: tmp_path / name for name in ("out.json", "trace.json")}
+    outputs = ["--json", str(files["out.json"]), "--trace", str(files["trace.json"])]
+    assert main(["profile", "tiny-flux", "--mode", mode, *SMALL, *outputs]) == 0
+    text = capsys.readouterr().out
+    assert "CPU times" in text and "attention" in text and "packed weights" in text
+    got = json.loads(files["out.json"].read_text())
+    assert {family["name"] for family in got["families"]} <= {*FAMILIES, LAUNCH_GAPS}
+    shares = [family["share"] for family in got["families"]]
+    assert sum(shares) == pytest.approx(1.0, abs=1e-6) and min(shares) >= 0
+    assert got["facts"]["scheme"] == "w4a8" and got["facts"]["mode"] == mode
+    assert ("fused_blocks" in got["facts"]) == (mode == "fused")
+    assert any(k["name"] == "lrq::gemm" and k["family"] == GEMM for k in got["kernels"])
+    assert json.loads(files["trace.json"].read_text())["traceEvents"]
+
+
+def test_profile_of_folders(tmp_path: Path, capsys):
+    quantized = quantized_folder("pixart", tmp_path / "quantized")
+    assert main(["profile", str(quantized), *SMALL]) == 0
+    assert "scheme w4a8" in capsys.readouterr().out
+    tiny_pixart().to(BF16).save_pretrained(tmp_path / "dense")
+    for scheme, held in (([], "bf16"), (["--scheme", "w3a8"], "w3a8")):
+        assert main(["profile", str(tmp_path / "dense"), *SMALL, *scheme]) == 0
+        out = capsys.readouterr().out
+        assert f"scheme {held}" in out and ("packed weights" in out) == (held != "bf16")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["nothing-here"], "must be a folder or one of"),
+        (["tiny-flux", "--mode", "fast"], "mode must be one of"),
+        (["tiny-flux", "--mode", "graph"], "mode graph needs a CUDA device, got cpu"),
+        (["tiny-flux", "--mode", "fused", "--scheme", "bf16"], "has no quantized linear"),
+        (["tiny-flux", "--scheme", "w5a8"], "weight_bits must be one of"),
+        (["tiny-flux", "--size", "65"], "size must be a multiple of 16 pixels, got 65"),
+        (["tiny-flux", "--steps", "0"], "steps must be positive, got 0"),
+        (["{tmp}"], "no config.json"),
+        (["{tmp}/quantized", "--scheme", "w3a8"], "is quantized to w4a8; --scheme w3a8 is another"),
+    ],
+)
+def test_errors_are_one_line(arguments: list[str], message: str, tmp_path: Path, capsys):
+    quantized_folder("pixart", tmp_path / "quantized")
+    arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
+    assert main(["profile", *SMALL, *arguments]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("lrq profile: error: ") and message in error
+
+
+def test_plot(tmp_path: Path, monkeypatch, capsys):
+    profile = profile_model(ProfileOptions("tiny-pixart", size=64, steps=1, device="cpu"))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        profiling.plot([profile], tmp_path / "bar.png")
+        assert "matplotlib is not installed" in capsys.readouterr().out
+    pytest.importorskip("matplotlib")
+    profiling.plot([profile, profile], tmp_path / "bar.png")
+    assert (tmp_path / "bar.png").stat().st_size > 8_000
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["eager", "fused", "compiled", "graph"])
+def test_profile_on_a_gpu(mode: str, tmp_path: Path):
+    """Kernels are seen in every mode, inside a graph too, and every one of ours is known."""
+    options = ProfileOptions(
+        "tiny-flux", size=256, mode=mode, limits=Limits(3e3, 1e3, 5e2), trace=tmp_path / "t.json"
+    )
+    profile = profile_model(options)
+    assert 0 < profile.busy_ms <= profile.wall_ms
+    kinds = {reached.kind: reached for reached in profile.reached}
+    assert kinds[OUR_GEMM].tops is not None and 0 < kinds[OUR_GEMM].tops < 2000
+    assert OUR_QUANTIZATION in kinds and kinds[OUR_GEMM].launches >= 20
+    names = [k.name for k in profile.kernels if "lrq" in k.name and "triton" not in k.name]
+    assert names and all(family_of_kernel(name) != OTHER for name in names)
+    assert profile.memory_gb["activations, peak"] > 0
+    torch.cuda.synchronize()
