@@ -11,6 +11,7 @@ Arguments are validated by ops.py; the functions here trust them.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -116,7 +117,7 @@ def _norm_rope_store(
             if NORM == "rms_across_heads":
                 wa, wb = _load_pairs(weight_ptr, heads, HEADS, GROUP, D, PAIRS, HALF)
             else:
-                first = tl.zeros([1, 1], tl.int32)
+                first = tl.zeros([GROUP, 1], tl.int32)
                 wa, wb = _load_pairs(weight_ptr, first, GROUP, GROUP, D, PAIRS, HALF)
             if NORM == "rms_rounded":
                 a, b = a.to(wa.dtype).to(tl.float32), b.to(wb.dtype).to(tl.float32)
@@ -192,7 +193,7 @@ def qk_norm_rope_kernel(
         v = _load(v_row, heads, 0, HEADS, GROUP, D, D, 2 * PAIRS)
     cos_a, cos_b, sin_a, sin_b = None, None, None, None
     if ROPE:
-        first = tl.zeros([1, 1], tl.int32)
+        first = tl.zeros([GROUP, 1], tl.int32)
         angles = position.to(tl.int64) * D
         cos_a, cos_b = _load_pairs(cos_ptr + angles, first, GROUP, GROUP, D, PAIRS, HALF)
         sin_a, sin_b = _load_pairs(sin_ptr + angles, first, GROUP, GROUP, D, PAIRS, HALF)
@@ -247,10 +248,12 @@ class Launch(NamedTuple):
     num_warps: int
 
 
+@functools.cache
 def padded_pairs(head_dim: int) -> int:
     return triton.next_power_of_2(head_dim // 2)
 
 
+@functools.cache
 def select_launch(heads: int, head_dim: int, norm: str) -> Launch:
     """Twice as many threads as a head has channels: Triton then loads cos, sin and weights where
     they are used, while for fewer threads it sends them through shared memory, at two barriers a
