@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from tiny_models import tiny_flux, tiny_pixart, tiny_sd3, tiny_wan
 from torch import Tensor, nn
 from torch.fx.experimental import _config as symbolic_config
 
-from lrq_kernels import load_quantized
+from lrq_kernels import fusion, load_quantized
 from lrq_kernels.testing import relative_error
 from lrq_quant import QuantRecipe, fuse_projections, fused_projections, quantize_model
 
@@ -220,6 +221,20 @@ def test_export_saves_loads_and_runs(kind: str, made: Callable):
         other = {**MODELS[kind][1](4), "return_dict": False}
         got: tuple[Tensor, ...] = again(**other)
         assert torch.equal(got[0], model(**other)[0])
+
+
+def test_aot_inductor_packages_a_program(made: Callable, tmp_path: Path):
+    """With the fused ops in it, called by name; for other inputs than those it was made with."""
+    model, given = made("pixart"), {**MODELS["pixart"][1](4), "return_dict": False}
+    fusion.reset_counts()
+    with torch.no_grad():
+        program = torch.export.export(model, (), given, strict=False)
+        file = str(tmp_path / "pixart.pt2")
+        torch._inductor.aoti_compile_and_package(program, package_path=file)
+        assert fusion.counts()["norm_modulate"] > 0
+        other = {**MODELS["pixart"][1](4), "return_dict": False}
+        (got,) = torch._inductor.aoti_load_package(file)(**other)
+        assert relative_error(got, model(**other)[0]) < 0.01
 
 
 # ---- on a GPU -----------------------------------------------------------------------------------
