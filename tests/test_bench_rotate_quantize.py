@@ -10,9 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import triton
 from compiled_kernels import assert_nothing_moves, compile_kernel, lane_shuffles
+from packaging.version import Version
 from rotate_cases import not_interpreted
 
 from benchmarks import bench_rotate_quantize as bench
@@ -85,8 +88,16 @@ def test_table_has_a_cell_for_each_row() -> None:
     ]
 
 
+# Triton 3.6 turns arrays of one element into bounds of a range, which numpy refuses from 2.4 on.
+RANGES_ARE_INTERPRETED = Version(triton.__version__) >= Version("3.7") or Version(
+    np.__version__
+) < Version("2.4")
+
+
 @pytest.mark.parametrize("form", ["plain", "norm", "gelu", "concat"])
 def test_candidates_in_interpreter(form: str) -> None:
+    if form in ("plain", "norm") and not RANGES_ARE_INTERPRETED:
+        pytest.skip("the interpreter of this Triton takes no range of values with this numpy")
     module = "benchmarks.rotate_quantize_candidates"
     command = [sys.executable, "-m", module, "--shapes", "4096x1152", "--form", form]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
