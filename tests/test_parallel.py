@@ -21,7 +21,7 @@ from torch import distributed, multiprocessing, nn
 from lrq_kernels import QuantScheme
 from lrq_kernels.linear import LRQLinear
 from lrq_kernels.testing import make_state, relative_error
-from lrq_quant import fuse_projections
+from lrq_quant import fuse_blocks, fuse_projections, fused_blocks
 
 F32 = torch.float32
 
@@ -105,9 +105,14 @@ def _work(rank: int, folder: Path, port: int, device: str, fused: bool) -> None:
     model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
     tokens: list[int] = []
     linear: nn.Module = model.transformer_blocks[0].ff.net[2]
-    linear.register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[1]))
+    hook = linear.register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[1]))
     error = relative_error(forward(model, given), expected)
     assert tokens == [8] and error < 1e-2, (tokens, error)
+    hook.remove()
+    fuse_blocks(model)
+    assert set(fused_blocks(model).values()) == {None}
+    error = relative_error(forward(model, given), expected)
+    assert error < 1e-2, error
     distributed.barrier()
     distributed.destroy_process_group()
 
