@@ -7,8 +7,9 @@ input permuted, and gathers nothing:
     reader   InputQuantizer.permutation becomes folded_permutation, which is not applied
     maker    LRQLinear.row_order says which canonical row each row is
 
-Both give the canonical form as before (to_state), and both can be undone without loss. Buffers are
-written where they are, so that whatever holds them (offloading hooks) holds the new values.
+Both give the canonical form as before (to_state), and both can be undone without loss. The way
+there makes new buffers, since states taken before are views of the old ones; the way back writes
+them where they are, so that what holds them by then (offloading hooks) holds the right values.
 """
 
 from __future__ import annotations
@@ -26,14 +27,18 @@ def order_rows(linear: LRQLinear, order: Tensor) -> None:
     """Put the rows of `linear` in `order` (int32 [N], a permutation), which row_order then says."""
     if linear.row_order is not None:
         raise ValueError(f"order_rows: the rows of {linear.parts[0][0]} are in an order already")
-    _take_rows(linear, order)
+    linear._buffers.update(_taken(linear, order))
     linear.row_order = order.clone()
 
 
 def restore_rows(linear: LRQLinear) -> None:
     """Undo order_rows, bit for bit; nothing where the rows are in their own order."""
     if linear.row_order is not None:
-        _take_rows(linear, linear.row_order.argsort())
+        for name, values in _taken(linear, linear.row_order.argsort()).items():
+            buffer = linear.get_buffer(name)
+            # A model loaded under inference_mode holds tensors that may be written there alone.
+            with torch.inference_mode(buffer.is_inference()):
+                buffer.copy_(values)
         linear.row_order = None
 
 
@@ -65,22 +70,17 @@ def restore_order(module: nn.Module) -> None:
             unfold_permutation(quantizer)
 
 
-def _take_rows(linear: LRQLinear, order: Tensor) -> None:
-    """Row i becomes what row order[i] was."""
+def _taken(linear: LRQLinear, order: Tensor) -> dict[str, Tensor]:
+    """The buffers of `linear` with its row order[i] as row i."""
     index = order.long()
     sizes = (linear.in_features, linear.scheme.weight_bits)
     codes = ops.unprepack(linear.packed_weight, linear.out_features, *sizes)
-    _write(linear.packed_weight, ops.prepack(codes[index], *sizes))
+    taken = {"packed_weight": ops.prepack(codes[index], *sizes)}
     for name in _BY_ROW:
         buffer = linear._buffers[name]
         if buffer is not None:
-            _write(buffer, buffer[index])
-
-
-def _write(buffer: Tensor, values: Tensor) -> None:
-    # A model loaded under inference_mode holds tensors that may be written there alone.
-    with torch.inference_mode(buffer.is_inference()):
-        buffer.copy_(values)
+            taken[name] = buffer[index]
+    return taken
 
 
 def _move(quantizer: InputQuantizer, source: str, target: str) -> None:

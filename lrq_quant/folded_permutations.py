@@ -48,7 +48,7 @@ def fold_permutations(model: nn.Module) -> nn.Module:
     folded: what wraps the model comes after this. Undone before an adapter is loaded."""
     places = _Places(model)
     folded_any = False
-    for name, linear in places.permuted():
+    for _, linear in places.permuted():
         site = places.site_of(linear)
         if not _is_folded(linear) and site is not None and places.obstacle(site) is None:
             for maker in site.makers:
@@ -133,9 +133,8 @@ class _Places:
             for other, maker in self._linears.items()
             if site is not None and any(_without_adapter(m) is maker for m in site.makers)
         )
-        return PermutedInput(
-            names, "it is not where it was folded" if site is None else _seen(site)
-        )
+        why = "it is not where it was folded" if site is None else _seen(site)
+        return PermutedInput(names, why)
 
     def obstacle(self, site: _Site) -> str | None:
         """Why the permutation of the reader's input cannot be folded, None where it can."""

@@ -78,8 +78,8 @@ def fuse_blocks(model: nn.Module) -> nn.Module:
 
 def unfuse_blocks(model: nn.Module) -> nn.Module:
     """Give the blocks of `model` their own forward, modulation and permutations again; projections
-    stay fused (unfuse_projections). Raises RuntimeError, and changes nothing, where something wraps the fused
-    forward of a block: undo that first."""
+    stay fused (unfuse_projections). Raises RuntimeError, and changes nothing, where something wraps
+    the fused forward of a block: undo that first."""
     fused = {name: block for name, block in _blocks(model).items() if _runs_fused(block)}
     for name, block in fused.items():
         if not _is_fused_forward(block, block.__dict__["forward"]):

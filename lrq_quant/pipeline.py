@@ -220,7 +220,10 @@ class _GroupJob:
         tensors = [_strided_sample(module.weight) for module in self.modules]
         if self.stats is not None:
             tensors += [self.stats.absmax, self.stats.square_sum, self.stats.sum]
-        facts = {"recipe": self.recipe.to_dict(), "linears": repr(self.group.linears)}
+        facts: dict[str, object] = {
+            "recipe": self.recipe.to_dict(),
+            "linears": repr(self.group.linears),
+        }
         if self.first_made:
             facts["first_made"] = self.first_made
         return WorkFolder.fingerprint(facts, tensors)

@@ -145,7 +145,9 @@ def choose_rotation(
     """Rotation, smoothing and activation scale of one input by measured output error.
 
     first_made: the first channel of those whose order is free, since the rows of other linears make
-    them (input_makers); where it is not 0, a permutation of them alone is tried too.  linears: all that read the input, on one device, with one act_bits.  A quick screen ranks every
+    them (input_makers); where it is not 0, a permutation of these alone is tried too.
+
+    linears: all that read the input, on one device, with one act_bits.  A quick screen ranks every
     candidate on few tokens and rows; the best smoothing of each rotation is measured again, and the
     cheapest rotation within options.tolerance of the best wins.  K that 128 does not divide falls
     back to blocks of 64 or 32, without dual.  Rows count alike whatever their scale, which each has
