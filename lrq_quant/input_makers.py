@@ -89,7 +89,7 @@ _OF_STREAM = (
 OF_ATTENTION = "attention makes the input, head by head"
 OF_STREAM = "the channels of the input are those of a stream that others read"
 MOVES_HEADS = "it moves channels that attention makes, head by head"
-UNKNOWN = "nothing is known of what makes the input"
+UNKNOWN = "no quantized linear is known to make the input"
 
 
 def class_name(module: nn.Module) -> str:

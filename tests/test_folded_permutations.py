@@ -435,6 +435,25 @@ def test_a_hook_that_comes_later_is_reported(made: Callable):
     assert "single_transformer_blocks.0.proj_out" in problem and "act_mlp has a forward" in problem
 
 
+@pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_it_is_undone_under_hooks_of_offloading(offload_type: str, device: str, made: Callable):
+    """Which come after it, and know the buffers by what they are."""
+    model, given = fold_permutations(made("flux").to(device)), inputs_of("flux")
+    given = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in given.items()}
+    expected = forward(model, given)
+    unfolded = forward(unfold_permutations(copy.deepcopy(model)), given)
+    model.to("cpu")
+    model.enable_group_offload(
+        onload_device=torch.device(device), offload_type=offload_type, num_blocks_per_group=1
+    )
+    assert torch.equal(forward(model, given), expected)
+    unfold_permutations(model)
+    assert not folded_into(model)
+    for _ in range(2):
+        assert torch.equal(forward(model, given), unfolded)
+
+
 # ---- rows of one linear -------------------------------------------------------------------------
 
 
