@@ -21,7 +21,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrq_quant
-from lrq_kernels import LRQLinear, QuantScheme, checkpoint, load_quantized, model_states
+from lrq_kernels import (
+    LRQLinear,
+    QuantScheme,
+    checkpoint,
+    load_quantized,
+    model_states,
+    set_act_bits,
+)
 from lrq_kernels.rotation import Rotation
 from lrq_kernels.row_order import order_rows, restore_order, restore_rows
 from lrq_kernels.testing import make_state, sqnr_db
@@ -167,6 +174,24 @@ def test_fused_blocks_fold_and_compute_the_same(kind: str, scheme: str, made: Ca
     assert torch.equal(forward(model, given), gathered)
     unfuse_blocks(model)
     assert not folded_into(model)
+
+
+@every_kind
+def test_other_widths_of_activations_and_compiled(kind: str, made: Callable):
+    model, given = made(kind), inputs_of(kind)
+    set_act_bits(model, 16)
+    wide = forward(model, given)
+    set_act_bits(model, None)
+    expected = forward(model, given)
+    fold_permutations(model)
+    set_act_bits(model, 16)
+    assert torch.equal(forward(model, given), wide)
+    set_act_bits(model, None)
+    torch._dynamo.reset()
+    fast = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(forward(fast, given), expected)
+    unfold_permutations(model)
+    assert torch.equal(forward(fast, given), expected)
 
 
 # Linears whose permutation is folded.
