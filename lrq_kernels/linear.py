@@ -114,12 +114,14 @@ class InputQuantizer(nn.Module):
     """Smoothing, rotation and per-token quantization of the input of one LRQLinear.
 
     Buffers: channel_scale (fp32 [K] as int32: smoothing and signs in the order of lrq::rotate),
-    permutation (int32 [K]), matrices (fp32 [2, 128, 128] as int32); each may be None.
+    permutation (int32 [K]), matrices (fp32 [2, 128, 128] as int32); each may be None, as may
+    folded_permutation, a permutation that x comes in already (see row_order).
     shared: what it has in common with the quantizers of other linears that read the same input.
     """
 
     channel_scale: Tensor | None
     permutation: Tensor | None
+    folded_permutation: Tensor | None
     matrices: Tensor | None
 
     def __init__(
@@ -149,6 +151,7 @@ class InputQuantizer(nn.Module):
                 scale = scale * rotation.signs.to(scale)
         self.register_buffer("channel_scale", None if scale is None else as_bits(scale))
         self.register_buffer("permutation", _copy(rotation.permutation))
+        self.register_buffer("folded_permutation", None)
         matrices = rotation.matrices
         self.register_buffer("matrices", None if matrices is None else as_bits(matrices))
 
@@ -179,6 +182,11 @@ class InputQuantizer(nn.Module):
 
     # -- canonical form, for checkpoints
 
+    def rotation_order(self) -> Tensor | None:
+        """The permutation of the rotation, whether it is applied here or x comes in it."""
+        folded = self.folded_permutation
+        return self.permutation if folded is None else folded
+
     def smooth_scale(self) -> Tensor | None:
         """fp32 [K] in natural channel order; None when the layer is not smoothed."""
         if self.channel_scale is None:
@@ -187,8 +195,8 @@ class InputQuantizer(nn.Module):
         if self.scheme.rotation != "hadamard":
             return scale.clone()
         scale = scale.abs()
-        if self.permutation is not None:
-            scale = torch.empty_like(scale).index_copy_(0, self.permutation.long(), scale)
+        if (order := self.rotation_order()) is not None:
+            scale = torch.empty_like(scale).index_copy_(0, order.long(), scale)
         return None if bool((scale == 1).all()) else scale
 
     def rotation(self) -> Rotation:
@@ -198,7 +206,7 @@ class InputQuantizer(nn.Module):
         if scheme.rotation == "dual":
             return Rotation.dual(self._floats(self.matrices), self.permutation)
         signs = torch.sign(self._floats(self.channel_scale)).to(torch.int8)
-        return Rotation("hadamard", scheme.block_size, signs, self.permutation)
+        return Rotation("hadamard", scheme.block_size, signs, self.rotation_order())
 
     @staticmethod
     def _floats(bits: Tensor | None) -> Tensor | None:
@@ -317,9 +325,10 @@ class LRQLinear(nn.Linear):
     """y = x @ W.T + bias with W as 2^b int8 levels per row, selected by b-bit codes.
 
     Buffers: packed_weight (int32, device layout of lrq::prepack), levels (int8 [N, 2^b]),
-    weight_scale and bias_bits (fp32 [N] as int32). x is [..., K] in bf16, fp16 or fp32; y has x's
-    dtype. act_bits 8 and 4 take two launches: rotate_quantize and gemm. act_bits 16 rotates, then
-    runs gemm_a16.
+    weight_scale and bias_bits (fp32 [N] as int32), and row_order (int32 [N]): which canonical row
+    each row is, None where they are in order (module row_order reorders them). x is [..., K] in
+    bf16, fp16 or fp32; y has x's dtype. act_bits 8 and 4 take two launches: rotate_quantize and
+    gemm. act_bits 16 rotates, then runs gemm_a16.
 
     It is an nn.Linear, so that PEFT and offloading take it for one: weight is a placeholder without
     values, of the dtype that the model around it has (dtype), and bias is float32. state_dict holds
@@ -331,6 +340,7 @@ class LRQLinear(nn.Linear):
     levels: Tensor
     weight_scale: Tensor
     bias_bits: Tensor | None
+    row_order: Tensor | None
     # Whether the linears in parts stand under one input in a checkpoint.
     parts_share_input = True
 
@@ -366,6 +376,7 @@ class LRQLinear(nn.Linear):
         self.register_buffer("levels", _copy(state.levels))
         self.register_buffer("weight_scale", as_bits(state.weight_scale))
         self.register_buffer("bias_bits", None if state.bias is None else as_bits(state.bias))
+        self.register_buffer("row_order", None)
         self.input_quantizer = input_quantizer.join()
 
     @classmethod
@@ -391,8 +402,13 @@ class LRQLinear(nn.Linear):
 
     @property
     def bias(self) -> Tensor | None:
-        """fp32 [N], a view of bias_bits."""
-        return None if self.bias_bits is None else self.bias_bits.view(torch.float32)
+        """fp32 [N] in canonical order: a view of bias_bits where the rows are in it."""
+        bits = self.bias_bits
+        return None if bits is None else self._canonical(bits.view(torch.float32))
+
+    def _canonical(self, rows: Tensor) -> Tensor:
+        """What is held by row, in the canonical order of the rows."""
+        return rows if self.row_order is None else rows[self.row_order.argsort()]
 
     def _apply(self, fn: Callable, recurse: bool = True) -> LRQLinear:
         # No buffer is floating, so a cast of the model shows in a tensor that is.
@@ -403,13 +419,12 @@ class LRQLinear(nn.Linear):
 
     def codes(self) -> Tensor:
         """Canonical packed codes, int32 [N, ceil(K/32)*b]."""
-        return ops.unprepack(
-            self.packed_weight, self.out_features, self.in_features, self.scheme.weight_bits
-        )
+        sizes = (self.out_features, self.in_features, self.scheme.weight_bits)
+        return self._canonical(ops.unprepack(self.packed_weight, *sizes))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight in the rotated domain, [N, K]."""
-        return ops.dequantize(
+        weight = ops.dequantize(
             self.packed_weight,
             self.levels,
             self.weight_scale.view(torch.float32),
@@ -418,6 +433,7 @@ class LRQLinear(nn.Linear):
             self.scheme.weight_bits,
             dtype,
         )
+        return self._canonical(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         refuse_gradients(x)
@@ -459,12 +475,13 @@ class LRQLinear(nn.Linear):
         return y.view(*x_q.shape[:-1], self.out_features)
 
     def _forward_a16(self, rows: Tensor) -> Tensor:
+        bias = self.bias_bits
         return ops.gemm_a16(
             _with_last_stride_1(rows),
             self.packed_weight,
             self.levels,
             self.weight_scale.view(torch.float32),
-            self.bias,
+            None if bias is None else bias.view(torch.float32),
             self.scheme.weight_bits,
             self.out_features,
         )
@@ -499,8 +516,8 @@ class LRQLinear(nn.Linear):
         """The canonical form of this linear (as one, even when fused from several)."""
         return LinearState(
             codes=self.codes(),
-            levels=self.levels,
-            weight_scale=self.weight_scale.view(torch.float32),
+            levels=self._canonical(self.levels),
+            weight_scale=self._canonical(self.weight_scale.view(torch.float32)),
             bias=self.bias,
             scheme=self.scheme,
             in_features=self.in_features,
@@ -536,7 +553,8 @@ class LRQLinear(nn.Linear):
 def fuse_linears(linears: list[LRQLinear]) -> LRQLinear:
     """One linear whose rows are those of `linears` in order; lossless, everything is per row.
 
-    Raises ValueError unless all share one InputQuantizer and scheme and agree on having a bias.
+    Raises ValueError unless all share one InputQuantizer and scheme, agree on having a bias, and
+    have their rows in order.
     """
     first = linears[0]
     for other in linears[1:]:
@@ -548,6 +566,8 @@ def fuse_linears(linears: list[LRQLinear]) -> LRQLinear:
             )
         if (other.bias is None) != (first.bias is None):
             raise ValueError("fuse_linears: either all linears have a bias or none")
+    if any(linear.row_order is not None for linear in linears):
+        raise ValueError("fuse_linears: a permutation is folded into the rows of a linear")
     states = [linear.to_state() for linear in linears]
     biases = [state.bias for state in states if state.bias is not None]
     state = dataclasses.replace(

@@ -210,7 +210,7 @@ def _fill(linear: LRQLinear, like: LRQLinear, parts: list[tuple[str, int]], buff
     linear.scheme, linear.dtype, linear.training = like.scheme, like.dtype, like.training
     linear.in_features, linear.parts = like.in_features, parts
     linear.out_features = sum(count for _, count in parts)
-    for name, buffer in buffers.items():
+    for name, buffer in {**buffers, "row_order": None}.items():
         linear.register_buffer(name, buffer)
     plain = InputQuantizer(like.in_features, like.scheme, None, Rotation.none())
     linear.input_quantizer = plain.join()

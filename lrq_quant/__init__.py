@@ -18,6 +18,7 @@ from .checkup import Checkup, check
 from .config import LRQConfig
 from .diffusers_backend import LRQQuantizer
 from .families import Family, SharedInput, register_family
+from .folded_permutations import fold_permutations, folded_permutations, unfold_permutations
 from .fused_blocks import fuse_blocks, fused_blocks, unfuse_blocks
 from .fused_projections import fuse_projections, fused_projections, unfuse_projections
 from .pipeline import QuantizedModel, quantize_linear, quantize_model
@@ -50,6 +51,8 @@ __all__ = [
     "collect_stats",
     "fit_twin_log",
     "fit_twin_log_paper",
+    "fold_permutations",
+    "folded_permutations",
     "fuse_blocks",
     "fuse_projections",
     "fused_blocks",
@@ -58,6 +61,7 @@ __all__ = [
     "quantize_model",
     "register_family",
     "smooth_scale",
+    "unfold_permutations",
     "unfuse_blocks",
     "unfuse_projections",
 ]

@@ -19,6 +19,7 @@ from lrq_kernels import LRQLinear, get_act_bits
 from lrq_kernels.linear import has_hooks
 
 from .families import find_family
+from .folded_permutations import folded_permutations
 from .fused_blocks import fused_blocks
 from .fused_modulation import is_stacked, modulation_obstacle
 from .fused_projections import fusable_attentions, fused_projections
@@ -83,6 +84,7 @@ class _ModelCheck:
         self._meta()
         self._fused()
         self._blocks()
+        self._permutations()
         self._adapters()
 
     def _say(self, text: str) -> None:
@@ -145,6 +147,22 @@ class _ModelCheck:
             self._say("the modulation of all blocks is one linear")
         elif (why := modulation_obstacle(self.model)) is not None:
             self._say(f"each block computes its modulation: {why}")
+
+    def _permutations(self) -> None:
+        inputs = folded_permutations(self.model)
+        if not inputs:
+            return
+        folded = {name: place.why for name, place in inputs.items() if place.into}
+        gathered = Counter(place.why for place in inputs.values() if not place.into)
+        self._say(f"{len(inputs)} inputs are permuted, {len(folded)} of them by what makes them")
+        for why, count in gathered.items():
+            self._say(f"{count} are gathered in front of the rotation: {why}")
+        for name, why in folded.items():
+            if why is not None:
+                self.problems.append(
+                    f"{self.name}: the input of {name} comes permuted, and {why}; call "
+                    "lrq_quant.unfold_permutations(model)"
+                )
 
     def _fused(self) -> None:
         fused, open_ones = fused_projections(self.model), fusable_attentions(self.model)

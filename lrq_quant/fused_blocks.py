@@ -32,6 +32,7 @@ from torch import nn
 from lrq_kernels import LRQLinear
 
 from . import fused_flux, fused_pixart
+from .folded_permutations import fold_permutations, unfold_permutations
 from .fused_modulation import stack_modulation, unstack_modulation
 from .fused_projections import fuse_projections
 from .fused_readiness import forget
@@ -50,8 +51,8 @@ _KINDS: dict[str, _Kind] = {
 
 
 def fuse_blocks(model: nn.Module) -> nn.Module:
-    """Fuse the projections and the modulation of `model`, then give its blocks a fused forward;
-    returns the model.
+    """Fuse the projections and the modulation of `model`, fold the permutations of its inputs, then
+    give its blocks a fused forward; returns the model.
 
     A block runs its own forward for as long as it cannot be fused: fused_blocks() tells why. What
     wraps the forward of a block (group offload, caching) comes after this. Raises ValueError where
@@ -66,6 +67,7 @@ def fuse_blocks(model: nn.Module) -> nn.Module:
         )
     fuse_projections(model)
     stack_modulation(model)
+    fold_permutations(model)
     for block in blocks.values():
         # Whatever is in the way may pass (16 bits in the first steps, an adapter): each call looks.
         # A partial, since a bound method of a function elsewhere cannot be unpickled.
@@ -75,9 +77,9 @@ def fuse_blocks(model: nn.Module) -> nn.Module:
 
 
 def unfuse_blocks(model: nn.Module) -> nn.Module:
-    """Give the blocks of `model` their own forward and modulation again; projections stay fused
-    (unfuse_projections). Raises RuntimeError, and changes nothing, where something wraps the fused
-    forward of a block: undo that first."""
+    """Give the blocks of `model` their own forward, modulation and permutations again; projections
+    stay fused (unfuse_projections). Raises RuntimeError, and changes nothing, where something wraps
+    the fused forward of a block: undo that first."""
     fused = {name: block for name, block in _blocks(model).items() if _runs_fused(block)}
     for name, block in fused.items():
         if not _is_fused_forward(block, block.__dict__["forward"]):
@@ -86,6 +88,7 @@ def unfuse_blocks(model: nn.Module) -> nn.Module:
         del block.forward
         forget(block)
     unstack_modulation(model)
+    unfold_permutations(model)
     return model
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from lrq_kernels import LRQLinear
+from lrq_kernels.row_order import restore_order
 
 # Attributes of diffusers' modules, other than modules, that decide how a block runs.
 _ATTRIBUTES = ("training", "processor", "_chunk_size")
@@ -100,6 +101,8 @@ def is_ready(block: nn.Module, obstacle_of: Callable[[Any], str | None]) -> bool
         block.__dict__[_WATCHED] = _watch(block)
     else:
         forget(block)
+        if any(hasattr(module, "base_layer") for module in block.modules()):
+            restore_order(block)  # an adapter was put on it by other ways than the model's methods
     return ready
 
 

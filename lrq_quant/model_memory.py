@@ -20,8 +20,10 @@ _KIND_OF_BUFFER = {
     (LRQLinear, "levels"): LEVELS,
     (LRQLinear, "weight_scale"): LEVELS,
     (LRQLinear, "bias_bits"): LEVELS,
+    (LRQLinear, "row_order"): ROTATIONS,
     (InputQuantizer, "channel_scale"): ROTATIONS,
     (InputQuantizer, "permutation"): ROTATIONS,
+    (InputQuantizer, "folded_permutation"): ROTATIONS,
     (InputQuantizer, "matrices"): ROTATIONS,
 }
 

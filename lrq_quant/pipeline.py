@@ -28,6 +28,7 @@ from lrq_kernels.scheme import QuantScheme
 from .auto_family import with_family
 from .calibration import ActivationStats, Progress, collect_stats
 from .error_feedback import codebook_nearest
+from .input_makers import makers_by_name
 from .quantized_input import QuantizedInput
 from .recipe import InputGroup, LinearPlan, QuantPlan, QuantRecipe
 from .report import LinearReport, QuantReport
@@ -211,13 +212,20 @@ class _GroupJob:
         self.group, self.recipe, self.stats = group, recipe, stats
         self.modules = [model.get_submodule(linear.name) for linear in group.linears]
         self.device = torch.device(device) if device else self.modules[0].weight.device
+        rows = {n: m.out_features for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        self.first_made = makers_by_name(group.name, rows, group.in_features)[1]
 
     def fingerprint(self) -> str:
         """Changes with anything that the result depends on."""
         tensors = [_strided_sample(module.weight) for module in self.modules]
         if self.stats is not None:
             tensors += [self.stats.absmax, self.stats.square_sum, self.stats.sum]
-        facts = {"recipe": self.recipe.to_dict(), "linears": repr(self.group.linears)}
+        facts: dict[str, object] = {
+            "recipe": self.recipe.to_dict(),
+            "linears": repr(self.group.linears),
+        }
+        if self.first_made:
+            facts["first_made"] = self.first_made
         return WorkFolder.fingerprint(facts, tensors)
 
     @torch.no_grad()
@@ -252,7 +260,7 @@ class _GroupJob:
                 weights, self.group.linears, self.modules, strict=True
             )
         ]
-        return choose_rotation(self.stats, linears, search)
+        return choose_rotation(self.stats, linears, search, first_made=self.first_made)
 
     def _quantized_input(self, choice: RotationChoice) -> QuantizedInput | None:
         recipe = self.recipe

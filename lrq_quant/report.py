@@ -10,8 +10,9 @@ from typing import Any
 from lrq_kernels.checkpoint import LinearState, stored_bits
 from lrq_kernels.scheme import QuantScheme
 
+from .input_makers import MOVES_HEADS, makers_by_name, why_gathered
 from .recipe import KeptLinear, LinearPlan, QuantPlan, QuantRecipe
-from .rotation_search import RotationChoice
+from .rotation_search import PERMUTED, PERMUTED_PART, RotationChoice
 
 
 @dataclass(frozen=True)
@@ -123,12 +124,30 @@ class QuantReport:
 
     @property
     def gathered(self) -> tuple[str, ...]:
-        """Shared inputs that a permutation in front of the block Hadamard reorders at run time: no
-        permutation is folded into what makes an input. ("dual" permutes between its factors.)"""
-        names = [
-            linear.shared_input for linear in self.linears if linear.rotation.startswith("permuted")
-        ]
-        return tuple(dict.fromkeys(names))
+        """Shared inputs that a permutation in front of the block Hadamard reorders at run time: it
+        cannot be folded into what makes them. ("dual" permutes between its factors.)"""
+        return tuple(name for name, (makers, _) in self._permuted().items() if not makers)
+
+    @property
+    def foldable(self) -> dict[str, tuple[str, ...]]:
+        """Shared inputs whose permutation fold_permutations folds -> the linears whose rows take
+        it; until then they are gathered."""
+        return {name: makers for name, (makers, _) in self._permuted().items() if makers}
+
+    def _permuted(self) -> dict[str, tuple[tuple[str, ...], str]]:
+        """Permuted inputs -> the linears whose rows can take it, and where none can, why."""
+        rows = {linear.name: linear.out_features for linear in self.linears}
+        found: dict[str, tuple[tuple[str, ...], str]] = {}
+        for linear in self.linears:
+            if not linear.rotation.startswith(PERMUTED) or linear.shared_input in found:
+                continue
+            name = linear.shared_input
+            makers, first = makers_by_name(name, rows, linear.in_features)
+            if makers and first > 0 and not linear.rotation.startswith(PERMUTED_PART):
+                found[name] = (), MOVES_HEADS
+            else:
+                found[name] = tuple(makers), why_gathered(name)
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; from_dict is the inverse."""
@@ -140,6 +159,7 @@ class QuantReport:
             "parameters": self.parameters,
             "weight_bits": self.weight_bits,
             "gathered": list(self.gathered),
+            "foldable": list(self.foldable),
             "linears": [linear.to_dict() for linear in self.linears],
             "kept": [dataclasses.asdict(kept) for kept in self.kept],
         }
@@ -178,10 +198,20 @@ class QuantReport:
             cells = [cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)]
             lines.append("  ".join(cells).rstrip())
         lines.append(self.summary())
-        if self.gathered:
+        if self.foldable:
             lines.append(
-                f"{len(self.gathered)} inputs are permuted at run time, by a gather in front of "
-                f"the rotation: {', '.join(self.gathered)}"
+                f"{len(self.foldable)} inputs are permuted by the rows of the linears that make "
+                "them once fold_permutations or fuse_blocks is called: "
+                + ", ".join(f"{name} by {' and '.join(by)}" for name, by in self.foldable.items())
+            )
+        reasons: dict[str, list[str]] = {}
+        for name, (makers, why) in self._permuted().items():
+            if not makers:
+                reasons.setdefault(why, []).append(name)
+        for why, names in reasons.items():
+            lines.append(
+                f"{len(names)} inputs are permuted at run time, by a gather in front of the "
+                f"rotation ({why}): {', '.join(names)}"
             )
         return "\n".join(lines)
 

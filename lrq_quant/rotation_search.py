@@ -28,6 +28,9 @@ from .twin_log import fit_twin_log
 MAX_BLOCK = 1024
 # RMS scale of int4 codes that is optimal for a Gaussian (method.md 5.6).
 INT4_RMS = 0.3545
+# How the labels of permuted rotations start, and of those that permute the last channels alone.
+PERMUTED = "permuted"
+PERMUTED_PART = f"{PERMUTED}-part"
 ScaleRule = tuple[str, float]  # (scale_mode, scale_factor)
 # Rules tried while rotations are compared, and once the rotation stands.
 _SCREEN_RULES: dict[int, tuple[ScaleRule, ...]] = {
@@ -65,7 +68,8 @@ class Candidate:
         return {
             "none": "none",
             "hadamard": f"hadamard{self.block_size}",
-            "permuted": f"permuted{self.block_size}",
+            "permuted": f"{PERMUTED}{self.block_size}",
+            "permuted-part": f"{PERMUTED_PART}{self.block_size}",
             "dual": "dual128",
         }[self.kind]
 
@@ -75,8 +79,10 @@ class Candidate:
 
     @property
     def cost(self) -> int:
-        """Order of run-time cost: none < blocks of 128, 256, ... < with permutation < dual."""
-        base = {"none": 0, "hadamard": 0, "permuted": 100, "dual": 1000}[self.kind]
+        """Order of run-time cost: none < blocks of 128, 256, ... < with a permutation of a part,
+        which is folded away (input_makers) < with any permutation < dual."""
+        costs = {"none": 0, "hadamard": 0, "permuted-part": 10, "permuted": 100, "dual": 1000}
+        base = costs[self.kind]
         # Blocks below 128 exist for widths that have nothing larger; they cost what 128 does.
         return base + (0 if self.kind == "none" else max(7, int(math.log2(self.block_size))))
 
@@ -133,8 +139,13 @@ def choose_rotation(
     stats: ActivationStats,
     linears: Sequence[SearchedLinear],
     options: SearchOptions | None = None,
+    *,
+    first_made: int = 0,
 ) -> RotationChoice:
     """Rotation, smoothing and activation scale of one input by measured output error.
+
+    first_made: the first channel of those whose order is free, since the rows of other linears make
+    them (input_makers); where it is not 0, a permutation of these alone is tried too.
 
     linears: all that read the input, on one device, with one act_bits.  A quick screen ranks every
     candidate on few tokens and rows; the best smoothing of each rotation is measured again, and the
@@ -148,7 +159,8 @@ def choose_rotation(
     linears = [replace(linear, weight=_unit_rows(linear.weight)) for linear in linears]
     full = _Problem.sampled(stats, linears, options)
     screen = full.reduced(128, 96)
-    maker = _CandidateMaker(stats, [linear.weight for linear in linears], full.x, options)
+    weights = [linear.weight for linear in linears]
+    maker = _CandidateMaker(stats, weights, full.x, options, first_made)
     screened: dict[Candidate, float] = {}
     for candidate in maker.cheap_candidates():
         made = maker.make(candidate)
@@ -258,9 +270,11 @@ class _CandidateMaker:
         weights: Sequence[Tensor],
         x: Tensor,
         options: SearchOptions,
+        first_made: int,
     ) -> None:
         self.name, self.options, self.x = stats.name, options, x
         self.in_features = stats.in_features
+        self.first_made = first_made
         self.weights = sum(weight.numel() for weight in weights)
         self.act_rms = stats.rms.to(x.device)
         self.weight_absmax = weight_absmax(list(weights))
@@ -278,7 +292,10 @@ class _CandidateMaker:
         if "hadamard" in kinds:
             shapes += hadamard
         if "permuted" in kinds and blocks:
-            shapes += [("permuted", block) for block in dict.fromkeys((blocks[0], blocks[-1]))]
+            ends = dict.fromkeys((blocks[0], blocks[-1]))
+            shapes += [("permuted", block) for block in ends]
+            if self.first_made:
+                shapes += [("permuted-part", b) for b in ends if self.first_made % b == 0]
         if not shapes and not self._dual_is_possible():
             shapes = hadamard
         return [Candidate(*shape, alpha) for shape in shapes for alpha in self.smooth]
@@ -310,9 +327,12 @@ class _CandidateMaker:
             x = self.x if smooth is None else self.x * smooth
             return dual_rotation(x, generator, self.options.dual_steps), smooth
         permutation = None
-        if candidate.kind == "permuted":
+        if candidate.kind in ("permuted", "permuted-part"):
+            first = 0 if candidate.kind == "permuted" else self.first_made
             mass = self.act_rms if smooth is None else self.act_rms * smooth
-            permutation = zigzag_permutation(mass.square(), candidate.block_size)
+            dealt = zigzag_permutation(mass[first:].square(), candidate.block_size)
+            fixed = torch.arange(first, dtype=torch.int32, device=dealt.device)
+            permutation = torch.cat([fixed, dealt + first])
         rotation = Rotation.hadamard(
             self.in_features,
             candidate.block_size,

@@ -154,6 +154,36 @@ def test_dual_is_not_tried_where_its_matrices_weigh_more_than_the_codes() -> Non
     assert any("dual" in label for label in choice.errors)
 
 
+def test_a_permutation_that_is_folded_is_preferred() -> None:
+    """Of the channels that a feed-forward makes alone, where that spreads the loud ones as well."""
+    attention, made = 256, 1024
+    x, weight = torch.randn(800, attention + made), torch.randn(64, attention + made)
+    x[:, attention : attention + 128] *= 12  # one block holds nearly all
+    x[:, :attention] *= 4.3  # as loud as a block of the others, once that is spread
+    options = SearchOptions(
+        rotations=("hadamard", "permuted"), alphas=(), sample_rows=256, weight_rows=64
+    )
+    given = (stats_of(x), linears("w4a4", weight), options)
+    anywhere = choose_rotation(*given)
+    choice = choose_rotation(*given, first_made=attention)
+    assert anywhere.label.startswith("permuted") and "part" not in anywhere.label
+    assert choice.label.startswith("permuted-part")
+    moved = choice.rotation.permutation
+    assert torch.equal(moved[:attention], torch.arange(attention, dtype=torch.int32))
+    assert not torch.equal(moved, torch.arange(attention + made, dtype=torch.int32))
+    best = min(choice.errors.values())
+    assert choice.errors[choice.label] <= best * (1 + options.tolerance)
+    assert not any("hadamard" in label for label in choice.errors)  # hopeless without one
+    # Loud heads can be spread by a gather alone, which is then worth it.
+    x[:, :128] *= 8
+    given = (stats_of(x), *given[1:])
+    loud = choose_rotation(*given, first_made=attention)
+    assert loud.label.startswith("permuted") and "part" not in loud.label
+    # Blocks that hold channels of both cannot keep them apart.
+    across = choose_rotation(*given, first_made=attention - 64)
+    assert not any("part" in label for label in across.errors)
+
+
 def test_weight_only_inputs_have_no_activation_error() -> None:
     """Modulation: a row a step, 16-bit tokens."""
     x, weight = torch.randn(20, 256), torch.randn(64, 256)
