@@ -28,12 +28,14 @@ from .svg_charts import (
 )
 
 WORST, TYPICAL = 5, 3  # layers that are marked, and layers around the median, shown in detail
+# dB: one nearly exact layer must not press all others together.
+_ABOVE_MEDIAN = 25.0
 _SHAPES = {"none": "circle", "hadamard": "square", "permuted": "diamond", "dual": "triangle"}
 _ROTATIONS = {
     "none": "no rotation",
     "hadamard": "signs and block Hadamard",
-    "permuted": "the same behind a permutation",
-    "dual": "dense pair",
+    "permuted": "signs and block Hadamard behind a permutation",
+    "dual": "dense pair with a permutation between",
 }
 
 _STYLE = """
@@ -49,8 +51,9 @@ body { margin: 0 auto; max-width: 1160px; padding: 24px 20px 60px; background: v
   color: var(--text); font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 24px; margin: 0 0 4px; overflow-wrap: anywhere; }
 h2 { font-size: 18px; margin: 36px 0 6px; }
-h3 { font-size: 13px; margin: 0; font-weight: 600; overflow-wrap: anywhere; }
+h3 { font-size: 13px; margin: 0 0 4px; font-weight: 600; overflow-wrap: anywhere; }
 p { margin: 4px 0 10px; max-width: 90ch; }
+h3.above { margin-top: 16px; }
 .note { color: var(--soft); font-size: 13px; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); gap: 10px;
   margin: 16px 0; }
@@ -63,7 +66,7 @@ th, td { padding: 4px 8px; text-align: left; border-bottom: 1px solid var(--line
   vertical-align: top; }
 th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-td.name { font-family: ui-monospace, monospace; font-size: 12px; overflow-wrap: anywhere; }
+td.name { min-width: 262px; font: 12px/1.6 ui-monospace, monospace; overflow-wrap: anywhere; }
 td.why { color: var(--soft); font-size: 12px; min-width: 220px; }
 tr.worst { background: var(--bad-row); }
 tr.worst td.db { color: var(--bad); font-weight: 600; }
@@ -86,7 +89,7 @@ svg .mark { fill: currentColor; } svg .mark.weight { fill: none; stroke: var(--s
 svg .output { color: var(--hadamard); } svg .bad { color: var(--bad); }
 svg .none { color: var(--none); } svg .hadamard { color: var(--hadamard); }
 svg .permuted { color: var(--permuted); } svg .dual { color: var(--dual); }
-svg .span line { stroke: currentColor; } svg .span .box { stroke-width: 4; opacity: 0.6; }
+svg .span line { stroke: currentColor; opacity: 0.7; }
 .legend { font-size: 13px; } .legend span { margin-right: 16px; white-space: nowrap; }
 pre { background: var(--panel); padding: 12px; border-radius: 6px; font-size: 12px;
   white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -150,10 +153,10 @@ def _summary(report: QuantReport) -> Markup:
         (f"{report.weight_bits:.3f}", "bits per weight, codebooks, scales and rotations included"),
         (
             f"{report.coverage:.2%}",
-            f"of linear weights quantized: {report.weights / 1e6:.2f} M in {len(report.linears)} "
-            f"linears; {kept / 1e6:.2f} M in {len(report.kept)} stay",
+            f"of linear weights quantized: {_count(report.weights)} in {len(report.linears)} "
+            f"linears; {_count(kept)} in {len(report.kept)} stay",
         ),
-        (f"{report.parameters / 1e6:.2f} M", "parameters of the whole model"),
+        (_count(report.parameters), "parameters of the whole model"),
         ("calibrated" if report.calibrated else "not calibrated", f"mode {mode}"),
     ]
     if report.linears:
@@ -165,9 +168,7 @@ def _summary(report: QuantReport) -> Markup:
     if report.pictures:
         psnr = [picture.psnr_db for picture in report.pictures]
         cards.append((f"{_db(median(psnr))} dB", f"median PSNR of {len(psnr)} pictures"))
-    filled = [
-        tag("div", tag("b", value), tag("span", words), class_="card") for value, words in cards
-    ]
+    filled = [tag("div", tag("b", value), tag("span", words)) for value, words in cards]
     return tag("div", *filled, class_="cards")
 
 
@@ -234,11 +235,13 @@ def _sqnr(report: QuantReport, ranked: Sequence[LinearReport]) -> Markup | None:
         entries = [("output", "circle", "output"), ("weight", "circle", "weight"), *entries]
     else:
         entries = [("output", "circle", "weight"), *entries]
-    axis = Axis.over([point.y for point in points], "dB")
+    most = median(linear.sqnr_db for linear in linears) + _ABOVE_MEDIAN
+    axis = Axis.over([point.y for point in points], "dB", most=most)
     note = (
         "Signal to quantization noise of every quantized linear in the model's order. Of the "
         "output: on tokens sampled in calibration, with quantized activations. Of the weight: "
-        "smoothed and rotated; error feedback gives some of it up for the output."
+        "smoothed and rotated; error feedback gives some of it up for the output. What lies more "
+        f"than {_ABOVE_MEDIAN:g} dB above the median is drawn at the upper edge."
     )
     chart = points_chart([linear.name for linear in linears], points, axis)
     return _section("SQNR along the model", note, legend(entries), chart)
@@ -251,7 +254,8 @@ def _fluctuation(report: QuantReport) -> Markup | None:
     if not owners:
         return None
     names = [linear.name for linear in owners]
-    kinds = dict.fromkeys(linear.rotation_kind for linear in owners)
+    found = {linear.rotation_kind for linear in owners}
+    kinds = [*(k for k in _ROTATIONS if k in found), *sorted(found - _ROTATIONS.keys())]
     entries = [(k, _SHAPES.get(k, "circle"), f"{k}: {_ROTATIONS.get(k, k)}") for k in kinds]
     points = [
         Point(place, x.peak_ratio or 0.0, x.rotation_kind, _input_title(x), _shape(x))
@@ -304,13 +308,13 @@ def _histograms(ranked: Sequence[LinearReport]) -> Markup | None:
     ):
         cells = [_histogram(linear) for linear in chosen if linear.histogram is not None]
         if cells:
-            parts += [tag("p", title), tag("div", *cells, class_="details")]
+            parts += [tag("h3", title, class_="above"), tag("div", *cells, class_="details")]
     if not parts:
         return None
     note = (
         "Smoothed and rotated weights over the scale of their row, with the twin-log levels that "
-        "their codes select: a line at the median over rows, behind it the range of all rows. The "
-        "outermost bins hold what lies beyond."
+        "their codes select: a line at the median over rows, behind it the range between the "
+        "quartiles of the rows. The outermost bins hold what lies beyond."
     )
     return _section("Weights against their levels", note, *parts)
 
@@ -418,4 +422,8 @@ def _db(value: float | None) -> str:
 
 
 def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
+    return "-" if value is None else f"{value:#.3g}"
+
+
+def _count(value: int) -> str:
+    return f"{value / 1e9:.2f} billion" if value >= 1e9 else f"{value / 1e6:.2f} M"

@@ -16,7 +16,7 @@ from .calibration import ActivationStats
 
 BINS = 64
 # Levels are int8; what a row holds beyond them is clipped and counted in the outermost bins.
-RANGE = 160.0
+RANGE = 192.0
 _SAMPLED_WEIGHTS = 1 << 20
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -26,8 +26,8 @@ class WeightHistogram:
     """Smoothed and rotated weights over the scale of their row, so in units of the int8 levels.
 
     counts [64]: weights in equal bins over [low, high), the outermost ones also holding what lies
-    beyond; levels, levels_low, levels_high [2^b]: ascending levels of the rows, their median, least
-    and greatest over all rows.
+    beyond; levels, levels_low, levels_high [2^b]: ascending levels of the rows, their median, first
+    and third quartile over all rows, each the level of some row.
     """
 
     low: float
@@ -53,15 +53,12 @@ class WeightHistogram:
         units = rotated[index] / torch.where(scale > 0, scale, 1.0)
         bins = ((units + RANGE) * (BINS / (2 * RANGE))).floor_().clamp_(0, BINS - 1)
         counts = torch.bincount(bins.flatten().to(torch.int64), minlength=BINS)
-        levels = state.levels.to(torch.int16).sort(dim=1).values
-        return WeightHistogram(
-            -RANGE,
-            RANGE,
-            tuple(counts.tolist()),
-            tuple(levels.median(dim=0).values.tolist()),
-            tuple(levels.amin(dim=0).tolist()),
-            tuple(levels.amax(dim=0).tolist()),
+        ascending = state.levels.sort(dim=1).values.sort(dim=0).values
+        last = ascending.shape[0] - 1
+        low, middle, high = (
+            tuple(ascending[place].tolist()) for place in (last // 4, last // 2, last - last // 4)
         )
+        return WeightHistogram(-RANGE, RANGE, tuple(counts.tolist()), middle, low, high)
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> WeightHistogram:

@@ -55,9 +55,11 @@ class Axis:
     unit: str
 
     @staticmethod
-    def over(values: Sequence[float], unit: str, *, log: bool = False) -> Axis:
-        """One that all values fit on: finite ones, and for a logarithmic axis positive."""
-        fit = [v for v in values if math.isfinite(v) and (v > 0 or not log)]
+    def over(
+        values: Sequence[float], unit: str, *, log: bool = False, most: float = math.inf
+    ) -> Axis:
+        """One that all values up to `most` fit on: finite ones, of a logarithmic axis positive."""
+        fit = [min(v, most) for v in values if math.isfinite(v) and (v > 0 or not log)]
         low, high = (min(fit), max(fit)) if fit else (1.0, 10.0)
         if log:
             # Six decades: one dead channel must not press all others together.
@@ -84,10 +86,10 @@ class Axis:
 
 def points_chart(names: Sequence[str], points: Sequence[Point], axis: Axis) -> Markup:
     """Marks over the layers in the model's order; names: one a place, for the blocks below."""
-    marks = []
+    marks, size = [], _mark_size(len(names))
     for point in points:
         x, y = _place(point.place, len(names)), axis.pixel(point.y)
-        marks.append(_mark(x, y, point.shape, f"mark {point.kind}", point.title))
+        marks.append(_mark(x, y, point.shape, f"mark {point.kind}", point.title, size))
         if point.mark:
             marks.append(tag("text", point.mark, class_="rank", x=x + 6, y=y + 4))
     return _frame(names, axis, marks)
@@ -96,25 +98,25 @@ def points_chart(names: Sequence[str], points: Sequence[Point], axis: Axis) -> M
 def spans_chart(names: Sequence[str], spans: Sequence[Span], axis: Axis) -> Markup:
     """A line from least to greatest, a thick one between the quartiles, a stroke at the median and
     a mark at dot, over each layer."""
-    marks = []
+    marks, size = [], _mark_size(len(names))
     for span in spans:
         x = _place(span.place, len(names))
         ys = [axis.pixel(value) for value in span.values]
         parts: list[Markup | None] = [
             tag("title", span.title),
             tag("line", x1=x, x2=x, y1=ys[0], y2=ys[4], class_="whisker"),
-            tag("line", x1=x, x2=x, y1=ys[1], y2=ys[3], class_="box"),
-            tag("line", x1=x - 4, x2=x + 4, y1=ys[2], y2=ys[2], class_="whisker"),
+            tag("line", x1=x, x2=x, y1=ys[1], y2=ys[3], stroke_width=4 * size),
+            tag("line", x1=x - 4 * size, x2=x + 4 * size, y1=ys[2], y2=ys[2], class_="whisker"),
         ]
         if span.dot is not None:
-            parts.append(_mark(x, axis.pixel(span.dot), span.shape, "mark", span.title))
+            parts.append(_mark(x, axis.pixel(span.dot), span.shape, "mark", "", size))
         marks.append(tag("g", *parts, class_=f"span {span.kind}"))
     return _frame(names, axis, marks)
 
 
 def histogram_chart(histogram: WeightHistogram) -> Markup:
     """Bars of the share of weights in each bin; the median level of each code as a line and, where
-    rows differ, the range of that level behind it."""
+    rows differ, the range between its quartiles behind it."""
     width, floor = _SMALL_WIDTH, _SMALL_HEIGHT - 20
     bins, most = len(histogram.counts), max(1, *histogram.counts)
 
@@ -195,7 +197,10 @@ def _blocks(names: Sequence[str]) -> list[Markup]:
             parts.append(_label(block[1], x + 2, floor + 14))
             free = x + _CHARACTER * (len(block[1]) + 2)
         if block[0] != previous[0] and x >= free_name:
-            parts.append(_label(block[0], x + 2, floor + 30))
+            # The last list of a model may be short.
+            wide = x + _CHARACTER * len(block[0]) > WIDTH
+            at, anchor = (WIDTH - 2, "end") if wide else (x + 2, None)
+            parts.append(_label(block[0], at, floor + 30, anchor))
             free_name = x + _CHARACTER * (len(block[0]) + 2)
         previous = block
     return parts
@@ -214,16 +219,21 @@ def _block_of(name: str) -> tuple[str, str]:
     return parts[0], ""
 
 
-def _mark(x: float, y: float, shape: str, kind: str, title: str) -> Markup:
+def _mark_size(places: int) -> float:
+    """Of marks over so many layers, 1 where there is room: those of 500 would hide each other."""
+    return min(1.0, max(0.45, (WIDTH - _LEFT - _RIGHT) / max(1, places) / 8))
+
+
+def _mark(x: float, y: float, shape: str, kind: str, title: str, size: float = 1.0) -> Markup:
     inside = tag("title", title) if title else None
     if shape == "circle":
-        return tag("circle", inside, class_=kind, cx=x, cy=y, r=3.6)
+        return tag("circle", inside, class_=kind, cx=x, cy=y, r=3.6 * size)
     corners = {
         "square": ((-3.4, -3.4), (3.4, -3.4), (3.4, 3.4), (-3.4, 3.4)),
         "diamond": ((0.0, -4.8), (4.8, 0.0), (0.0, 4.8), (-4.8, 0.0)),
         "triangle": ((0.0, -4.6), (4.4, 3.6), (-4.4, 3.6)),
     }[shape]
-    points = " ".join(f"{x + dx:.2f},{y + dy:.2f}" for dx, dy in corners)
+    points = " ".join(f"{x + size * dx:.2f},{y + size * dy:.2f}" for dx, dy in corners)
     return tag("polygon", inside, class_=kind, points=points)
 
 
