@@ -54,6 +54,13 @@ def _parser() -> argparse.ArgumentParser:
         help="of calibrated weights: feedback runs the prompts again for second moments",
     )
     add.add_argument("--limit", type=int, help="use at most this many prompts")
+    add.add_argument(
+        "--pictures",
+        type=int,
+        default=2,
+        metavar="N",
+        help="prompts that are drawn before and after for the report, each twice; 0 for none",
+    )
     _add_sampling(add)
     _add_device(add)
     add.set_defaults(command=_quantize)
@@ -70,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     add = commands.add_parser("inspect", help="what a quantized folder holds, layer by layer")
     add.add_argument("model", type=Path, help="quantized pipeline or transformer folder")
     add.add_argument("--json", action="store_true", help="print the report as JSON")
+    add.add_argument("--html", type=Path, help="write the report, without pictures, to this file")
     add.set_defaults(command=_inspect)
 
     add = commands.add_parser("card", help="write README.md, the model card, of a quantized folder")
@@ -153,6 +161,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
 
     from . import QuantRecipe
     from .pipeline_io import (
+        REPORT_PAGE,
         check_writable,
         load_pipeline,
         load_report,
@@ -185,9 +194,11 @@ def _quantize(arguments: argparse.Namespace) -> int:
             arguments.out,
             call_options=_call_options(arguments),
             progress=bar.update,
+            pictures=arguments.pictures,
         )
     for name in transformer_names(pipeline):
         print(load_report(arguments.out / name).summary())
+        print(f"report: {arguments.out / name / REPORT_PAGE}")
     print(f"written to {arguments.out}")
     return 0
 
@@ -267,9 +278,15 @@ def _output_files(out: Path, count: int) -> list[Path]:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
+    from .html_report import html_page
     from .pipeline_io import load_report
+    from .work_folder import write_text
 
     report = load_report(arguments.model)
+    if arguments.html:
+        write_text(arguments.html, html_page(report))
+        print(arguments.html)
+        return 0
     print(json.dumps(report.to_dict(), indent=1) if arguments.json else report.table())
     return 0
 

@@ -29,9 +29,10 @@ from .auto_family import with_family
 from .calibration import ActivationStats, Progress, collect_stats
 from .error_feedback import codebook_nearest
 from .input_makers import makers_by_name
+from .layer_statistics import ChannelSpread, WeightHistogram
 from .quantized_input import QuantizedInput
 from .recipe import InputGroup, LinearPlan, QuantPlan, QuantRecipe
-from .report import LinearReport, QuantReport
+from .report import LinearReport, MeasuredLinear, QuantReport
 from .rotation_search import (
     RotationChoice,
     SearchedLinear,
@@ -318,8 +319,9 @@ class _GroupJob:
         shared = None if linear.name == self.group.name else self.group.name
         state = replace(state, shared_input=shared)
         state, offset = self._corrected(state, module, weight, quantized_input)
-        weight_db, output_db = self._measure(state, weight, tokens, offset)
-        return state, LinearReport.of(linear, state, choice, weight_db, output_db)
+        measured = self._measure(state, weight, tokens, offset)
+        channels = None if self.stats is None else ChannelSpread.of(self.stats)
+        return state, LinearReport.of(linear, state, choice, measured, channels)
 
     def _importance(self, choice: RotationChoice, tokens: Tensor | None) -> Tensor | None:
         """E[x_k^2] of the rotated input; exact over all tokens where nothing is rotated."""
@@ -353,15 +355,16 @@ class _GroupJob:
 
     def _measure(
         self, state: LinearState, weight: Tensor, tokens: Tensor | None, offset: Tensor | None
-    ) -> tuple[float, float | None]:
+    ) -> MeasuredLinear:
         """Weight SQNR in the rotated domain, in which the original one equals it when nothing is
         smoothed; output SQNR on the sampled tokens, offset being what the bias took up."""
         rotated = _rotated_weight(weight, state.smooth_scale, state.rotation)
         decoded = _decoded_weight(state)
         error = rotated - decoded
         weight_db = _decibel(rotated.double().square().sum(), error.double().square().sum())
+        histogram = WeightHistogram.of(rotated, state)
         if tokens is None:
-            return weight_db, None
+            return MeasuredLinear(weight_db, None, histogram)
         x = tokens[:_OUTPUT_ROWS]
         scheme = state.scheme
         x_q = dequantized_activation(x, scheme.act_bits, scheme.scale_mode, scheme.scale_factor)
@@ -370,7 +373,7 @@ class _GroupJob:
         if offset is not None:
             missing -= offset
         signal, noise = exact.double().square().sum(), missing.double().square().sum()
-        return weight_db, _decibel(signal, noise)
+        return MeasuredLinear(weight_db, _decibel(signal, noise), histogram)
 
 
 def _rotated_weight(weight: Tensor, smooth_scale: Tensor | None, rotation: Rotation) -> Tensor:

@@ -11,7 +11,6 @@ import importlib
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,12 +26,16 @@ from .auto_family import with_family
 from .calibration import Progress
 from .config import LRQConfig
 from .fused_projections import fuse_projections
+from .html_report import html_page
 from .pipeline import QuantizedModel, quantize_model
 from .recipe import QuantRecipe
 from .report import QuantReport
+from .report_pictures import DrawnPictures, PictureComparison, picture_seed
+from .work_folder import write_text
 
 TRANSFORMER = "transformer"
 REPORT_FILE = "lrq_report.json"
+REPORT_PAGE = "report.html"
 # Pipelines of this package, which diffusers does not know by name.
 _OWN_PIPELINES = {"ShapesPipeline": "lrq_quant.demo.pipeline"}
 
@@ -138,7 +141,7 @@ def _runner(pipeline: Any, call_options: Mapping[str, Any] | None) -> Callable[[
 
     def run(batch: list[str]) -> None:
         # The seed follows the prompt, so that statistics do not depend on the batch size.
-        generators = [torch.Generator().manual_seed(zlib.crc32(text.encode())) for text in batch]
+        generators = [torch.Generator().manual_seed(picture_seed(text)) for text in batch]
         pipeline(prompt=batch, generator=generators, **options)
 
     return run
@@ -159,9 +162,15 @@ def quantize_pipeline(
     *,
     call_options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    pictures: int = 0,
 ) -> QuantReport:
     """Quantize every transformer of `pipeline` (transformer_names) and write the whole pipeline to
     the folder `out`. Returns the report of "transformer"; load_report reads that of another.
+    Beside each checkpoint lie its report as lrq_report.json and, to look at, report.html.
+
+    pictures: so many of the first prompts are drawn before and after quantization and compared in
+    the report, once all else is written; the original waits on the CPU meanwhile. What stops them
+    is logged and said in the report.
 
     Calibrated by drawing `prompts` (every step, both guidance halves) with call_options as further
     arguments of the pipeline's call; prompts None looks at the weights alone. A killed run leaves
@@ -170,12 +179,19 @@ def quantize_pipeline(
     quantize_model raises, before anything is written.
     """
     out = check_writable(out)
+    if pictures < 0:
+        raise ValueError(f"quantize_pipeline: pictures must not be negative, got {pictures}")
     run = _runner(pipeline, call_options)
     recipe = recipe_for(pipeline, recipe, call_options)
     # Statistics of other steps, guidance or sizes must not be continued from.
     options = _run_options(pipeline, call_options)
     run_key = json.dumps(options, sort_keys=True, default=repr)
     recipe = replace(recipe, calibration=replace(recipe.calibration, run_key=run_key))
+    names = transformer_names(pipeline)
+    drawn = list(prompts or ())[:pictures]
+    comparison = PictureComparison(pipeline, names, drawn, call_options, progress)
+    if drawn:
+        comparison.draw_before()
     quantized = {
         name: quantize_model(
             getattr(pipeline, name),
@@ -185,12 +201,30 @@ def quantize_pipeline(
             work_folder=_work_folder(out, name),
             progress=progress,
         )
-        for name in transformer_names(pipeline)
+        for name in names
     }
     save_pipeline(pipeline, quantized, out)
     for result in quantized.values():
         result.remove_work_folder()
-    return quantized[TRANSFORMER].report
+    reports = {name: result.report for name, result in quantized.items()}
+    del quantized, result  # the memory that they hold is for the pictures
+    return _with_pictures(comparison, reports, out)[TRANSFORMER] if drawn else reports[TRANSFORMER]
+
+
+def _with_pictures(
+    comparison: PictureComparison, reports: Mapping[str, QuantReport], out: Path
+) -> dict[str, QuantReport]:
+    """The reports, written again with what was drawn or with what stopped it."""
+
+    def load(name: str, original: nn.Module) -> nn.Module:
+        return load_transformer(out / name, dtype=original.dtype)
+
+    drawn = comparison.draw_after(load)
+    compared = () if drawn is None else drawn.compared
+    made = {name: replace(report, pictures=compared) for name, report in reports.items()}
+    for name, report in made.items():
+        save_report(report, out / name, drawn, comparison.note)
+    return made
 
 
 def _work_folder(out: Path, name: str) -> Path:
@@ -232,8 +266,16 @@ def save_transformer(model: nn.Module, quantized: QuantizedModel, folder: Path) 
     config = json.loads(model.to_json_string())
     config["quantization_config"] = LRQConfig.from_recipe(quantized.report.recipe).to_dict()
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    report = json.dumps(quantized.report.to_dict(), indent=1)
-    (folder / REPORT_FILE).write_text(report + "\n")
+    save_report(quantized.report, folder)
+
+
+def save_report(
+    report: QuantReport, folder: Path, drawn: DrawnPictures | None = None, note: str = ""
+) -> None:
+    """lrq_report.json and report.html in an existing folder, replacing what is there. drawn and
+    note: as of html_page."""
+    write_text(folder / REPORT_FILE, json.dumps(report.to_dict(), indent=1) + "\n")
+    write_text(folder / REPORT_PAGE, html_page(report, drawn, note))
 
 
 def load_report(path: str | os.PathLike) -> QuantReport:

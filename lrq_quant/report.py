@@ -11,6 +11,7 @@ from lrq_kernels.checkpoint import LinearState, stored_bits
 from lrq_kernels.scheme import QuantScheme
 
 from .input_makers import MOVES_HEADS, makers_by_name, why_gathered
+from .layer_statistics import ChannelSpread, WeightHistogram
 from .recipe import KeptLinear, LinearPlan, QuantPlan, QuantRecipe
 from .rotation_search import PERMUTED, PERMUTED_PART, RotationChoice
 
@@ -19,7 +20,9 @@ from .rotation_search import PERMUTED, PERMUTED_PART, RotationChoice
 class LinearReport:
     """One linear.  stored_bits: codes, levels and scales, and at the owner of a shared input its
     smoothing and rotation; without the bias, which the model had before.  weight_sqnr_db is of the
-    rotated, smoothed weight; output_sqnr_db of sampled tokens, None without calibration."""
+    rotated, smoothed weight; output_sqnr_db of sampled tokens, None without calibration.  channels
+    are those of the shared input, None without calibration; reports of older versions have neither
+    histogram nor channels."""
 
     name: str
     role: str
@@ -36,14 +39,16 @@ class LinearReport:
     output_sqnr_db: float | None
     stored_bits: int
     candidates: dict[str, float]
+    histogram: WeightHistogram | None = None
+    channels: ChannelSpread | None = None
 
     @staticmethod
     def of(
         linear: LinearPlan,
         state: LinearState,
         choice: RotationChoice,
-        weight_sqnr_db: float,
-        output_sqnr_db: float | None,
+        measured: MeasuredLinear,
+        channels: ChannelSpread | None,
     ) -> LinearReport:
         bits = sum(n for field, n in stored_bits(state).items() if field != "bias")
         return LinearReport(
@@ -58,10 +63,12 @@ class LinearReport:
             alpha=choice.alpha,
             j=choice.j,
             peak_ratio=choice.peak_ratio,
-            weight_sqnr_db=weight_sqnr_db,
-            output_sqnr_db=output_sqnr_db,
+            weight_sqnr_db=measured.weight_sqnr_db,
+            output_sqnr_db=measured.output_sqnr_db,
             stored_bits=bits,
             candidates=choice.errors,
+            histogram=measured.histogram,
+            channels=channels,
         )
 
     @property
@@ -71,6 +78,16 @@ class LinearReport:
     @property
     def weight_bits(self) -> float:
         return self.stored_bits / self.weights
+
+    @property
+    def sqnr_db(self) -> float:
+        """Of the output where it was measured, else of the weight: what layers are compared by."""
+        return self.weight_sqnr_db if self.output_sqnr_db is None else self.output_sqnr_db
+
+    @property
+    def rotation_kind(self) -> str:
+        """none, hadamard, permuted or dual: the label without block and smoothing."""
+        return self.rotation.partition(" ")[0].rstrip("0123456789")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values: numbers that are not finite become None."""
@@ -84,13 +101,42 @@ class LinearReport:
         values["scheme"] = QuantScheme.from_dict(values["scheme"])
         if values["weight_sqnr_db"] is None:
             values["weight_sqnr_db"] = math.inf
+        if values.get("histogram") is not None:
+            values["histogram"] = WeightHistogram.from_dict(values["histogram"])
+        if values.get("channels") is not None:
+            values["channels"] = ChannelSpread.from_dict(values["channels"])
         return LinearReport(**values)
+
+
+@dataclass(frozen=True)
+class MeasuredLinear:
+    """What was measured of a finished linear beside its weight."""
+
+    weight_sqnr_db: float
+    output_sqnr_db: float | None
+    histogram: WeightHistogram
+
+
+@dataclass(frozen=True)
+class ComparedPicture:
+    """One prompt drawn from one seed by the model before and after quantization, and the peak
+    signal-to-noise ratio of the two at 8 bits: inf where they are equal."""
+
+    prompt: str
+    seed: int
+    psnr_db: float
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> ComparedPicture:
+        psnr = math.inf if values["psnr_db"] is None else values["psnr_db"]
+        return ComparedPicture(values["prompt"], values["seed"], psnr)
 
 
 @dataclass(frozen=True)
 class QuantReport:
     """The whole model.  coverage: share of the weights of all linears that is quantized;
-    weight_bits: stored bits of the quantized linears over their weights."""
+    weight_bits: stored bits of the quantized linears over their weights; pictures: those that were
+    drawn to compare, if any."""
 
     model_class: str
     recipe: dict[str, Any]
@@ -99,6 +145,7 @@ class QuantReport:
     parameters: int
     linears: tuple[LinearReport, ...]
     kept: tuple[KeptLinear, ...]
+    pictures: tuple[ComparedPicture, ...] = ()
 
     @staticmethod
     def of(
@@ -162,6 +209,7 @@ class QuantReport:
             "foldable": list(self.foldable),
             "linears": [linear.to_dict() for linear in self.linears],
             "kept": [dataclasses.asdict(kept) for kept in self.kept],
+            "pictures": [_json(dataclasses.asdict(picture)) for picture in self.pictures],
         }
 
     @staticmethod
@@ -174,6 +222,7 @@ class QuantReport:
             values["parameters"],
             tuple(LinearReport.from_dict(linear) for linear in values["linears"]),
             tuple(KeptLinear(**kept) for kept in values["kept"]),
+            tuple(ComparedPicture.from_dict(picture) for picture in values.get("pictures", ())),
         )
 
     def table(self) -> str:

@@ -30,7 +30,8 @@ from lrq_kernels.checkpoint import LinearState
 from .calibration import ActivationStats
 from .report import LinearReport
 
-_VERSION = 1
+# Of what is kept: 2 has the histogram and the channels of each report.
+_VERSION = 2
 _STATS = "stats.safetensors"
 
 
@@ -73,7 +74,7 @@ class WorkFolder:
         tensors, facts = self._group_files(name)
         checkpoint.save(tensors, states, {}, "")
         values = {"key": key, "name": name, "reports": [report.to_dict() for report in reports]}
-        _write_text(facts, json.dumps(values))
+        write_text(facts, json.dumps(values))
 
     def load_group(
         self, name: str, key: str | None
@@ -129,7 +130,8 @@ class WorkFolder:
         return self.folder / f"{stem}.safetensors", self.folder / f"{stem}.json"
 
 
-def _write_text(file: Path, text: str) -> None:
+def write_text(file: Path, text: str) -> None:
+    """Write a whole UTF-8 file, or leave what was there."""
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, file)
