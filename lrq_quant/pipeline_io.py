@@ -30,6 +30,7 @@ from .fused_projections import fuse_projections
 from .pipeline import QuantizedModel, quantize_model
 from .recipe import QuantRecipe
 from .report import QuantReport
+from .sharding import processes
 
 TRANSFORMER = "transformer"
 REPORT_FILE = "lrq_report.json"
@@ -166,30 +167,33 @@ def quantize_pipeline(
     Calibrated by drawing `prompts` (every step, both guidance halves) with call_options as further
     arguments of the pipeline's call; prompts None looks at the weights alone. A killed run leaves
     `<out>.partial` (of another transformer `<out>.<its name>.partial`) and, called again, continues
-    from it. Raises FileExistsError or OSError when `out` is taken or cannot be written, and what
-    quantize_model raises, before anything is written.
+    from it. Processes of torch.distributed share the work when all call this, each with the
+    pipeline on its own device; the first writes. Raises FileExistsError or OSError when `out` is
+    taken or cannot be written, and what quantize_model raises, before anything is written.
     """
     out = check_writable(out)
-    run = _runner(pipeline, call_options)
-    recipe = recipe_for(pipeline, recipe, call_options)
-    # Statistics of other steps, guidance or sizes must not be continued from.
-    options = _run_options(pipeline, call_options)
-    run_key = json.dumps(options, sort_keys=True, default=repr)
-    recipe = replace(recipe, calibration=replace(recipe.calibration, run_key=run_key))
-    quantized = {
-        name: quantize_model(
-            getattr(pipeline, name),
-            recipe,
-            run=None if prompts is None else run,
-            prompts=prompts or (),
-            work_folder=_work_folder(out, name),
-            progress=progress,
-        )
-        for name in transformer_names(pipeline)
-    }
-    save_pipeline(pipeline, quantized, out)
-    for result in quantized.values():
-        result.remove_work_folder()
+    with processes() as shards:
+        run = _runner(pipeline, call_options)
+        recipe = recipe_for(pipeline, recipe, call_options)
+        # Statistics of other steps, guidance or sizes must not be continued from.
+        options = _run_options(pipeline, call_options)
+        run_key = json.dumps(options, sort_keys=True, default=repr)
+        recipe = replace(recipe, calibration=replace(recipe.calibration, run_key=run_key))
+        quantized = {
+            name: quantize_model(
+                getattr(pipeline, name),
+                recipe,
+                run=None if prompts is None else run,
+                prompts=prompts or (),
+                work_folder=_work_folder(out, name),
+                progress=progress,
+            )
+            for name in transformer_names(pipeline)
+        }
+        if shards.rank == 0:
+            save_pipeline(pipeline, quantized, out)
+            for result in quantized.values():
+                result.remove_work_folder()
     return quantized[TRANSFORMER].report
 
 
