@@ -64,7 +64,7 @@ class GramPasses:
         self._ready: dict[str, ActivationStats] = {}
 
     def parts(self, groups: Sequence[InputGroup]) -> Iterator[list[InputGroup]]:
-        """The groups in parts whose gram matrices fit; those of the part given are ready to take."""
+        """The groups in parts whose gram matrices fit; those of a part given are ready to take."""
         limit = self.recipe.calibration.gram_bytes
         part: list[InputGroup] = []
         size = 0
