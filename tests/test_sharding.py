@@ -141,28 +141,40 @@ def test_statistics_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> 
         assert set(sample) <= rows and len(sample) == min(64, int(plain["count"])), name
 
 
-def test_a_sample_is_drawn_evenly_from_all_batches() -> None:
-    """Rows carry the index of their batch."""
+class Wide(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(32, 32, dtype=torch.bfloat16)
 
-    class Wide(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = torch.nn.Linear(32, 32)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.linear(x)
 
-    model = Wide()
+def collect_rows(rank: int, prompts: list[str]) -> dict[str, torch.Tensor]:
+    """500 rows a prompt that carry its number, of which 400 in all are sampled."""
+    model, options = Wide(), CalibrationOptions(sample_rows=400, gram=True)
     stats = collect_stats(
-        lambda batch: model(torch.full((500, 32), float(batch[0]))),
+        lambda batch: model(torch.full((500, 32), float(batch[0]), dtype=torch.bfloat16)),
         model,
         [group("linear", in_features=32)],
-        [str(i) for i in range(8)],
-        CalibrationOptions(sample_rows=400),
+        prompts,
+        options,
         by_batch=True,
-    )["linear"]
-    counts = torch.bincount(stats.sample[:, 0].long(), minlength=8)
+    )
+    return stats["linear"].tensors()
+
+
+def test_a_sample_is_drawn_evenly_from_all_batches() -> None:
+    sample = collect_rows(0, [str(i) for i in range(8)])["sample"]
+    counts = torch.bincount(sample[:, 0].long(), minlength=8)
     assert int(counts.sum()) == 400 and int(counts.min()) > 20, counts
+
+
+def test_a_process_without_prompts_has_the_statistics_of_the_others(tmp_path: Path) -> None:
+    expected = collect_rows(0, ["3"])
+    for found in results(run_processes(2, tmp_path, collect_rows, ["3"])):
+        for part, tensor in expected.items():
+            assert found[part].dtype == tensor.dtype and torch.equal(found[part], tensor), part
 
 
 # ---- quantization -------------------------------------------------------------------------------
