@@ -1,6 +1,7 @@
 """The command line: python -m lrq_quant, or lrq.
 
 lrq quantize MODEL OUT --scheme w4a8 --prompts prompts.txt
+torchrun --nproc-per-node 8 -m lrq_quant quantize MODEL OUT --prompts prompts.txt
 lrq generate OUT --prompt "..." --out picture.png
 lrq inspect OUT
 lrq card OUT --base HUB_ID
@@ -169,6 +170,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
         recipe_for,
         transformer_names,
     )
+    from .sharding import launched, processes
 
     prompts = _read_prompts(arguments)
     modulation = None
@@ -182,20 +184,24 @@ def _quantize(arguments: argparse.Namespace) -> int:
         rounding=arguments.rounding,
     )
     check_writable(arguments.out)
-    device, dtype = _device(arguments), getattr(torch, arguments.dtype)
-    pipeline = load_pipeline(arguments.model, device=device, dtype=dtype)
-    recipe = recipe_for(pipeline, recipe, _call_options(arguments))
-    print(recipe.resolve(pipeline.transformer).summary())
-    with ProgressBar() as bar:
-        quantize_pipeline(
-            pipeline,
-            recipe,
-            prompts,
-            arguments.out,
-            call_options=_call_options(arguments),
-            progress=bar.update,
-            pictures=arguments.pictures,
-        )
+    dtype = getattr(torch, arguments.dtype)
+    with launched(_device(arguments)) as device, processes() as shards:
+        pipeline = load_pipeline(arguments.model, device=device, dtype=dtype)
+        recipe = recipe_for(pipeline, recipe, _call_options(arguments))
+        if shards.rank == 0:
+            print(recipe.resolve(pipeline.transformer).summary())
+        with ProgressBar() as bar:
+            quantize_pipeline(
+                pipeline,
+                recipe,
+                prompts,
+                arguments.out,
+                call_options=_call_options(arguments),
+                progress=bar.update,
+                pictures=arguments.pictures,
+            )
+    if shards.rank > 0:
+        return 0
     for name in transformer_names(pipeline):
         print(load_report(arguments.out / name).summary())
         print(f"report: {arguments.out / name / REPORT_PAGE}")

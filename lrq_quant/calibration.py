@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .recipe import CalibrationOptions, InputGroup
+from .sharding import Progress, Shards, processes
 
-Progress = Callable[[str, int, int], None]  # (what, done, total)
 _DOUBLE_ELEMENTS = 1 << 24  # of the input, converted to fp64 at once
 
 
@@ -25,6 +25,10 @@ class ActivationStats:
     count tokens seen; absmax fp32 [K]; square_sum, sum fp64 [K]; gram fp32 [K, K] or None; sample
     [R, K] rows in the input's dtype, drawn evenly over all tokens, steps, prompts and guidance
     halves, on the CPU.  The result does not depend on how tokens were batched, up to fp64 rounding.
+
+    by_batch: the sums of every batch of prompts were made for themselves and added in the order of
+    the batches, and tokens were drawn for each batch anew, so that the result does not depend on
+    the number of processes (BatchSums).
     """
 
     def __init__(
@@ -35,6 +39,7 @@ class ActivationStats:
     ) -> None:
         options = options or CalibrationOptions()
         self.name = name
+        self.by_batch = False
         self.count = 0
         self.absmax = torch.zeros(in_features)
         self.square_sum = torch.zeros(in_features, dtype=torch.float64)
@@ -43,6 +48,7 @@ class ActivationStats:
         self.sample = torch.empty(0, in_features)
         self._keys = torch.empty(0, dtype=torch.float64)
         self._limit = options.sample_rows
+        self._seed = options.seed
         self._generator = torch.Generator().manual_seed(name_seed(name, options.seed))
 
     def update(self, x: Tensor) -> None:
@@ -69,6 +75,14 @@ class ActivationStats:
             self.gram.addmm_(tokens.T, tokens)
         self.count += rows.shape[0]
         self._draw(rows)
+
+    def begin(self, batch: int) -> None:
+        """Sums to come are of this batch alone; count, absmax and sample go on."""
+        self.by_batch = True
+        for total in (self.sum, self.square_sum, self.gram):
+            if total is not None:
+                total.zero_()
+        self._generator.manual_seed(name_seed(f"{self.name}#{batch}", self._seed))
 
     def _follow(self, device: torch.device) -> None:
         """Sums live where the input is: with offloading the model may have been elsewhere."""
@@ -126,6 +140,8 @@ class ActivationStats:
         }
         if self.gram is not None:
             out["gram"] = self.gram
+        if self.by_batch:
+            out["by_batch"] = torch.tensor(True)
         return {key: value.detach().cpu().contiguous() for key, value in out.items()}
 
     @staticmethod
@@ -136,7 +152,82 @@ class ActivationStats:
         stats.absmax, stats.square_sum = tensors["absmax"], tensors["square_sum"]
         stats.sum, stats.sample = tensors["sum"], tensors["sample"]
         stats.gram = tensors.get("gram")
+        stats.by_batch = "by_batch" in tensors
         return stats
+
+
+class BatchSums:
+    """Totals over the batches that processes draw side by side, a round of one batch each.
+
+    After every round sums and gram matrices are added in the order of the batches, each gram in
+    one of the processes.  finish() leaves the same totals and sample in the entries of all: what
+    one process alone would have by this way, bit for bit.
+    """
+
+    def __init__(self, stats: dict[str, ActivationStats], shards: Shards) -> None:
+        self._entries, self._shards = list(stats.values()), shards
+        width = sum(entry.in_features for entry in self._entries)
+        self._sums = torch.zeros(2 * width, dtype=torch.float64)
+        self._owners = [i % shards.count for i in range(len(self._entries))]
+        self._grams: dict[str, Tensor] = {}
+
+    def begin(self, batch: int) -> None:
+        """Before this process draws a batch, or has none left to draw in a last round."""
+        for entry in self._entries:
+            entry.begin(batch)
+
+    def add(self) -> None:
+        """After a round.  Raises OtherProcessError where another process failed in it."""
+        self._shards.meet()
+        sums = [total.cpu() for entry in self._entries for total in (entry.sum, entry.square_sum)]
+        for part in self._shards.gathered(torch.cat(sums)):
+            self._sums += part.cpu()
+        for entry, owner in zip(self._entries, self._owners, strict=True):
+            if entry.gram is not None:
+                self._add_gram(entry, owner)
+
+    def _add_gram(self, entry: ActivationStats, owner: int) -> None:
+        assert entry.gram is not None
+        chunks = entry.gram.view(-1).split(_DOUBLE_ELEMENTS)
+        for i, chunk in enumerate(chunks):
+            for part in self._shards.gathered_at(owner, chunk):
+                if entry.name not in self._grams:
+                    self._grams[entry.name] = torch.zeros_like(entry.gram, device=part.device)
+                self._grams[entry.name].view(-1).split(_DOUBLE_ELEMENTS)[i].add_(part)
+
+    def finish(self) -> None:
+        """After the last round."""
+        shards = self._shards
+        shards.meet()
+        widths = [entry.in_features for entry in self._entries for _ in range(2)]
+        sums = iter(self._sums.split(widths))
+        absmax = shards.gathered(torch.cat([entry.absmax.cpu() for entry in self._entries]))
+        most = torch.stack([part.cpu() for part in absmax]).amax(0)
+        counts = torch.tensor(shards.objects([entry.count for entry in self._entries])).sum(0)
+        keys = shards.objects([(entry._keys, entry.sample.dtype) for entry in self._entries])
+        for i, entry in enumerate(self._entries):
+            entry.count = int(counts[i])
+            entry.absmax, most = most[: entry.in_features], most[entry.in_features :]
+            entry.sum, entry.square_sum = next(sums), next(sums)
+            self._merge_sample(entry, [part[i] for part in keys])
+            if entry.gram is not None:
+                own = self._grams.pop(entry.name, entry.gram)
+                entry.gram = shards.broadcast(self._owners[i], own)
+
+    def _merge_sample(
+        self, entry: ActivationStats, drawn: list[tuple[Tensor, torch.dtype]]
+    ) -> None:
+        """The rows of the smallest keys of all processes, by ascending key."""
+        longest = max(len(keys) for keys, _ in drawn)
+        # A process without a batch has no rows and does not know their dtype.
+        dtype = next((dtype for keys, dtype in drawn if len(keys)), entry.sample.dtype)
+        rows = torch.zeros(longest, entry.in_features, dtype=dtype)
+        rows[: len(entry.sample)] = entry.sample
+        parts = self._shards.gathered(rows)
+        sample = torch.cat([p[: len(k)].cpu() for p, (k, _) in zip(parts, drawn, strict=True)])
+        keys = torch.cat([keys for keys, _ in drawn])
+        order = keys.argsort()[: entry._limit]
+        entry.sample, entry._keys = sample[order], keys[order]
 
 
 def collect_stats(
@@ -146,12 +237,16 @@ def collect_stats(
     prompts: Sequence[str],
     options: CalibrationOptions | None = None,
     progress: Progress | None = None,
+    by_batch: bool = False,
 ) -> dict[str, ActivationStats]:
     """Statistics of each group's input over run(prompts), by the group's name.
 
-    run draws pictures for a batch of prompts with the pipeline that holds `model`.  Raises
-    ValueError when there are no prompts, when an input holds NaN or inf (naming the layer), when
-    members of a group do not read the same tensor, and when a group was never reached.
+    run draws pictures for a batch of prompts with the pipeline that holds `model`.  Where
+    torch.distributed is initialised all processes must call this: each draws a part of the batches,
+    and all return the same.  That is always by_batch (ActivationStats).
+
+    Raises ValueError when there are no prompts, when an input holds NaN or inf (naming the layer),
+    when members of a group do not read the same tensor, and when a group was never reached.
     """
     options = options or CalibrationOptions()
     if not prompts:
@@ -160,20 +255,30 @@ def collect_stats(
         raise TypeError("collect_stats: prompts must be a list of prompts, got a str")
     stats: dict[str, ActivationStats] = {}
     handles: list[RemovableHandle] = []
-    try:
-        for group in groups:
-            entry = ActivationStats(group.name, group.in_features, options)
-            stats[group.name] = entry
-            handles += _hook_group(model, group, entry)
-        with torch.no_grad():
-            for start in range(0, len(prompts), options.batch_size):
-                batch = list(prompts[start : start + options.batch_size])
-                run(batch)
-                if progress is not None:
-                    progress("calibration", start + len(batch), len(prompts))
-    finally:
-        for handle in handles:
-            handle.remove()
+    size = options.batch_size
+    batches = [list(prompts[i : i + size]) for i in range(0, len(prompts), size)]
+    with processes() as shards, torch.no_grad():
+        try:
+            for group in groups:
+                entry = ActivationStats(group.name, group.in_features, options)
+                stats[group.name] = entry
+                handles += _hook_group(model, group, entry)
+            sums = BatchSums(stats, shards) if by_batch or shards.count > 1 else None
+            with shards.stage("calibration", len(prompts), progress) as advance:
+                for first in range(0, len(batches), shards.count):  # a round
+                    index = first + shards.rank
+                    if sums is not None:
+                        sums.begin(index)
+                    if index < len(batches):
+                        run(batches[index])
+                        advance(len(batches[index]))
+                    if sums is not None:
+                        sums.add()
+        finally:
+            for handle in handles:
+                handle.remove()
+        if sums is not None:
+            sums.finish()
     silent = [name for name, entry in stats.items() if entry.count == 0]
     if silent:
         raise ValueError(

@@ -2,7 +2,8 @@
 
 Linears are handled one input group at a time on the device of their weight, so the working set is a
 few copies of one weight in fp32.  With a work folder every finished group, and the statistics, are
-kept on disk: a killed run continues where it stopped.
+kept on disk: a killed run continues where it stopped.  Processes that share a work folder share the
+prompts and the groups (sharding).
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from lrq_kernels.rotation import Rotation
 from lrq_kernels.scheme import QuantScheme
 
 from .auto_family import with_family
-from .calibration import ActivationStats, Progress, collect_stats
+from .calibration import ActivationStats, Progress
 from .error_feedback import codebook_nearest
 from .input_makers import makers_by_name
 from .layer_statistics import ChannelSpread, WeightHistogram
+from .model_stats import GramPasses, calibrate, check_stats, strided_sample
 from .quantized_input import QuantizedInput
 from .recipe import InputGroup, LinearPlan, QuantPlan, QuantRecipe
 from .report import LinearReport, MeasuredLinear, QuantReport
@@ -41,6 +43,7 @@ from .rotation_search import (
     data_free_rotation,
     dequantized_activation,
 )
+from .sharding import OtherProcessError, Shards, alone, processes
 from .twin_log import fit_twin_log, fit_twin_log_paper
 from .work_folder import WorkFolder
 
@@ -55,16 +58,21 @@ _OUTPUT_ROWS = 256
 @dataclass(frozen=True)
 class QuantizedModel:
     """Result of quantize_model: states of the quantized linears, every other tensor of the model
-    (not copied), and the report."""
+    (not copied), and the report.  Of several processes the first alone has it whole; the others
+    have the report."""
 
     states: dict[str, LinearState]
     dense: dict[str, Tensor]
     model_class: str
     report: QuantReport
     work_folder: WorkFolder | None = None
+    whole: bool = True
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Write the checkpoint (atomically) to a file, or into an existing folder."""
+        """Write the checkpoint (atomically) to a file, or into an existing folder.  Raises
+        RuntimeError in a process that does not have the states."""
+        if not self.whole:
+            raise RuntimeError("QuantizedModel.save: only the first process has the whole result")
         return checkpoint.save(path, self.states, self.dense, self.model_class)
 
     def remove_work_folder(self) -> None:
@@ -94,6 +102,10 @@ def quantize_model(
     work_folder keeps finished groups and statistics; calling again with the same model, recipe and
     prompts continues.  It is not removed here: see QuantizedModel.remove_work_folder.
 
+    Where torch.distributed is initialised and a work_folder is given, on a file system that all
+    processes share, all must call this with the same model, recipe and prompts and share the work;
+    sharding.alone() keeps them apart.  Without a work folder each process does everything.
+
     A model of an unknown family is watched for one forward of run (auto_family).
 
     Raises before anything is written: ValueError for such a model without run, NaN or inf
@@ -102,48 +114,39 @@ def quantize_model(
     """
     recipe = recipe or QuantRecipe()
     started = time.perf_counter()
-    if run is not None and prompts:
-        recipe = with_family(recipe, model, lambda: run(list(prompts[:1])))
-    plan = recipe.resolve(model)
-    _check_parameters(model)
-    if stats is None and run is None and recipe.mode == "paper":
-        raise ValueError(
-            "quantize_model: mode 'paper' needs calibration, got neither run nor stats"
-        )
-    work = WorkFolder(Path(work_folder)) if work_folder is not None else None
-    if stats is None and run is not None:
-        stats = _calibrate(model, plan, recipe, run, prompts, work, progress)
-    if stats is not None:
-        _check_stats(plan, stats)
-
-    states: dict[str, LinearState] = {}
-    reports: list[LinearReport] = []
-    total = sum(group.weights for group in plan.groups)
-    done = 0
-    grams = None
-    if stats is not None and recipe.needs_gram:
-        grams = _GramPasses(model, plan, recipe, stats, run, prompts, progress)
-    for group in plan.groups:
-        group_stats = None if stats is None else stats[group.name]
-        job = _GroupJob(model, group, recipe, group_stats, device)
-        key = None if work is None else job.fingerprint()
-        finished = None if work is None else work.load_group(group.name, key)
-        if finished is None:
-            if grams is not None:
-                job.stats = grams.take(group)
-            finished = job.run()
-            if work is not None:
-                work.save_group(group.name, key, *finished)
-        states.update(finished[0])
-        reports += finished[1]
-        done += group.weights
-        if progress is not None:
-            progress("quantization", done, total)
-    quantized = tuple(f"{name}." for name in states)
-    dense = {n: t for n, t in model.state_dict().items() if not n.startswith(quantized)}
+    with alone() if work_folder is None else processes() as shards:
+        if run is not None and prompts:
+            recipe = with_family(recipe, model, lambda: run(list(prompts[:1])))
+        plan = recipe.resolve(model)
+        _check_parameters(model)
+        if stats is None and run is None and recipe.mode == "paper":
+            raise ValueError(
+                "quantize_model: mode 'paper' needs calibration, got neither run nor stats"
+            )
+        _check_same(model, plan, recipe, prompts, shards)
+        work = WorkFolder(Path(work_folder)) if work_folder is not None else None
+        if stats is None and run is not None:
+            stats = calibrate(model, plan, recipe, run, prompts, work, progress)
+        if stats is not None:
+            check_stats(plan, stats)
+        grams = None
+        if stats is not None and recipe.needs_gram:
+            grams = GramPasses(model, plan, recipe, stats, run, prompts, progress)
+        jobs = [
+            _GroupJob(model, group, recipe, None if stats is None else stats[group.name], device)
+            for group in plan.groups
+        ]
+        states, reports = _run_jobs(jobs, grams, work, progress)
+        # Every process has the reports.
+        reports = shards.of_first(reports)
+    quantized = tuple(f"{linear.name}." for linear in plan.linears)
+    whole = shards.rank == 0
+    dense = {}
+    if whole:
+        dense = {n: t for n, t in model.state_dict().items() if not n.startswith(quantized)}
     report = QuantReport.of(plan, recipe, reports, calibrated=stats is not None)
     logger.info("quantized %s in %.1f s", plan.model_class, time.perf_counter() - started)
-    return QuantizedModel(states, dense, plan.model_class, report, work)
+    return QuantizedModel(states, dense, plan.model_class, report, work, whole)
 
 
 def quantize_linear(
@@ -216,9 +219,15 @@ class _GroupJob:
         rows = {n: m.out_features for n, m in model.named_modules() if isinstance(m, nn.Linear)}
         self.first_made = makers_by_name(group.name, rows, group.in_features)[1]
 
+    @property
+    def cost(self) -> int:
+        """How long it takes beside others: second moments are K x K, rows are rounded by them."""
+        width = self.group.in_features
+        return width * (self.group.weights + width**2)
+
     def fingerprint(self) -> str:
         """Changes with anything that the result depends on."""
-        tensors = [_strided_sample(module.weight) for module in self.modules]
+        tensors = [strided_sample(module.weight) for module in self.modules]
         if self.stats is not None:
             tensors += [self.stats.absmax, self.stats.square_sum, self.stats.sum]
         facts: dict[str, object] = {
@@ -415,84 +424,81 @@ def _decibel(signal: Tensor, noise: Tensor) -> float:
     return float(10 * torch.log10(signal / noise)) if signal > 0 else -math.inf
 
 
-# ---- checks and statistics ----------------------------------------------------------------------
-
-
-def _calibrate(
-    model: nn.Module,
-    plan: QuantPlan,
-    recipe: QuantRecipe,
-    run: Callable[[list[str]], object],
-    prompts: Sequence[str],
+def _run_jobs(
+    jobs: list[_GroupJob],
+    grams: GramPasses | None,
     work: WorkFolder | None,
     progress: Progress | None,
-) -> dict[str, ActivationStats]:
-    options = recipe.calibration
-    facts = {"options": repr(options), "prompts": list(prompts), "groups": repr(plan.groups)}
-    samples = [_strided_sample(p) for p in model.parameters()]
-    key = None if work is None else WorkFolder.fingerprint(facts, samples)
-    stats = None if work is None else work.load_stats(key)
-    if stats is None:
-        stats = collect_stats(run, model, plan.groups, prompts, options, progress)
-        if work is not None:
-            work.save_stats(key, stats)
-    return stats
+) -> tuple[dict[str, LinearState], list[LinearReport]]:
+    """States and reports of all groups in the first process, and nothing in the others, in the
+    order of the jobs; each process does some and leaves them in the work folder."""
+    finished: dict[str, tuple[dict[str, LinearState], list[LinearReport]]] = {}
+    total = sum(job.group.weights for job in jobs)
+    with processes() as shards:
+        keys = {} if work is None else {job.group.name: job.fingerprint() for job in jobs}
+        if work is not None and shards.rank == 0:
+            for name, key in keys.items():
+                if (kept := work.load_group(name, key)) is not None:
+                    finished[name] = kept
+        before = set(shards.of_first(list(finished)))
+        todo = {job.group.name: job for job in jobs if job.group.name not in before}
+        done = total - sum(job.group.weights for job in todo.values())
+        if done and progress is not None and shards.rank == 0:
+            progress("quantization", done, total)
+        groups = [job.group for job in todo.values()]
+        for part in [groups] if grams is None else grams.parts(groups):
+            owners = shards.share([todo[group.name].cost for group in part])
+            with shards.stage("quantization", total, progress, done) as advance:
+                for group, owner in zip(part, owners, strict=True):
+                    name, job = group.name, todo[group.name]
+                    if grams is not None:
+                        job.stats = grams.take(group)
+                    if owner == shards.rank:
+                        result = job.run()
+                        if work is not None:
+                            work.save_group(name, keys[name], *result)
+                        if shards.rank == 0:
+                            finished[name] = result
+                        advance(group.weights)
+                    job.stats = None  # the gram matrix is large
+            done += sum(group.weights for group in part)
+        if shards.rank > 0:
+            return {}, []
+        for name, key in keys.items():
+            if name not in finished and work is not None:
+                finished[name] = _of_other_process(work, name, key)
+    states: dict[str, LinearState] = {}
+    reports: list[LinearReport] = []
+    for job in jobs:
+        states.update(finished[job.group.name][0])
+        reports += finished[job.group.name][1]
+    return states, reports
 
 
-class _GramPasses:
-    """Statistics with gram matrices, a few groups at a time: those of a large model do not fit into
-    memory together, so the calibration prompts are run again for every part of the groups."""
+def _of_other_process(
+    work: WorkFolder, name: str, key: str
+) -> tuple[dict[str, LinearState], list[LinearReport]]:
+    result = work.load_group(name, key)
+    if result is None:
+        raise OtherProcessError(
+            f"{name}, which another process quantized, is not in {work.folder}: the work folder "
+            "must be on a file system that all processes share"
+        )
+    return result
 
-    def __init__(
-        self,
-        model: nn.Module,
-        plan: QuantPlan,
-        recipe: QuantRecipe,
-        stats: dict[str, ActivationStats],
-        run: Callable[[list[str]], object] | None,
-        prompts: Sequence[str],
-        progress: Progress | None,
-    ) -> None:
-        missing = [group for group in plan.groups if stats[group.name].gram is None]
-        if missing and run is None:
-            raise ValueError(
-                f"quantize_model: rounding 'feedback' needs the gram matrix of {missing[0].name} "
-                "in stats (CalibrationOptions.gram), or run and prompts to collect it"
-            )
-        self.model, self.plan, self.recipe, self.stats = model, plan, recipe, stats
-        self.run, self.prompts, self.progress = run, prompts, progress
-        self._ready: dict[str, ActivationStats] = {}
 
-    def take(self, group: InputGroup) -> ActivationStats:
-        """Statistics of the group with its gram matrix, which is forgotten here; all but the sample
-        from the same run, so that mean and gram belong together."""
-        stats = self.stats[group.name]
-        if stats.gram is not None:
-            return stats
-        if group.name not in self._ready:
-            self._collect(group)
-        again = self._ready.pop(group.name)
-        again.sample = stats.sample
-        return again
+# ---- checks ------------------------------------------------------------------------------------
 
-    def _collect(self, first: InputGroup) -> None:
-        """One run for this group and as many of the next as fit."""
-        options = self.recipe.calibration
-        groups: list[InputGroup] = []
-        size = 0
-        for group in self.plan.groups[self.plan.groups.index(first) :]:
-            size += 4 * group.in_features**2
-            if groups and size > options.gram_bytes:
-                break
-            groups.append(group)
-        options = replace(options, gram=True, sample_rows=1)
 
-        def report(what: str, done: int, total: int) -> None:
-            if self.progress is not None:
-                self.progress("second moments", done, total)
-
-        assert self.run is not None
-        self._ready = collect_stats(self.run, self.model, groups, self.prompts, options, report)
+def _check_same(
+    model: nn.Module, plan: QuantPlan, recipe: QuantRecipe, prompts: Sequence[str], shards: Shards
+) -> None:
+    """Raises OtherProcessError where processes that are to share the work do not have the same."""
+    if shards.count == 1:
+        return
+    facts = {"plan": repr(plan), "recipe": recipe.to_dict(), "prompts": list(prompts)}
+    samples = [strided_sample(parameter) for parameter in model.parameters()]
+    shards.agree("model, recipe and prompts", WorkFolder.fingerprint(facts, samples))
 
 
 def _check_parameters(model: nn.Module) -> None:
@@ -501,20 +507,3 @@ def _check_parameters(model: nn.Module) -> None:
             raise ValueError(f"quantize_model: {name} is on the meta device and has no values")
         if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
             raise ValueError(f"quantize_model: {name} must be finite, got NaN or inf")
-
-
-def _check_stats(plan: QuantPlan, stats: dict[str, ActivationStats]) -> None:
-    for group in plan.groups:
-        if group.name not in stats:
-            raise ValueError(f"quantize_model: stats must hold {group.name}, got none of it")
-        if stats[group.name].in_features != group.in_features:
-            raise ValueError(
-                f"quantize_model: stats of {group.name} must have K = {group.in_features}, "
-                f"got {stats[group.name].in_features}"
-            )
-
-
-def _strided_sample(tensor: Tensor, limit: int = 1024) -> Tensor:
-    """Values spread over a tensor: enough to tell it from another."""
-    flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // limit)][:limit].cpu()

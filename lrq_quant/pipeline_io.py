@@ -31,6 +31,7 @@ from .pipeline import QuantizedModel, quantize_model
 from .recipe import QuantRecipe
 from .report import QuantReport
 from .report_pictures import DrawnPictures, PictureComparison, picture_seed
+from .sharding import processes
 from .work_folder import write_text
 
 TRANSFORMER = "transformer"
@@ -175,40 +176,45 @@ def quantize_pipeline(
     Calibrated by drawing `prompts` (every step, both guidance halves) with call_options as further
     arguments of the pipeline's call; prompts None looks at the weights alone. A killed run leaves
     `<out>.partial` (of another transformer `<out>.<its name>.partial`) and, called again, continues
-    from it. Raises FileExistsError or OSError when `out` is taken or cannot be written, and what
-    quantize_model raises, before anything is written.
+    from it. Processes of torch.distributed share the work when all call this, each with the
+    pipeline on its own device; the first writes. Raises FileExistsError or OSError when `out` is
+    taken or cannot be written, and what quantize_model raises, before anything is written.
     """
     out = check_writable(out)
     if pictures < 0:
         raise ValueError(f"quantize_pipeline: pictures must not be negative, got {pictures}")
-    run = _runner(pipeline, call_options)
-    recipe = recipe_for(pipeline, recipe, call_options)
-    # Statistics of other steps, guidance or sizes must not be continued from.
-    options = _run_options(pipeline, call_options)
-    run_key = json.dumps(options, sort_keys=True, default=repr)
-    recipe = replace(recipe, calibration=replace(recipe.calibration, run_key=run_key))
-    names = transformer_names(pipeline)
-    drawn = list(prompts or ())[:pictures]
-    comparison = PictureComparison(pipeline, names, drawn, call_options, progress)
-    if drawn:
-        comparison.draw_before()
-    quantized = {
-        name: quantize_model(
-            getattr(pipeline, name),
-            recipe,
-            run=None if prompts is None else run,
-            prompts=prompts or (),
-            work_folder=_work_folder(out, name),
-            progress=progress,
-        )
-        for name in names
-    }
-    save_pipeline(pipeline, quantized, out)
-    for result in quantized.values():
-        result.remove_work_folder()
-    reports = {name: result.report for name, result in quantized.items()}
-    del quantized, result  # the memory that they hold is for the pictures
-    return _with_pictures(comparison, reports, out)[TRANSFORMER] if drawn else reports[TRANSFORMER]
+    with processes() as shards:
+        run = _runner(pipeline, call_options)
+        recipe = recipe_for(pipeline, recipe, call_options)
+        # Statistics of other steps, guidance or sizes must not be continued from.
+        options = _run_options(pipeline, call_options)
+        run_key = json.dumps(options, sort_keys=True, default=repr)
+        recipe = replace(recipe, calibration=replace(recipe.calibration, run_key=run_key))
+        names = transformer_names(pipeline)
+        drawn = list(prompts or ())[:pictures] if shards.rank == 0 else []
+        comparison = PictureComparison(pipeline, names, drawn, call_options, progress)
+        if drawn:
+            comparison.draw_before()
+        quantized = {
+            name: quantize_model(
+                getattr(pipeline, name),
+                recipe,
+                run=None if prompts is None else run,
+                prompts=prompts or (),
+                work_folder=_work_folder(out, name),
+                progress=progress,
+            )
+            for name in names
+        }
+        if shards.rank == 0:
+            save_pipeline(pipeline, quantized, out)
+            for name in names:
+                quantized[name].remove_work_folder()
+        reports = {name: result.report for name, result in quantized.items()}
+        del quantized  # the memory that it holds is for the pictures
+        if drawn:
+            reports = _with_pictures(comparison, reports, out)
+        return shards.of_first(reports[TRANSFORMER])
 
 
 def _with_pictures(

@@ -47,10 +47,12 @@ class WorkFolder:
             folder.mkdir(parents=True, exist_ok=True)
             probe = folder / f"probe.{os.getpid()}.tmp"
             probe.touch()
-            probe.unlink()
+            probe.unlink(missing_ok=True)
         except OSError as error:
             raise OSError(f"cannot write to the work folder {folder}: {error}") from error
-        foreign = [f.name for f in folder.iterdir() if not f.name.startswith(("group-", "stats."))]
+        # A probe is of another process that shares the folder.
+        own = ("group-", "stats.", "probe.")
+        foreign = [file.name for file in folder.iterdir() if not file.name.startswith(own)]
         if foreign:
             raise FileExistsError(f"work folder {folder} holds other files: {sorted(foreign)[:5]}")
 
@@ -119,7 +121,7 @@ class WorkFolder:
 
     def remove(self) -> None:
         """Delete this package's files and the folder when nothing else is in it."""
-        for pattern in ("group-*", "stats.*"):
+        for pattern in ("group-*", "stats.*", "probe.*"):
             for file in self.folder.glob(pattern):
                 file.unlink()
         if not any(self.folder.iterdir()):
