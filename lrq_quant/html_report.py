@@ -66,7 +66,7 @@ th, td { padding: 4px 8px; text-align: left; border-bottom: 1px solid var(--line
   vertical-align: top; }
 th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-td.name { min-width: 262px; font: 12px/1.6 ui-monospace, monospace; overflow-wrap: anywhere; }
+td.name { min-width: 276px; font: 12px/1.6 ui-monospace, monospace; overflow-wrap: anywhere; }
 td.why { color: var(--soft); font-size: 12px; min-width: 220px; }
 tr.worst { background: var(--bad-row); }
 tr.worst td.db { color: var(--bad); font-weight: 600; }
@@ -217,10 +217,7 @@ def _sqnr(report: QuantReport, ranked: Sequence[LinearReport]) -> Markup | None:
     rank = {linear.name: i + 1 for i, linear in enumerate(ranked[: worst_count(len(ranked))])}
     points = []
     for place, linear in enumerate(linears):
-        title = (
-            f"{linear.name}: weight {_db(linear.weight_sqnr_db)} dB, "
-            f"output {_db(linear.output_sqnr_db)} dB"
-        )
+        title = f"{linear.name}: {_sqnr_words(linear)}"
         bad = linear.name in rank
         mark = str(rank.get(linear.name, ""))
         if linear.output_sqnr_db is None:
@@ -237,12 +234,15 @@ def _sqnr(report: QuantReport, ranked: Sequence[LinearReport]) -> Markup | None:
         entries = [("output", "circle", "weight"), *entries]
     most = median(linear.sqnr_db for linear in linears) + _ABOVE_MEDIAN
     axis = Axis.over([point.y for point in points], "dB", most=most)
-    note = (
-        "Signal to quantization noise of every quantized linear in the model's order. Of the "
-        "output: on tokens sampled in calibration, with quantized activations. Of the weight: "
-        "smoothed and rotated; error feedback gives some of it up for the output. What lies more "
-        f"than {_ABOVE_MEDIAN:g} dB above the median is drawn at the upper edge."
-    )
+    note = "Signal to quantization noise of every quantized linear in the model's order. "
+    if report.calibrated:
+        note += (
+            "Of the output: on tokens sampled in calibration, with quantized activations. Of the "
+            "weight: smoothed and rotated; error feedback gives some of it up for the output. "
+        )
+    else:
+        note += "Of the weight, rotated; without calibration nothing is known of the output. "
+    note += f"What lies more than {_ABOVE_MEDIAN:g} dB above the median is drawn at the upper edge."
     chart = points_chart([linear.name for linear in linears], points, axis)
     return _section("SQNR along the model", note, legend(entries), chart)
 
@@ -323,9 +323,8 @@ def _histogram(linear: LinearReport) -> Markup | None:
     if linear.histogram is None:
         return None
     words = (
-        f"{linear.scheme.name}, {linear.rotation}; weight {_db(linear.weight_sqnr_db)} dB, "
-        f"output {_db(linear.output_sqnr_db)} dB; {linear.histogram.weights} of "
-        f"{linear.weights} weights"
+        f"{linear.scheme.name}, {linear.rotation}; {_sqnr_words(linear)}; "
+        f"{linear.histogram.weights} of {linear.weights} weights"
     )
     chart = histogram_chart(linear.histogram)
     return tag("div", tag("h3", linear.name), tag("p", words), chart, class_="layer")
@@ -419,6 +418,12 @@ def _db(value: float | None) -> str:
         return "-"
     # Of no noise at all, and of no signal.
     return f"{value:.2f}" if math.isfinite(value) else "exact" if value > 0 else "none"
+
+
+def _sqnr_words(linear: LinearReport) -> str:
+    words = f"weight {_db(linear.weight_sqnr_db)} dB"
+    measured = linear.output_sqnr_db is not None
+    return f"{words}, output {_db(linear.output_sqnr_db)} dB" if measured else words
 
 
 def _figure(value: float | None) -> str:
