@@ -21,16 +21,16 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     module = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     options = ["--model", "tiny-flux", "--size", "64", "--device", "cpu", "--json", str(file)]
     command = [sys.executable, *module, "benchmarks.bench_parallel", *options]
-    command += ["--variants", "w4a8-fused", "bf16-eager"]
+    command += ["--variants", "w4a8-fused"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stdout + result.stderr
-    fused, dense = json.loads(file.read_text())
-    assert fused["fused_blocks"] == "4 of 4" and fused["gpus"] == dense["gpus"] == 2
-    for row in (fused, dense):  # in bf16, whose roundings differ by the order of sums
-        assert row["speedup"] == row["one_ms"] / row["ms"]
-        assert row["output_sqnr_db"] is None or row["output_sqnr_db"] > 25
-    assert result.stdout.count("ulysses") == 2
+    (row,) = json.loads(file.read_text())
+    assert row["fused_blocks"] == "4 of 4" and row["gpus"] == 2
+    assert row["speedup"] == row["one_ms"] / row["ms"]
+    # In bf16, whose roundings differ by the order of sums.
+    assert row["output_sqnr_db"] is None or row["output_sqnr_db"] > 25
+    assert result.stdout.count("ulysses") == 1
 
 
 def test_table_shows_errors_and_figures() -> None:
