@@ -4,11 +4,6 @@ against the float64 oracle of reference.py: in the interpreter, compiled ahead o
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from compiled_kernels import (
@@ -158,16 +153,6 @@ def test_reference_keeps_what_it_quantizes() -> None:
 
 
 # ---- interpreter, CPU ---------------------------------------------------------------------------
-
-
-@pytest.mark.timeout(300)
-def test_kernels_in_interpreter() -> None:
-    """The tests marked in_interpreter, in a process where Triton interprets its kernels."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted", __file__]
-    cwd = Path(__file__).parents[1]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=cwd)
-    assert result.returncode == 0 and "passed" in result.stdout, result.stdout + result.stderr
 
 
 RMS_INT4 = {"act_bits": 4, "scale_mode": "rms", "scale_factor": 0.35}

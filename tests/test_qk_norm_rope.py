@@ -4,12 +4,8 @@ against the reference (in the interpreter, compiled ahead of time, on a GPU), an
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -243,16 +239,6 @@ def test_no_v_no_context_and_no_tokens() -> None:
 
 
 # ---- interpreter, CPU ---------------------------------------------------------------------------
-
-
-@pytest.mark.timeout(300)
-def test_kernel_in_interpreter() -> None:
-    """The tests marked in_interpreter, in a process where Triton interprets its kernels."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted", __file__]
-    cwd = Path(__file__).parents[1]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=cwd)
-    assert result.returncode == 0 and "passed" in result.stdout, result.stdout + result.stderr
 
 
 # What a kernel must get right: groups of heads that do not come out even, channels that do not

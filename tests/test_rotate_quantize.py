@@ -6,11 +6,6 @@ every kernel compiled ahead of time for each architecture, and everything on a G
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from compiled_kernels import (
@@ -58,16 +53,6 @@ WIDTHS = (
 TOKENS = (0, 1, 3, 64, 257)
 
 # ---- interpreter, CPU ---------------------------------------------------------------------------
-
-
-@pytest.mark.timeout(300)
-def test_kernels_in_interpreter() -> None:
-    """The tests marked in_interpreter, in a process where Triton interprets its kernels."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted", __file__]
-    cwd = Path(__file__).parents[1]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=cwd)
-    assert result.returncode == 0 and "passed" in result.stdout, result.stdout + result.stderr
 
 
 INTERPRETED_CASES = [
