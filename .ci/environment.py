@@ -94,7 +94,9 @@ def install(extras: list[str]) -> None:
     print(f"Installing into .venv: {' '.join(wanted)}", flush=True)
     # Naming the torch that is there keeps pip from replacing it with another, by several GB.
     keep = [f"torch=={importlib.metadata.version('torch')}"] if torch_version() else []
+    # Of torch and transformers few modules are imported: Python compiles those when they are.
     pip = [sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
+    pip += ["--no-compile"]
     if subprocess.run([*pip, *wanted, *(pin for pin in keep if pin not in wanted)]).returncode:
         sys.exit(
             f"\npip could not install {', '.join(wanted)} (its reason is above). Without a network,"
