@@ -22,8 +22,8 @@ _native_flash, _native_efficient, flash, _flash_3, sage.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,9 +34,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.rows import Row, measure_problems
 from benchmarks.timing import bench_us
 
-Row = dict[str, Any]
 Attention = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 
 _CHECKED_QUERIES = 64
@@ -194,18 +194,11 @@ def _arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = _arguments()
-    if not torch.cuda.is_available():
-        raise SystemExit("bench_attention: needs a CUDA device")
     if arguments.batch:
         for name in arguments.problems:
             PROBLEMS[name] = replace(PROBLEMS[name], batch=arguments.batch)
-    rows: list[Row] = []
-    for name in arguments.problems:
-        rows += time_problem(name, arguments.pad)
-        torch.cuda.empty_cache()
-        if arguments.json:  # after each problem: a run that is stopped keeps what it has
-            arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    measure = functools.partial(time_problem, pads=arguments.pad)
+    rows = measure_problems(arguments.problems, measure, arguments.json)
     print(table(rows))
 
 

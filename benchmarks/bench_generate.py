@@ -27,8 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.bench_model import Clock, machine, write_json
+from benchmarks.bench_model import Clock, machine
 from benchmarks.model_variants import Models, Variant, cold_compiles, free, prepare
+from benchmarks.rows import Row, cells, error_text, titles, write_json
 from lrq_quant.model_shapes import FLUX_TEXT_TOKENS, PIXART_TEXT_TOKENS
 from lrq_quant.run_modes import remove_compiled_and_graph
 
@@ -239,16 +240,9 @@ COLUMNS = (
 )
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = [f"{'variant':23}" + "".join(f"{title:>10}" for _, title, _ in COLUMNS)]
-    for row in rows:
-        if "error" in row:
-            lines.append(f"{row['variant']:23} failed: {row['error']}")
-            continue
-        cells = [(row.get(key), digits) for key, _, digits in COLUMNS]
-        figures = (f"{'-':>10}" if x is None else f"{x:>10.{digits}f}" for x, digits in cells)
-        lines.append(f"{row['variant']:23}" + "".join(figures))
-    return "\n".join(lines)
+def table(rows: list[Row]) -> str:
+    lines = [f"{'variant':23}{titles(COLUMNS, 10)}"]
+    return "\n".join([*lines, *(f"{row['variant']:23}{cells(row, COLUMNS, 10)}" for row in rows)])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -288,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 row |= measure(models, variant, request, arguments.pictures, arguments.device)
             except Exception as error:  # the other variants still count
-                row["error"] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+                row["error"] = error_text(error)
             free()
             rows = with_speedups([*rows, row])
             if arguments.json:

@@ -25,8 +25,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import json
-import os
 import statistics
 import sys
 import tempfile
@@ -52,6 +50,7 @@ from benchmarks.model_variants import (
     prepare,
     weight_bytes,
 )
+from benchmarks.rows import error_text, write_json
 from lrq_kernels.testing import sqnr_db
 from lrq_quant.model_shapes import named_inputs, names_with_inputs
 from lrq_quant.run_modes import COMPILE_KINDS, remove_compiled_and_graph
@@ -196,9 +195,7 @@ def rows_of(run: Run, variants: list[Variant], facts: dict[str, Any]) -> Iterato
         try:
             row |= measure(run, variant)
         except Exception as error:  # a package may fail in any way; the other variants still count
-            reason = next(iter(str(error).splitlines()), "")
-            row |= {"error": f"{type(error).__name__}: {reason}"}
-            row |= {"traceback": traceback.format_exc()}
+            row |= {"error": error_text(error), "traceback": traceback.format_exc()}
         free()
         yield row
 
@@ -237,13 +234,6 @@ def notes(row: dict[str, Any]) -> Iterator[str]:
         db = row["output_sqnr_db"]
         low = " (below 45)" if db is not None and db < EXPECTED_SQNR_DB else ""
         yield "output equal" if db is None else f"output {db:.1f} dB{low}"
-
-
-def write_json(rows: list[dict[str, Any]], file: Path) -> None:
-    """The file is whole at any time."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(rows, indent=1) + "\n")
-    temporary.replace(file)
 
 
 def _parser() -> argparse.ArgumentParser:

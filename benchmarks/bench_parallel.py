@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from benchmarks.bench_model import Clock, machine, write_json
+from benchmarks.bench_model import Clock, machine
 from benchmarks.model_variants import Models, Variant, free, prepare, weight_bytes
+from benchmarks.rows import Row, cells, error_text, titles, write_json
 from lrq_kernels import ungraph
 from lrq_kernels.testing import sqnr_db
 from lrq_quant.model_shapes import named_inputs
@@ -106,17 +107,11 @@ COLUMNS = (
 )
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    titles = "".join(f"{title:>12}" for _, title, _ in COLUMNS)
-    lines = [f"{'variant':20}{'way':9}{'GPUs':>5}{titles}"]
+def table(rows: list[Row]) -> str:
+    lines = [f"{'variant':20}{'way':9}{'GPUs':>5}{titles(COLUMNS, 12)}"]
     for row in rows:
-        line = f"{row['variant']:20}{row['way']:9}{row['gpus']:>5}"
-        if "error" in row:
-            lines.append(f"{line}  failed: {row['error']}")
-            continue
-        cells = [(row[key], digits) for key, _, digits in COLUMNS]
-        figures = (f"{'-':>12}" if x is None else f"{x:>12.{digits}f}" for x, digits in cells)
-        lines.append(line + "".join(figures))
+        name = f"{row['variant']:20}{row['way']:9}{row['gpus']:>5}"
+        lines.append(name + cells(row, COLUMNS, 12))
     return "\n".join(lines)
 
 
@@ -151,7 +146,7 @@ def run(arguments: argparse.Namespace, folder: Path, device: str) -> list[dict[s
                 row |= measure(models, variant, way, inputs, arguments.attention)
             except (ValueError, NotImplementedError, ImportError) as error:
                 # Raised alike by all processes. Any other error ends this one, and torchrun all.
-                row["error"] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+                row["error"] = error_text(error)
                 models.release()
             free()
             rows.append(row)

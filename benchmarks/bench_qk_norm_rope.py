@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.rows import Row, measure_problems
 from benchmarks.timing import bench_us, graph_us, num_buffers
 
-Row = dict[str, Any]
 Streams = tuple[Tensor | None, ...]  # q, k, v and those of the context
 Launch = tuple[int, int]
 
@@ -257,15 +256,8 @@ def _arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = _arguments()
-    if not torch.cuda.is_available():
-        raise SystemExit("bench_qk_norm_rope: needs a CUDA device")
-    rows: list[Row] = []
-    for name in arguments.problems:
-        rows += time_problem(name, arguments.launches)
-        torch.cuda.empty_cache()
-        if arguments.json:  # after each problem: a run that is stopped keeps what it has
-            arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    measure = functools.partial(time_problem, launches=arguments.launches)
+    rows = measure_problems(arguments.problems, measure, arguments.json)
     print(table(rows))
 
 

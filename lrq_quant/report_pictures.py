@@ -22,6 +22,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+from lrq_kernels.linear import has_hooks
+
 from .calibration import Progress
 from .report import ComparedPicture
 
@@ -71,7 +73,7 @@ class PictureComparison:
         self._seconds = 0.0
 
     def draw_before(self) -> None:
-        hooked = [name for name in self.names if _has_hooks(getattr(self.pipeline, name))]
+        hooked = [name for name in self.names if has_hooks(getattr(self.pipeline, name))]
         if hooked or getattr(self.pipeline, "hf_device_map", None):
             self._stop("the pipeline is offloaded or spread over devices")
             return
@@ -139,11 +141,6 @@ def _to_8_bit(drawn: Any) -> np.ndarray:
     if array.ndim not in (4, 5) or array.shape[0] != 1 or array.shape[-1] != 3:
         raise ValueError(f"a picture must be [1, H, W, 3] or a video, got shape {array.shape}")
     return (np.nan_to_num(array[0].astype(np.float32)).clip(0, 1) * 255).round().astype(np.uint8)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    """Of accelerate or diffusers: another module in this one's place would not have them."""
-    return hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from tiny_families import forward
 from tiny_models import linears, load, quantized_folder
 from torch import distributed, multiprocessing, nn
+from two_devices import cpu_and_two_gpus
 
 from lrq_kernels import QuantScheme
 from lrq_kernels.linear import LRQLinear
@@ -118,19 +119,7 @@ def _work(rank: int, folder: Path, port: int, device: str, fused: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "device",
-    [
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=[
-                pytest.mark.gpu,
-                pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
-            ],
-        ),
-    ],
-)
+@cpu_and_two_gpus
 def test_context_parallelism(device: str, tmp_path: Path):
     """Two processes, each with half of the tokens, give what one gives."""
     folder = quantized_folder("flux", tmp_path, F32)

@@ -20,6 +20,7 @@ from test_calibration import group
 from test_pipeline import Runner, pixart
 from tiny_models import tiny_pipeline
 from torch import distributed
+from two_devices import cpu_and_two_gpus
 
 from lrq_kernels.checkpoint import LinearState, state_tensors
 from lrq_quant import (
@@ -364,19 +365,7 @@ def test_work_is_dealt_evenly_and_to_everyone() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "device",
-    [
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=[
-                pytest.mark.gpu,
-                pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
-            ],
-        ),
-    ],
-)
+@cpu_and_two_gpus
 def test_torchrun_quantizes_a_pipeline(device: str, tmp_path: Path) -> None:
     tiny_pipeline().save_pretrained(tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\na green circle\n")
