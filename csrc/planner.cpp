@@ -244,6 +244,10 @@ void bind_rotate(py::module_& m) {
         "source), row_stride elements apart. addresses: bitwise or of the addresses of the sources "
         "and of channel_scale, and of the strides in bytes from row to row and from sample to "
         "sample.");
+  py::enum_<RotateForm>(m, "RotateForm")
+      .value("PLAIN", RotateForm::kPlain)
+      .value("MODULATED", RotateForm::kModulated)
+      .value("NORM", RotateForm::kNorm);
   py::class_<RotateRowsPlan>(m, "RotateRowsPlan")
       .def_readonly("units", &RotateRowsPlan::units)
       .def_readonly("units_reciprocal", &RotateRowsPlan::units_reciprocal)
@@ -254,13 +258,13 @@ void bind_rotate(py::module_& m) {
       .def_readonly("shared_bytes", &RotateRowsPlan::shared_bytes);
   m.def(
       "plan_rotate_rows",
-      [](int features, bool norm, int64_t samples, int64_t tokens, int sms) {
+      [](int features, RotateForm form, int64_t samples, int64_t tokens, int sms) {
         check_range("features / 128 - 1", features / kTransform - 1, kRotateMaxUnits);
         check_range("samples - 1", samples - 1, INT64_MAX);
         check_range("tokens - 1", tokens - 1, kRotateMaxTokens);
-        return plan_rotate_rows(features, norm, samples, tokens, sms);
+        return plan_rotate_rows(features, form, samples, tokens, sms);
       },
-      py::arg("features"), py::arg("norm"), py::arg("samples"), py::arg("tokens"), py::arg("sms"),
+      py::arg("features"), py::arg("form"), py::arg("samples"), py::arg("tokens"), py::arg("sms"),
       "How lrq::_rotate_rows divides samples of so many tokens on a device.");
   m.def(
       "lane_chunk_to_k",

@@ -15,6 +15,13 @@ class GemmConfig:
     def shared_bytes(self, weight_bits: int) -> int: ...
     def is_legal(self, m: int, n: int, k: int, weight_bits: int, arch: int) -> bool: ...
 
+class RotateForm:
+    name: str
+    value: int
+    PLAIN: RotateForm
+    MODULATED: RotateForm
+    NORM: RotateForm
+
 class RotateRowsPlan:
     units: int
     units_reciprocal: int
@@ -59,7 +66,7 @@ def supports_rotate_rows(
     first: int, second: int, block_size: int, row_stride: int, addresses: int
 ) -> bool: ...
 def plan_rotate_rows(
-    features: int, norm: bool, samples: int, tokens: int, sms: int
+    features: int, form: RotateForm, samples: int, tokens: int, sms: int
 ) -> RotateRowsPlan: ...
 def lane_chunk_to_k(lane: int, chunk: int) -> int: ...
 def lane_result_to_k(lane: int, chunk: int) -> int: ...

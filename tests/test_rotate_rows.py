@@ -114,12 +114,14 @@ def test_lanes_of_an_access_fill_whole_sectors() -> None:
 
 
 @pytest.mark.parametrize("device", STREAMING_MULTIPROCESSORS)
-@pytest.mark.parametrize("norm", [False, True])
-def test_every_plan_gives_each_token_to_one_group_of_lanes(norm: bool, device: str) -> None:
+@pytest.mark.parametrize("form", ["PLAIN", "MODULATED", "NORM"])
+def test_every_plan_gives_each_token_to_one_group_of_lanes(form: str, device: str) -> None:
     sms = STREAMING_MULTIPROCESSORS[device]
     for features in sorted({128, 1024, 1152, 8192, *IN_FEATURES, planner.ROTATE_MAX_FEATURES}):
         for samples, tokens in ((1, 1), (1, 4608), (2, 300), (7, 131), (5000, 1)):
-            plan = planner.plan_rotate_rows(features, norm, samples, tokens, sms)
+            plan = planner.plan_rotate_rows(
+                features, getattr(planner.RotateForm, form), samples, tokens, sms
+            )
             assert plan.units == features // 128 and plan.threads % 32 == 0
             used = 4 * plan.units * plan.tokens_per_block
             assert used <= plan.threads <= 512 and used >= 0.87 * plan.threads
@@ -129,17 +131,18 @@ def test_every_plan_gives_each_token_to_one_group_of_lanes(norm: bool, device: s
             blocks = np.arange(plan.blocks_per_sample)
             slots = np.arange(plan.tokens_per_block)
             if plan.stay:
-                assert not norm
+                assert form != "NORM"
                 assert plan.shared_bytes == 64 * plan.threads
-                # 65536 registers an SM, 96 a thread
+                resident = (682 if form == "PLAIN" else 512) * sms  # of 65536 registers an SM
                 assert plan.threads * plan.blocks_per_sample * samples <= max(
-                    682 * sms, plan.threads * samples
+                    resident, plan.threads * samples
                 )
                 lots = -(-tokens // plan.tokens_per_block)
                 lot = np.concatenate([np.arange(b, lots, len(blocks)) for b in blocks])
                 taken = (lot[:, None] * plan.tokens_per_block + slots).ravel()
                 taken = taken[taken < tokens]
             else:
+                assert form != "MODULATED"
                 taken = (blocks[:, None] * len(slots) + slots).ravel()
                 taken = taken[taken < tokens]
             assert sorted(taken) == list(range(tokens))
@@ -319,6 +322,22 @@ def test_vectors_of_every_sample(samples: int, tokens: int, norm: str) -> None:
     wide = torch.randn(samples, 3 * 1152 + 1, device="cuda")  # chunks of one projection
     check(replace(inputs, scale=wide[:, 1 : 1 + 1152], shift=wide[:, 1153:2305]), case)
     check(replace(inputs, x=inputs.x.view(samples, tokens, 1152)), case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("samples, tokens", [(1, 1), (3, 5), (2, 1500), (1000, 3)])
+@pytest.mark.parametrize("features", [128, 1024, 1152, 3072, 4608, planner.ROTATE_MAX_FEATURES])
+def test_thread_blocks_that_keep_the_modulation(features: int, samples: int, tokens: int) -> None:
+    """One lot of tokens and many, more samples than thread blocks fit at once."""
+    tokens = min(tokens, max(3, 3_000_000 // (samples * features)))
+    for norm in ("layer", "rms"):
+        case = Case(norm, 128 if features % 1024 else 1024)
+        inputs = draw((samples * tokens, features), case, samples=samples, smooth=norm == "rms")
+        inputs = replace(inputs, shift=inputs.shift.bfloat16())
+        check(inputs, case)
+        apart = torch.randn(samples, 6 * features, device="cuda").bfloat16()  # one projection
+        shift, scale = apart[:, features : 2 * features], apart[:, :features]
+        check(replace(inputs, shift=shift, scale=scale), case)
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ constexpr int kRegisters = !kNorm        ? 64
                            : kShareWarps ? 80
                                          : 72;
 
-template <typename T, NormForm kForm, bool kShareWarps, bool kStays, int kMaxRegisters>
+template <typename T, RotateForm kForm, bool kShareWarps, bool kStays, int kMaxRegisters>
 cudaError_t launch_instance(const RotateRowsArgs& args, const RotateRowsPlan& plan,
                             cudaStream_t stream) {
   const int64_t rows = min_of(args.samples, kMaxGridRows);
@@ -25,9 +25,9 @@ cudaError_t launch_instance(const RotateRowsArgs& args, const RotateRowsPlan& pl
   return cudaGetLastError();
 }
 
-template <typename T, NormForm kForm>
+template <typename T, RotateForm kForm>
 cudaError_t launch_form(const RotateRowsArgs& args, cudaStream_t stream) {
-  constexpr bool kNorm = kForm != NormForm::kNone;
+  constexpr bool kNorm = kForm == RotateForm::kNorm;
   int device = 0;
   int sms = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -38,11 +38,12 @@ cudaError_t launch_form(const RotateRowsArgs& args, cudaStream_t stream) {
     return error;
   }
   const RotateRowsPlan plan =
-      plan_rotate_rows(args.features, kNorm, args.samples, args.tokens, sms);
+      plan_rotate_rows(args.features, kForm, args.samples, args.tokens, sms);
   const bool shares = plan.tokens_per_block > 1;
   if constexpr (!kNorm) {
-    constexpr int kStay = kRotateStayRegisters;
-    if (plan.stay) {
+    constexpr int kStay =
+        kForm == RotateForm::kPlain ? kRotateStayRegisters : kRotateStayModulatedRegisters;
+    if (kForm == RotateForm::kModulated || plan.stay) {
       return shares ? launch_instance<T, kForm, true, true, kStay>(args, plan, stream)
                     : launch_instance<T, kForm, false, true, kStay>(args, plan, stream);
     }
@@ -52,7 +53,9 @@ cudaError_t launch_form(const RotateRowsArgs& args, cudaStream_t stream) {
       return launch_instance<T, kForm, true, false, kRegisters<true, true>>(args, plan, stream);
     }
   }
-  return launch_instance<T, kForm, false, false, kRegisters<kNorm, false>>(args, plan, stream);
+  if constexpr (kForm != RotateForm::kModulated) {
+    return launch_instance<T, kForm, false, false, kRegisters<kNorm, false>>(args, plan, stream);
+  }
 }
 
 bool is_aligned(const SampleVectors& vectors, OutType type) {
@@ -63,12 +66,11 @@ bool is_aligned(const SampleVectors& vectors, OutType type) {
 template <typename T>
 cudaError_t launch_type(const RotateRowsArgs& args, cudaStream_t stream) {
   if (args.norm == TokenNorm::kNone) {
-    return launch_form<T, NormForm::kNone>(args, stream);
+    return launch_form<T, RotateForm::kPlain>(args, stream);
   }
-  const bool neither = args.scale.data == nullptr && args.shift.data == nullptr;
-  return neither || (is_aligned(args.scale, args.type) && is_aligned(args.shift, args.type))
-             ? launch_form<T, NormForm::kAligned>(args, stream)
-             : launch_form<T, NormForm::kAny>(args, stream);
+  return is_aligned(args.scale, args.type) && is_aligned(args.shift, args.type)
+             ? launch_form<T, RotateForm::kModulated>(args, stream)
+             : launch_form<T, RotateForm::kNorm>(args, stream);
 }
 
 }  // namespace

@@ -214,36 +214,49 @@ __device__ __forceinline__ float sample_value(const SampleVectors& vectors, int6
   }
 }
 
-// v = v (1 + scale) + shift. kAligned: both are there, of x's type T, and lie on 16 bytes.
-template <typename T, bool kAligned>
+// 8 values of each vector of a sample, which lie on 16 bytes: the channel scale c, which may be
+// null, becomes c (1 + scale), and shift becomes c shift, so that c (v (1 + scale) + shift) is one
+// fma.
+template <typename T>
+__device__ __forceinline__ void fold_modulation(float (&factor)[kChunkElements],
+                                                float (&summand)[kChunkElements], const T* scales,
+                                                const T* shifts, const float* channel_scale) {
+  float scale[kChunkElements];
+  unpack_chunk<T>(scale, __ldg(reinterpret_cast<const uint4*>(scales)));
+  unpack_chunk<T>(summand, __ldg(reinterpret_cast<const uint4*>(shifts)));
+#pragma unroll
+  for (int e = 0; e < kChunkElements; ++e) {
+    factor[e] = 1.0f;
+  }
+  if (channel_scale != nullptr) {
+    load_chunk(factor, channel_scale);
+  }
+#pragma unroll
+  for (int e = 0; e < kChunkElements; ++e) {
+    summand[e] *= factor[e];
+    factor[e] = fmaf(factor[e], scale[e], factor[e]);
+  }
+}
+
+// v = v (1 + scale) + shift, of which either may be missing.
 __device__ __forceinline__ void modulate(LaneValues& v, const RotateRowsArgs& args, int sample,
                                          int k) {
   const int64_t scale_at = sample * args.scale.sample_stride + k;
   const int64_t shift_at = sample * args.shift.sample_stride + k;
-  const T* const scales = static_cast<const T*>(args.scale.data) + scale_at;
-  const T* const shifts = static_cast<const T*>(args.shift.data) + shift_at;
 #pragma unroll
   for (int chunk = 0; chunk < kChunks; ++chunk) {
     const int offset = lane_chunk_to_k(0, chunk);
-    float scale[kChunkElements] = {};
-    float shift[kChunkElements] = {};
-    if constexpr (kAligned) {
-      unpack_chunk<T>(scale, __ldg(reinterpret_cast<const uint4*>(scales + offset)));
-      unpack_chunk<T>(shift, __ldg(reinterpret_cast<const uint4*>(shifts + offset)));
-    } else {
-#pragma unroll
-      for (int e = 0; e < kChunkElements; ++e) {
-        if (args.scale.data != nullptr) {
-          scale[e] = sample_value(args.scale, scale_at + offset + e);
-        }
-        if (args.shift.data != nullptr) {
-          shift[e] = sample_value(args.shift, shift_at + offset + e);
-        }
-      }
-    }
 #pragma unroll
     for (int e = 0; e < kChunkElements; ++e) {
-      v[chunk][e] = fmaf(v[chunk][e], scale[e], v[chunk][e] + shift[e]);
+      float scale = 0.0f;
+      float shift = 0.0f;
+      if (args.scale.data != nullptr) {
+        scale = sample_value(args.scale, scale_at + offset + e);
+      }
+      if (args.shift.data != nullptr) {
+        shift = sample_value(args.shift, shift_at + offset + e);
+      }
+      v[chunk][e] = fmaf(v[chunk][e], scale, v[chunk][e] + shift);
     }
   }
 }
@@ -390,18 +403,14 @@ __device__ __forceinline__ uint4 encode(const float (&even)[kChunkElements],
 
 // ---- kernel -------------------------------------------------------------------------------------
 
-// Whether a norm comes first, and whether its scale and shift, if any, are as `modulate` likes
-// them.
-enum class NormForm { kNone, kAligned, kAny };
-
 // kStays: a thread block stays for lot after lot of tokens, plan.blocks_per_sample lots apart. It
 // loads the next one under the arithmetic of the one at hand and keeps the channel scale in
-// registers.
-template <typename T, NormForm kForm, bool kShareWarps, bool kStays, int kRegisters>
+// registers, with the modulation in it.
+template <typename T, RotateForm kForm, bool kShareWarps, bool kStays, int kRegisters>
 __global__ void __maxnreg__(kRegisters)
     rotate_rows_kernel(const __grid_constant__ RotateRowsArgs args,
                        const __grid_constant__ RotateRowsPlan plan) {
-  constexpr bool kNorm = kForm != NormForm::kNone;
+  constexpr bool kNorm = kForm != RotateForm::kPlain;
   __shared__ RotateShared shared;
   const int tokens = static_cast<int>(args.tokens);
   const int sample = blockIdx.y + gridDim.y * blockIdx.z;
@@ -451,13 +460,25 @@ __global__ void __maxnreg__(kRegisters)
     request(is_active(token));
   }
   float scale[kChunks][kChunkElements];
+  [[maybe_unused]] float summand[kChunks][kChunkElements];
   const auto load_scale = [&] {
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       load_chunk(scale[chunk], channel_scale + lane_chunk_to_k(0, chunk));
     }
   };
-  if constexpr (kStays) {
+  if constexpr (kStays && kNorm) {
+    const int64_t scale_at = sample * args.scale.sample_stride + vector_k;
+    const int64_t shift_at = sample * args.shift.sample_stride + vector_k;
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      const int offset = lane_chunk_to_k(0, chunk);
+      fold_modulation<T>(scale[chunk], summand[chunk],
+                         static_cast<const T*>(args.scale.data) + scale_at + offset,
+                         static_cast<const T*>(args.shift.data) + shift_at + offset,
+                         args.channel_scale == nullptr ? nullptr : channel_scale + offset);
+    }
+  } else if constexpr (kStays) {
     if (args.channel_scale != nullptr) {
       load_scale();
     } else {
@@ -499,8 +520,16 @@ __global__ void __maxnreg__(kRegisters)
     if constexpr (kNorm) {
       unpack_all();
       normalize(v, unit, plan.units, lanes, shared.moments, args);
-      if (args.scale.data != nullptr || args.shift.data != nullptr) {
-        modulate<T, kForm == NormForm::kAligned>(v, args, sample, vector_k);
+      if constexpr (kStays) {
+#pragma unroll
+        for (int chunk = 0; chunk < kChunks; ++chunk) {
+#pragma unroll
+          for (int e = 0; e < kChunkElements; ++e) {
+            v[chunk][e] = fmaf(v[chunk][e], scale[chunk][e], summand[chunk][e]);
+          }
+        }
+      } else if (args.scale.data != nullptr || args.shift.data != nullptr) {
+        modulate(v, args, sample, vector_k);
       }
     }
     const auto scale_all = [&](auto with_scale) {
@@ -516,7 +545,7 @@ __global__ void __maxnreg__(kRegisters)
         scale_chunk<kScale>(v[chunk], scale[chunk]);
       }
     };
-    if (kStays || args.channel_scale != nullptr) {
+    if (kStays ? !kNorm : args.channel_scale != nullptr) {
       scale_all(std::true_type());
     } else {
       scale_all(std::false_type());

@@ -93,7 +93,15 @@ constexpr bool supports_rotate_rows(int64_t first, int64_t second, int64_t block
 // block of a long row is too large a part of an SM for that, and one of several short rows has too
 // little to do to be started for it. Those stay, take lot after lot, load the next one early and
 // keep the channel scale. On an H100 (November 2026) that takes 1 to 10 % off at K = 1152, 12288
-// and 15360, and costs 6 % at 3072.
+// and 15360, and costs 6 % at 3072. Those that modulate stay at any K: of their L1 cycles (8 for a
+// warp's load) half would go to the three vectors.
+
+// What comes before the transform.
+enum class RotateForm : int {
+  kPlain,
+  kModulated,  // norm, scale and shift of x's type that lie on 16 bytes
+  kNorm,       // norm, with another scale and shift or without
+};
 
 struct RotateRowsPlan {
   int units;             // of a token
@@ -107,13 +115,14 @@ struct RotateRowsPlan {
 
 constexpr int kRotateStayUnits = 64;
 constexpr int kRotateStayRegisters = 96;
+constexpr int kRotateStayModulatedRegisters = 128;  // the vectors are 64 of them
 constexpr int kRegistersPerSm = 65536;
 constexpr int kLaneBytes = 2 * kChunks * kChunkElements;
 static_assert(kRotateMaxThreads * kLaneBytes + 2048 <= 48 * 1024, "what needs no leave to be used");
 
 // features, samples and tokens are at least 1.
-constexpr RotateRowsPlan plan_rotate_rows(int features, bool norm, int64_t samples, int64_t tokens,
-                                          int sms) {
+constexpr RotateRowsPlan plan_rotate_rows(int features, RotateForm form, int64_t samples,
+                                          int64_t tokens, int sms) {
   RotateRowsPlan plan = {};
   plan.units = features / kTransform;
   plan.units_reciprocal = (1 << 16) / plan.units + 1;
@@ -123,10 +132,13 @@ constexpr RotateRowsPlan plan_rotate_rows(int features, bool norm, int64_t sampl
     warps = ceil_div(plan.tokens_per_block * plan.units, kWarpUnits);
   } while (100 * plan.tokens_per_block * plan.units < 87 * kWarpUnits * warps);
   plan.threads = 32 * warps;
-  plan.stay = !norm && (plan.units > kRotateStayUnits || plan.tokens_per_block > 1);
+  const bool stays = plan.units > kRotateStayUnits || plan.tokens_per_block > 1;
+  plan.stay = form == RotateForm::kModulated || (form == RotateForm::kPlain && stays);
   int64_t blocks = ceil_div<int64_t>(tokens, plan.tokens_per_block);
   if (plan.stay) {
-    const int64_t resident = sms * (kRegistersPerSm / kRotateStayRegisters / plan.threads);
+    const int registers =
+        form == RotateForm::kPlain ? kRotateStayRegisters : kRotateStayModulatedRegisters;
+    const int64_t resident = sms * (kRegistersPerSm / registers / plan.threads);
     blocks = min_of(blocks, max_of<int64_t>(1, resident / samples));
     plan.shared_bytes = plan.threads * kLaneBytes;
   }
