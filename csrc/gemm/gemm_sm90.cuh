@@ -160,6 +160,8 @@ __global__ void __launch_bounds__(GemmSm90<kBits, kTileM, kConsumers, kStages>::
   __syncthreads();
   cluster_arrive_relaxed();
   cluster_wait();
+  grid_dependency_wait();
+  grid_dependency_trigger();
 
   if (warp >= Gemm::kConsumerWarps) {
     release_registers<producer_registers(kConsumers)>();

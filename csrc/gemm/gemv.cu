@@ -31,6 +31,7 @@
 
 #include "../device/numeric.cuh"
 #include "../device/twin_log.cuh"
+#include "../overlap.h"
 #include "launch.h"
 
 namespace lrq {
@@ -458,10 +459,10 @@ cudaError_t launch_instance(const A16Args& args, int device, cudaStream_t stream
   constexpr int kSharedBytes = sizeof(typename G::Shared);
   const auto kernel = gemv_kernel<G>;
   int sms = 0;
-  int major = 0;
+  bool can_overlap = false;
   cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    error = query_overlap(device, &can_overlap);
   }
   if (error == cudaSuccess) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
@@ -476,16 +477,14 @@ cudaError_t launch_instance(const A16Args& args, int device, cudaStream_t stream
   const int64_t groups = ceil_div<int64_t>(args.problem.n, kChannels);
   const bool whole = reinterpret_cast<uintptr_t>(args.x) % sizeof(uint2) == 0 &&
                      args.x_stride % kInputsPerLane == 0 && args.problem.k % kInputsPerLane == 0;
-  cudaLaunchAttribute overlap = {};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute overlap = overlap_attribute();
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(min_of<int64_t>(sms, groups)));
   config.blockDim = dim3(G::kThreads);
   config.dynamicSmemBytes = kSharedBytes;
   config.stream = stream;
   config.attrs = &overlap;
-  config.numAttrs = major >= 9 ? 1 : 0;
+  config.numAttrs = can_overlap ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, args, whole);
 }
 

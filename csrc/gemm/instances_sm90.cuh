@@ -1,6 +1,7 @@
 // The instances of the Hopper GEMM for one bit width, and their launch.
 #pragma once
 
+#include "../overlap.h"
 #include "gemm_sm90.cuh"
 #include "launch_sm90.h"
 
@@ -17,18 +18,18 @@ cudaError_t launch_instance_sm90(const TensorMaps& maps, const GemmSm90Params& p
   if (error != cudaSuccess) {
     return error;
   }
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = params.cluster * params.split_k;
-  attribute.val.clusterDim.y = 1;
-  attribute.val.clusterDim.z = 1;
+  cudaLaunchAttribute attributes[2] = {overlap_attribute(), {}};
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = params.cluster * params.split_k;
+  attributes[1].val.clusterDim.y = 1;
+  attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t launch = {};
   launch.gridDim = dim3(params.schedule.clusters * params.cluster * params.split_k);
   launch.blockDim = dim3(Gemm::kThreads);
   launch.dynamicSmemBytes = kSharedBytes;
   launch.stream = stream;
-  launch.attrs = &attribute;
-  launch.numAttrs = 1;
+  launch.attrs = attributes;
+  launch.numAttrs = 2;
   return cudaLaunchKernelEx(&launch, kernel, maps.x, maps.y, maps.residual, params);
 }
 

@@ -1,4 +1,5 @@
 // Instances of the rotation of token rows, and their launch.
+#include "../overlap.h"
 #include "launch.h"
 #include "rotate_quantize.cuh"
 
@@ -20,9 +21,25 @@ cudaError_t launch_instance(const RotateRowsArgs& args, const RotateRowsPlan& pl
   const int64_t rows = min_of(args.samples, kMaxGridRows);
   const dim3 grid(plan.blocks_per_sample, static_cast<unsigned>(rows),
                   static_cast<unsigned>(ceil_div(args.samples, rows)));
-  rotate_rows_kernel<T, kForm, kShareWarps, kStays, kMaxRegisters>
-      <<<grid, plan.threads, plan.shared_bytes, stream>>>(args, plan);
-  return cudaGetLastError();
+  int device = 0;
+  bool can_overlap = false;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = query_overlap(device, &can_overlap);
+  }
+  if (error != cudaSuccess) {
+    return error;
+  }
+  cudaLaunchAttribute overlap = overlap_attribute();
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(plan.threads);
+  config.dynamicSmemBytes = plan.shared_bytes;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = can_overlap ? 1 : 0;
+  return cudaLaunchKernelEx(
+      &config, rotate_rows_kernel<T, kForm, kShareWarps, kStays, kMaxRegisters>, args, plan);
 }
 
 template <typename T, RotateForm kForm>

@@ -445,6 +445,9 @@ __global__ void __maxnreg__(kRegisters)
   const int vector_k = in_token ? k : 0;
   const float* const channel_scale = args.channel_scale + vector_k;
 
+  grid_dependency_wait();
+  grid_dependency_trigger();
+
   // Of a thread block that stays: the chunks of the next token, of a thread for itself.
   extern __shared__ __align__(16) uint4 dynamic_shared[];
   uint4* const next = dynamic_shared + threadIdx.x;
