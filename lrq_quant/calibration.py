@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .full_precision import full_precision
 from .recipe import CalibrationOptions, InputGroup
 from .sharding import Progress, Shards, processes
 
@@ -72,7 +73,8 @@ class ActivationStats:
             self.square_sum += wide.square_().sum(0)
         if self.gram is not None:
             tokens = rows.float()
-            self.gram.addmm_(tokens.T, tokens)
+            with full_precision():
+                self.gram.addmm_(tokens.T, tokens)
         self.count += rows.shape[0]
         self._draw(rows)
 

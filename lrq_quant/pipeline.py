@@ -29,6 +29,7 @@ from lrq_kernels.scheme import QuantScheme
 from .auto_family import with_family
 from .calibration import ActivationStats, Progress
 from .error_feedback import codebook_nearest
+from .full_precision import full_precision
 from .input_makers import makers_by_name
 from .layer_statistics import ChannelSpread, WeightHistogram
 from .model_stats import GramPasses, calibrate, check_stats, strided_sample
@@ -239,6 +240,7 @@ class _GroupJob:
         return WorkFolder.fingerprint(facts, tensors)
 
     @torch.no_grad()
+    @full_precision()
     def run(self) -> tuple[dict[str, LinearState], list[LinearReport]]:
         choice = self._choose().to(self.device)
         tokens = self._rotated_tokens(choice)

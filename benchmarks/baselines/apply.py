@@ -20,6 +20,7 @@ from benchmarks.baselines.method import (
 )
 from lrq_quant.calibration import ActivationStats
 from lrq_quant.families import MODULATION
+from lrq_quant.full_precision import full_precision
 from lrq_quant.recipe import InputGroup, QuantPlan
 from lrq_quant.twin_log import sqnr_db
 
@@ -84,6 +85,7 @@ def apply_method(
 
 
 @torch.no_grad()
+@full_precision()
 def _quantize_group(
     model: nn.Module,
     group: InputGroup,

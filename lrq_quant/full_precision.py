@@ -1,0 +1,29 @@
+"""fp32 products in fp32, whatever the caller lets torch round them to.
+
+torch.set_float32_matmul_precision("high"), which many programs set, turns fp32 products on a GPU
+into TF32, with 10 bits of mantissa.  Second moments of an input whose mean is large beside its
+variance are then mostly rounding once the mean is taken out, and a weight fitted to them is noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+_IEEE = "ieee"
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """A context, or a decorator, in which matrix products of fp32 are of fp32."""
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = _IEEE
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
