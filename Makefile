@@ -6,10 +6,10 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
-# One process a core, whole files each: the models that a file makes are made once. In their own
-# order: xdist's puts files of few tests last, and those are the long ones.
+# One process a core; tests/conftest.py says which files are theirs alone. In their own order:
+# xdist's puts files of few tests last, and those are the long ones.
 PYTEST_WORKERS ?= auto
-PYTEST = OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n $(PYTEST_WORKERS) --maxprocesses 16 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+PYTEST = OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n $(PYTEST_WORKERS) --maxprocesses 16 --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
 VENV_PYTHON := .venv/bin/python
 # Its script is in bin of the environment below when it came from there.
 CLANG_FORMAT := $(VENV_PYTHON) -c "import clang_format; clang_format.clang_format()"

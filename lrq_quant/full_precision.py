@@ -1,8 +1,9 @@
 """fp32 products in fp32, whatever the caller lets torch round them to.
 
 torch.set_float32_matmul_precision("high"), which many programs set, turns fp32 products on a GPU
-into TF32, with 10 bits of mantissa.  Second moments of an input whose mean is large beside its
-variance are then mostly rounding once the mean is taken out, and a weight fitted to them is noise.
+into TF32, with 10 bits of mantissa.  Where a few directions of an input hold almost all its energy,
+the others are less than that rounding: their second moments come out of the rotation with any sign,
+and a weight fitted to them, or rounded with error feedback over them, is noise.
 """
 
 from __future__ import annotations

@@ -21,6 +21,14 @@ import numpy as np
 import pytest
 import torch
 
+try:
+    from xdist.scheduler import LoadScopeScheduling
+except ImportError:  # tests run in one process
+    LoadScopeScheduling = None
+
+# Files of many tests that share nothing: these may go to any process, so that such a file is not
+# the last to end. Of others one process runs the whole file, which makes its models once.
+SPREAD = ("test_gemm.py", "test_ops.py")
 RUN_SEED = int(os.environ.get("LRQ_TEST_SEED") or random.SystemRandom().getrandbits(31))
 
 
@@ -38,6 +46,20 @@ def pytest_configure(config: pytest.Config) -> None:
     if not config.pluginmanager.hasplugin("timeout"):  # without pytest-timeout the marks do nothing
         config.addinivalue_line("markers", "timeout(seconds): limit of pytest-timeout")
         config.addinivalue_line("filterwarnings", "ignore:Unknown config option. timeout")
+
+
+if LoadScopeScheduling is not None:
+
+    class FileScheduling(LoadScopeScheduling):
+        """Like --dist loadfile, but for SPREAD."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            return nodeid if file.endswith(SPREAD) else file
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> FileScheduling:
+        return FileScheduling(config, log)
 
 
 def pytest_report_header() -> str:

@@ -91,7 +91,6 @@ def test_calibration_does_not_follow_the_setting(low_precision: str) -> None:
 
 @pytest.mark.gpu
 def test_second_moments_on_a_gpu(low_precision: str) -> None:
-    """About a mean that is large beside what varies, as in the residual stream of a DiT."""
     tokens = 60 + torch.randn(4096, 256, device="cuda")
     exact = (tokens.double().T @ tokens.double()).float()
     stats = ActivationStats("x", 256, CalibrationOptions(gram=True))
