@@ -179,7 +179,7 @@ def quantize_linear(
     rotated = _rotated_weight(weight, smooth_scale, rotation)
     if quantized_input is not None:
         importance = quantized_input.importance
-        rotated = quantized_input.target(rotated)
+        rotated = quantized_input.target(rotated, scheme.act_bits)
     if mode == "paper":
         codebook = fit_twin_log_paper(rotated, scheme.weight_bits)
     else:

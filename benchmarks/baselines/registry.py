@@ -153,13 +153,18 @@ def _variant(
     )
 
 
-_OURS = weights.TwinLog(target=True)
+_OURS = weights.TwinLog(target="own")
 # Variants of this package's method: less one part that it has, or with one that it does not ship.
 EXPERIMENTS = {
     method.name: method
     for method in (
         _variant(
             "lrq-no-target", "weights not fitted to the noise", weights.TwinLog(feedback=True)
+        ),
+        _variant(
+            "lrq-whole-target",
+            "weights fitted to the noise as is best for one product",
+            weights.TwinLog(target="whole"),
         ),
         _variant("lrq-nearest", "weights rounded one by one", weights.TwinLog()),
         _variant("lrq-unweighted", "rounded one by one, fit unweighted", weights.TwinLog(False)),

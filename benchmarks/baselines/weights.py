@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -131,21 +132,26 @@ class TwinLog:
     """This package's codebook, for ablations: 2^b int8 levels and one fp32 scale a row.
 
     importance weighs the fit; feedback rounds with error feedback over the input as it is;
-    target over the quantized input, to the weight that makes the best of it.
+    target over the quantized input, of the weight that this package rounds ("own") or of the one
+    that makes the best of that input ("whole").
     """
 
     importance: bool = True
     feedback: bool = False
-    target: bool = False
+    target: Literal["own", "whole"] | None = None
 
     def __call__(self, weight: Tensor, bits: int, context: WeightContext) -> QuantizedWeight:
         if bits > 4:
             raise ValueError(f"TwinLog: bits must be 2, 3 or 4, got {bits}")
         importance = context.importance if self.importance else None
         feedback = context.feedback if self.feedback else None
-        if self.target:
+        if self.target is not None:
             known = context.quantized_input
-            weight, importance, feedback = known.target(weight), known.importance, known.feedback
+            if self.target == "whole":
+                weight = known.least_squares(weight)
+            else:
+                weight = known.target(weight, context.source.setting.act_bits)
+            importance, feedback = known.importance, known.feedback
         codebook = fit_twin_log(weight, bits, importance=importance)
         if feedback is not None:
             values = feedback.round(weight, codebook_nearest(codebook), passes=1)
