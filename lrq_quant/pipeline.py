@@ -287,7 +287,6 @@ class _GroupJob:
                 tokens, scheme.act_bits, scheme.scale_mode, scheme.scale_factor
             ),
             device=self.device,
-            centred=all(self._corrects(module) for module in self.modules),
             damping=recipe.damping,
             passes=recipe.refinement,
         )

@@ -1,8 +1,8 @@
 """What a linear sees once its input is quantized, and the weight that makes the best of it.
 
 Quantizing a token v gives v_q = G v + w: a gain G close to 1 in every channel and noise w that v
-does not explain (Bussgang's decomposition, channel by channel).  With H = E[v v^T] of the centred
-tokens and D the variances of w,
+does not explain (Bussgang's decomposition, channel by channel).  With H = E[v v^T] and D the
+variances of w,
 
     E[v_q v_q^T] = G H G + D = H_q        E[v v_q^T] = H G = C        W' = W C H_q^-1.
 
@@ -37,9 +37,12 @@ class QuantizedInput:
     """Second moments of one smoothed, rotated and quantized input, shared by its linears.
 
     stats with gram; smooth_scale fp32 [K] or None; rotate acts on the last dimension; quantize maps
-    sampled tokens fp32 [M, K], rotated, to what their codes stand for; centred: the biases will
-    take up the means (bias_offset), so the moments are those about the mean; damping as in
-    ErrorFeedback, more where there are few tokens; passes of refinement.  Work is on `device`.
+    sampled tokens fp32 [M, K], rotated, to what their codes stand for; damping as in ErrorFeedback,
+    more where there are few tokens; passes of refinement.  Work is on `device`.
+
+    Moments are about zero although the biases take up the mean (bias_offset): other pictures and
+    single steps have other means, and a weight that is right about one mean alone draws worse ones
+    (README), if better products of the tokens that were seen.
     """
 
     def __init__(
@@ -50,7 +53,6 @@ class QuantizedInput:
         quantize: Callable[[Tensor], Tensor],
         *,
         device: torch.device,
-        centred: bool = True,
         damping: float = 0.01,
         passes: int = 1,
     ) -> None:
@@ -68,13 +70,6 @@ class QuantizedInput:
         gram = stats.gram.to(device) / max(stats.count, 1)
         moments = rotated_gram(gram, smooth_scale, rotate).double()
         del gram
-        # Of a gram in fp32. What is left after centring may be no more than that, with either sign,
-        # where all tokens were alike: it must not be taken for something seen. Added to both
-        # moments below, it pulls what was not seen to the weight as it is.
-        rounding = 8 * torch.finfo(torch.float32).eps * moments.diagonal().sum()
-        if centred:
-            moments -= torch.outer(self.mean.double(), self.mean.double())
-            tokens, error = tokens - tokens.mean(0), error - error.mean(0)
         tokens, error = tokens.double(), error.double()
         power = tokens.square().mean(0)
         seen = power > _TINY
@@ -85,8 +80,7 @@ class QuantizedInput:
 
         cross = moments * gain
         quantized = cross * gain[:, None]
-        quantized.diagonal().add_(noise + rounding)
-        cross.diagonal().add_(rounding)
+        quantized.diagonal().add_(noise)
         uncertain = _FEW_TOKENS * len(power) / max(distinct_tokens(stats), 1.0)
         damping = max(damping, min(uncertain, _FEW_TOKENS_LIMIT))
         self.feedback = ErrorFeedback(quantized, damping=damping)
