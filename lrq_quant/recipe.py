@@ -83,10 +83,9 @@ class QuantRecipe:
     the recipe fixes the bits; rotation and activation scale are searched per input when there is
     calibration data and taken from the scheme when there is none.  bias_correction adds
     (W - W^) E[x] to the bias of linears that have one (calibrated, mode "default" only).  rounding
-    "feedback" rounds each weight with error feedback over its quantized input, damped by
-    that share of the input's mean power, and refined in so many passes (calibrated, mode
-    "default"); "nearest" rounds each weight by itself.  family describes a model that
-    lrq_quant.families does not know."""
+    "feedback" rounds each weight with error feedback over its quantized input, damped by that share
+    of the input's mean power, and refined in so many passes (calibrated, mode "default"); "nearest"
+    rounds each weight by itself.  family describes a model unknown to lrq_quant.families."""
 
     block: QuantScheme = QuantScheme(weight_bits=4, act_bits=8)
     modulation: QuantScheme | None = QuantScheme(weight_bits=4, act_bits=16, rotation="none")
