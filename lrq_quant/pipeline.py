@@ -164,10 +164,11 @@ def quantize_linear(
     """One linear in canonical form: rotation.apply(weight / smooth_scale), fitted and coded.
 
     weight [N, K], bias [N]; scheme must name the rotation that is given.  quantized_input: of the
-    smoothed, rotated and quantized tokens; the weight then makes up for their noise and is rounded
-    with error feedback.  Without it weights are rounded to nearest, importance [K] weighing the
-    columns in the fit.  mode "paper" fits the published grid.  Tensors of the result are on the
-    weight's device.  Raises ValueError or TypeError on NaN, inf and shapes that do not fit.
+    smoothed, rotated and quantized tokens; the weight then makes up for their noise, is rounded
+    with error feedback and scaled by row so that no gain is lost.  Without it weights are rounded
+    to nearest, importance [K] weighing the columns in the fit.  mode "paper" fits the published
+    grid.  Tensors of the result are on the weight's device.  Raises ValueError or TypeError on NaN,
+    inf and shapes that do not fit.
     """
     rotation = rotation or Rotation.none()
     rotation.validate(weight.shape[1])
@@ -176,10 +177,10 @@ def quantize_linear(
             f"quantize_linear: rotation must be {scheme.rotation!r} as in the scheme, "
             f"got {rotation.kind!r}"
         )
-    rotated = _rotated_weight(weight, smooth_scale, rotation)
+    exact = rotated = _rotated_weight(weight, smooth_scale, rotation)
     if quantized_input is not None:
         importance = quantized_input.importance
-        rotated = quantized_input.target(rotated, scheme.act_bits)
+        rotated = quantized_input.target(exact, scheme.act_bits)
     if mode == "paper":
         codebook = fit_twin_log_paper(rotated, scheme.weight_bits)
     else:
@@ -187,10 +188,13 @@ def quantize_linear(
     if quantized_input is not None:
         # Every value is a level of its row, so the nearest level below is the one chosen here.
         rotated = quantized_input.round(rotated, codebook_nearest(codebook))
+    codes, weight_scale = _packed_codes(rotated, codebook), codebook.scale
+    if quantized_input is not None:
+        weight_scale = weight_scale * quantized_input.lost_gain(exact, rotated)
     return LinearState(
-        codes=_packed_codes(rotated, codebook),
+        codes=codes,
         levels=codebook.levels,
-        weight_scale=codebook.scale,
+        weight_scale=weight_scale,
         bias=None if bias is None else bias.detach().float().contiguous(),
         scheme=scheme,
         in_features=weight.shape[1],

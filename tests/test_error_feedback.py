@@ -8,9 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from lrq_kernels.codebook import TwinLogCodebook
+from lrq_kernels.packing import unpack_codes
 from lrq_kernels.rotation import Rotation
+from lrq_kernels.scheme import QuantScheme
 from lrq_quant.calibration import ActivationStats
 from lrq_quant.error_feedback import ErrorFeedback, codebook_nearest, rotated_gram
+from lrq_quant.pipeline import quantize_linear
 from lrq_quant.quantized_input import QuantizedInput, distinct_tokens
 from lrq_quant.recipe import CalibrationOptions
 from lrq_quant.rotation_search import dequantized_activation
@@ -180,6 +184,39 @@ def test_target_lies_half_way_to_the_least_squares_weight_of_quantized_tokens(ge
     won = (error(weight) - error(target)) / (error(weight) - error(fitted))
     assert 0.6 < won < 0.8  # 0.75 if `fitted` were the optimum
     assert torch.equal(made.target(weight, 8), weight)
+
+
+@pytest.mark.parametrize(("weight_bits", "act_bits"), [(2, 8), (3, 4), (4, 4)])
+def test_no_row_loses_gain(weight_bits, act_bits, generator):
+    """Of the exact product on fresh tokens: levels, clipping and the filter each take some away."""
+    tokens = correlated(20000, 128, generator)
+    train, fresh = tokens[:17000], tokens[17000:]
+    weight = torch.randn(32, 128, generator=generator)
+    made = quantized_input(train, act_bits)
+    scheme = QuantScheme(weight_bits, act_bits, "none", 128, "rms", 0.3545)
+    state = quantize_linear(weight, None, scheme, quantized_input=made)
+
+    def gain(weight_scale: Tensor) -> Tensor:
+        codes = unpack_codes(state.codes, weight_bits, 128)
+        decoded = TwinLogCodebook(state.levels, weight_scale).decode(codes)
+        x_q = dequantized_activation(fresh, act_bits, "rms", 0.3545)
+        y = fresh @ weight.T
+        return (y * (x_q @ decoded.T)).sum(0) / y.square().sum(0)
+
+    codebook = fit_twin_log(made.target(weight, act_bits), weight_bits, importance=made.importance)
+    assert gain(codebook.scale).mean() < 0.993
+    torch.testing.assert_close(gain(state.weight_scale), torch.ones(32), rtol=0, atol=0.03)
+    assert abs(gain(state.weight_scale).mean() - 1) < 0.005
+
+
+def test_rows_of_no_gain_are_left_alone(generator):
+    made = quantized_input(correlated(2000, 64, generator), 8)
+    weight = torch.randn(4, 64, generator=generator)
+    decoded = torch.stack([weight[0], 0 * weight[1], -weight[2], weight[3] / 2])
+    weight[3] = 0
+    factor = made.lost_gain(weight, decoded)
+    torch.testing.assert_close(factor[0], torch.tensor(1.0), rtol=0, atol=0.01)
+    assert factor[1:].tolist() == [1, 1, 1]
 
 
 def test_without_noise_the_target_is_the_weight(generator):

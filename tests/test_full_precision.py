@@ -91,7 +91,8 @@ def test_calibration_does_not_follow_the_setting(low_precision: str) -> None:
 
 @pytest.mark.gpu
 def test_second_moments_on_a_gpu(low_precision: str) -> None:
-    tokens = 60 + torch.randn(4096, 256, device="cuda")
+    # 60 + 1/128 is 60 in TF32, for all tokens alike, so that the error does not average out.
+    tokens = 60 + 1 / 128 + 1e-3 * torch.randn(4096, 256, device="cuda")
     exact = (tokens.double().T @ tokens.double()).float()
     stats = ActivationStats("x", 256, CalibrationOptions(gram=True))
     stats.update(tokens)
@@ -99,6 +100,6 @@ def test_second_moments_on_a_gpu(low_precision: str) -> None:
     def error(gram: Tensor) -> float:
         return float((gram - exact).abs().max() / exact.abs().max())
 
-    assert error(tokens.T @ tokens) > 1e-5  # what the setting does
+    assert error(tokens.T @ tokens) > 1e-4  # what the setting does
     assert stats.gram is not None
-    assert error(stats.gram) < 2e-6
+    assert error(stats.gram) < 2e-5

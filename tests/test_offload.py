@@ -14,10 +14,12 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_submodules
+from safetensors.torch import load_file
 from tiny_models import BF16, TINY, linears, load, quantized_folder, run, tiny_pipeline
 from torch import Tensor, nn
 
 from lrq_kernels import LRQLinear
+from lrq_kernels.testing import sqnr_db
 from lrq_quant import QuantRecipe, fuse_projections
 from lrq_quant.demo.pipeline import ShapesPipeline, prompt_generators
 from lrq_quant.pipeline_io import quantize_pipeline
@@ -44,6 +46,10 @@ def bits(model: nn.Module) -> dict[str, Tensor]:
         for name, linear in linears(model).items()
         for buffer, tensor in linear.named_buffers()
     }
+
+
+def content(tensor: Tensor) -> tuple[torch.dtype, bytes]:
+    return tensor.dtype, tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def assert_same_bits(before: dict[str, Tensor], model: nn.Module) -> None:
@@ -98,11 +104,16 @@ def test_group_offload_to_disk(kind: str, loaded: Callable, tmp_path: Path):
     frees it: the second would write what is left, which is sometimes right."""
     model = loaded(kind)
     expected = run(model, kind)
+    tensors = {content(tensor) for tensor in (*model.parameters(), *model.buffers())}
     options = {"onload_device": torch.device("cpu"), "offload_type": "leaf_level"}
     model.enable_group_offload(**options, offload_to_disk_path=str(tmp_path))
-    assert any(tmp_path.iterdir())
+    files = list(tmp_path.glob("*.safetensors"))
+    written = {content(tensor) for file in files for tensor in load_file(file).values()}
+    assert tensors <= written
     for _ in range(2):
-        assert torch.equal(run(model, kind), expected)
+        # Not every bit: tensors come back at other addresses, and how torch's products on a CPU
+        # round may depend on the alignment of their weights.
+        assert sqnr_db(expected, run(model, kind)) > 30
 
 
 @every_model

@@ -88,7 +88,7 @@ QUANTIZERS = {
     "gptq-g32": (weights.Uniform(group=32, feedback=True), 32),
     "nf": (weights.NormalFloat(64), 64),
     "pure log": (weights.PureLog(), None),
-    "twin log": (weights.TwinLog(feedback=True), None),
+    "twin log": (weights.TwinLog(target="own"), None),
 }
 
 
@@ -275,6 +275,7 @@ def test_rows_are_measured_once(tmp_path, capsys):
     assert 4 < ours["weight_bits"] < 5.5 and 8 < eight["weight_bits"] < 8.2
     assert ours["coverage"] == eight["coverage"] == pytest.approx(0.936, abs=1e-3)
     assert eight["psnr_db"] > ours["psnr_db"] > 15
+    assert first[0]["redrawn"] == 0 and 0 <= eight["redrawn"] <= 1
     assert ours["seeds"] == [0, 1] and len(ours["psnr_db_by_seed"]) == 2
     assert len(ours["layers"]) == 31 and all(x["output_sqnr_db"] > 5 for x in ours["layers"])
     assert "a tie" not in quality.table([ours | {"psnr_db": 99.0, "recipe": "x"}, ours])

@@ -158,13 +158,16 @@ _OURS = weights.TwinLog(target="own")
 EXPERIMENTS = {
     method.name: method
     for method in (
+        _variant("lrq-no-target", "weights not fitted to the noise", weights.TwinLog(target=0.0)),
         _variant(
-            "lrq-no-target", "weights not fitted to the noise", weights.TwinLog(feedback=True)
+            "lrq-lost-gain",
+            "rows keep the scale of the fit",
+            weights.TwinLog(target="own", full_gain=False),
         ),
         _variant(
             "lrq-whole-target",
             "weights fitted to the noise as is best for one product",
-            weights.TwinLog(target="whole"),
+            weights.TwinLog(target=1.0),
         ),
         _variant("lrq-nearest", "weights rounded one by one", weights.TwinLog()),
         _variant("lrq-unweighted", "rounded one by one, fit unweighted", weights.TwinLog(False)),

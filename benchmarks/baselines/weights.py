@@ -131,34 +131,34 @@ def normal_float_levels(bits: int) -> Tensor:
 class TwinLog:
     """This package's codebook, for ablations: 2^b int8 levels and one fp32 scale a row.
 
-    importance weighs the fit; feedback rounds with error feedback over the input as it is;
-    target over the quantized input, of the weight that this package rounds ("own") or of the one
-    that makes the best of that input ("whole").
+    importance weighs the fit.  target: rounded with error feedback over the quantized input is the
+    weight that this package rounds ("own"), or one so far on the way to that which makes the best
+    of the input; None rounds each weight to its nearest level.  full_gain: rows then get the scale
+    with which their products lose nothing.
     """
 
     importance: bool = True
-    feedback: bool = False
-    target: Literal["own", "whole"] | None = None
+    target: Literal["own"] | float | None = None
+    full_gain: bool = True
 
     def __call__(self, weight: Tensor, bits: int, context: WeightContext) -> QuantizedWeight:
         if bits > 4:
             raise ValueError(f"TwinLog: bits must be 2, 3 or 4, got {bits}")
-        importance = context.importance if self.importance else None
-        feedback = context.feedback if self.feedback else None
-        if self.target is not None:
-            known = context.quantized_input
-            if self.target == "whole":
-                weight = known.least_squares(weight)
-            else:
-                weight = known.target(weight, context.source.setting.act_bits)
-            importance, feedback = known.importance, known.feedback
-        codebook = fit_twin_log(weight, bits, importance=importance)
-        if feedback is not None:
-            values = feedback.round(weight, codebook_nearest(codebook), passes=1)
+        stored = weight.numel() * bits + weight.shape[0] * (8 * 2**bits + 32)
+        if self.target is None:
+            importance = context.importance if self.importance else None
+            codebook = fit_twin_log(weight, bits, importance=importance)
+            return QuantizedWeight(codebook.decode(codebook.encode(weight)), stored)
+        known = context.quantized_input
+        if self.target == "own":
+            target = known.target(weight, context.source.setting.act_bits)
         else:
-            values = codebook.decode(codebook.encode(weight))
-        per_row = 8 * 2**bits + 32
-        return QuantizedWeight(values, weight.numel() * bits + weight.shape[0] * per_row)
+            target = torch.lerp(weight.float(), known.least_squares(weight), self.target)
+        codebook = fit_twin_log(target, bits, importance=known.importance)
+        values = known.round(target, codebook_nearest(codebook))
+        if self.full_gain:
+            values = values * known.lost_gain(weight, values)[:, None]
+        return QuantizedWeight(values, stored)
 
 
 @dataclass(frozen=True)
