@@ -45,7 +45,7 @@ from .rotation_search import (
     dequantized_activation,
 )
 from .sharding import OtherProcessError, Shards, alone, processes
-from .twin_log import fit_twin_log, fit_twin_log_paper
+from .twin_log import fit_twin_log, fit_twin_log_paper, lost_gain
 from .work_folder import WorkFolder
 
 logger = logging.getLogger(__name__)
@@ -164,11 +164,11 @@ def quantize_linear(
     """One linear in canonical form: rotation.apply(weight / smooth_scale), fitted and coded.
 
     weight [N, K], bias [N]; scheme must name the rotation that is given.  quantized_input: of the
-    smoothed, rotated and quantized tokens; the weight then makes up for their noise, is rounded
-    with error feedback and scaled by row so that no gain is lost.  Without it weights are rounded
-    to nearest, importance [K] weighing the columns in the fit.  mode "paper" fits the published
-    grid.  Tensors of the result are on the weight's device.  Raises ValueError or TypeError on NaN,
-    inf and shapes that do not fit.
+    smoothed, rotated and quantized tokens; the weight then makes up for their noise and is rounded
+    with error feedback.  Without it weights are rounded to nearest, importance [K] weighing the
+    columns in the fit.  Either way rows are then scaled so that their products lose no gain.  mode
+    "paper" fits the published grid and leaves it.  Tensors of the result are on the weight's
+    device.  Raises ValueError or TypeError on NaN, inf and shapes that do not fit.
     """
     rotation = rotation or Rotation.none()
     rotation.validate(weight.shape[1])
@@ -188,13 +188,10 @@ def quantize_linear(
     if quantized_input is not None:
         # Every value is a level of its row, so the nearest level below is the one chosen here.
         rotated = quantized_input.round(rotated, codebook_nearest(codebook))
-    codes, weight_scale = _packed_codes(rotated, codebook), codebook.scale
-    if quantized_input is not None:
-        weight_scale = weight_scale * quantized_input.lost_gain(exact, rotated)
-    return LinearState(
-        codes=codes,
+    state = LinearState(
+        codes=_packed_codes(rotated, codebook),
         levels=codebook.levels,
-        weight_scale=weight_scale,
+        weight_scale=codebook.scale,
         bias=None if bias is None else bias.detach().float().contiguous(),
         scheme=scheme,
         in_features=weight.shape[1],
@@ -202,6 +199,13 @@ def quantize_linear(
         smooth_scale=smooth_scale,
         rotation=rotation,
     )
+    if quantized_input is not None:
+        gain = quantized_input.lost_gain(exact, rotated)
+    elif mode == "paper":
+        return state
+    else:
+        gain = lost_gain(exact, _decoded_weight(state), importance)
+    return replace(state, weight_scale=state.weight_scale * gain)
 
 
 # ---- one input group ----------------------------------------------------------------------------

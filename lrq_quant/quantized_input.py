@@ -32,6 +32,7 @@ from torch import Tensor
 
 from .calibration import ActivationStats
 from .error_feedback import ErrorFeedback, NearestValue, rotated_gram
+from .twin_log import sensible_gain
 
 _TINY = 1e-30
 # Of the way from W to W', by the bits of the input; measured in pictures (README).
@@ -110,9 +111,7 @@ class QuantizedInput:
         exact = weight.double()
         projected = exact @ self._cross
         energy = (projected / self._gain * exact).sum(1)
-        factor = energy / (projected * decoded.double()).sum(1)
-        sensible = torch.isfinite(factor) & (factor > 0)
-        return torch.where(sensible, factor, torch.ones_like(factor)).float()
+        return sensible_gain(energy / (projected * decoded.double()).sum(1))
 
     def target(self, weight: Tensor, act_bits: int) -> Tensor:
         """What to round in place of the rotated weight [N, K], for an input of act_bits: the weight

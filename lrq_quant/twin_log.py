@@ -105,6 +105,28 @@ def fit_twin_log_paper(weight: Tensor, bits: int) -> TwinLogCodebook:
     return _codebook(levels, scales)
 
 
+def lost_gain(weight: Tensor, decoded: Tensor, importance: Tensor | None = None) -> Tensor:
+    """Factor fp32 [N] on each row of `decoded` [N, K] with which its product with an input holds
+    that of `weight` in full, for channels that are independent with second moments `importance`
+    [K]: sum(i w^2) / sum(i w w^); 1 where that is not a positive number.
+
+    Levels of least squared error are means of what they stand for, and products of means are too
+    small: by the share of the error, 1 % at 4 bits, 3.5 % at 3, 12 % at 2, in every layer alike.
+    """
+    factors = []
+    size = _chunk_rows(weight)
+    for rows, approximate in zip(weight.split(size), decoded.split(size), strict=True):
+        exact = rows.double() if importance is None else rows.double() * importance.double()
+        factors.append((exact * rows).sum(1) / (exact * approximate).sum(1))
+    return sensible_gain(torch.cat(factors))
+
+
+def sensible_gain(factor: Tensor) -> Tensor:
+    """factor [N] as fp32, 1 where it is not a positive number."""
+    sensible = torch.isfinite(factor) & (factor > 0)
+    return torch.where(sensible, factor, torch.ones_like(factor)).float()
+
+
 def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
     """10 log10(sum reference^2 / sum (reference - approximation)^2); inf when they are equal."""
     signal = reference.double().square().sum()

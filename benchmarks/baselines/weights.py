@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.baselines.method import FLOAT_BITS, QuantizedWeight, WeightContext
 from lrq_quant.error_feedback import codebook_nearest
-from lrq_quant.twin_log import fit_twin_log
+from lrq_quant.twin_log import fit_twin_log, lost_gain
 
 _TINY = 1e-12
 
@@ -148,7 +148,10 @@ class TwinLog:
         if self.target is None:
             importance = context.importance if self.importance else None
             codebook = fit_twin_log(weight, bits, importance=importance)
-            return QuantizedWeight(codebook.decode(codebook.encode(weight)), stored)
+            values = codebook.decode(codebook.encode(weight))
+            if self.full_gain:
+                values = values * lost_gain(weight, values, importance)[:, None]
+            return QuantizedWeight(values, stored)
         known = context.quantized_input
         if self.target == "own":
             target = known.target(weight, context.source.setting.act_bits)
