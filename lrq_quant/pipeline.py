@@ -45,7 +45,7 @@ from .rotation_search import (
     dequantized_activation,
 )
 from .sharding import OtherProcessError, Shards, alone, processes
-from .twin_log import fit_twin_log, fit_twin_log_paper, lost_gain
+from .twin_log import fit_twin_log, fit_twin_log_paper, lost_gain, sensible_gain
 from .work_folder import WorkFolder
 
 logger = logging.getLogger(__name__)
@@ -334,6 +334,10 @@ class _GroupJob:
             importance=self._importance(choice, tokens),
             mode=self.recipe.mode,
         )
+        if quantized_input is None and tokens is not None and self.recipe.mode != "paper":
+            state = replace(
+                state, weight_scale=state.weight_scale / _kept_gain(tokens, state.scheme)
+            )
         shared = None if linear.name == self.group.name else self.group.name
         state = replace(state, shared_input=shared)
         state, offset = self._corrected(state, module, weight, quantized_input)
@@ -398,6 +402,14 @@ def _rotated_weight(weight: Tensor, smooth_scale: Tensor | None, rotation: Rotat
     """What is fitted, fp32 [N, K]."""
     wide = weight.detach().float()
     return rotation.apply(wide if smooth_scale is None else wide / smooth_scale)
+
+
+def _kept_gain(tokens: Tensor, scheme: QuantScheme) -> Tensor:
+    """What codes keep of rotated tokens fp32 [M, K], of which clipping takes some, fp32 scalar:
+    E[v v_q] / E[v^2]; 1 where that is not a positive number."""
+    x_q = dequantized_activation(tokens, scheme.act_bits, scheme.scale_mode, scheme.scale_factor)
+    exact = tokens.double()
+    return sensible_gain((exact * x_q).sum() / exact.square().sum())
 
 
 def _row_chunks(tensor: Tensor) -> int:

@@ -3,8 +3,8 @@
 Candidates are {none, signs + block Hadamard, the same behind a mass-balancing permutation, the
 outlier-aware dense pair of DuQuant} times smoothing strengths.  Each is measured on sampled tokens
 and output rows as the quantized layer will run: activations by reference.token_scale, weights by
-fit_twin_log.  J = RMS of the raw input (LRQ-DiT equation 11) is logged and decides in paper mode
-alone: it is blind to the shape of outliers (method.md 2.1).
+fit_twin_log, rows scaled to full gain.  J = RMS of the raw input (LRQ-DiT equation 11) is logged
+and decides in paper mode alone: it is blind to the shape of outliers (method.md 2.1).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lrq_kernels.scheme import DUAL_BLOCK_SIZE, QuantScheme
 from .calibration import ActivationStats, name_seed
 from .recipe import SearchOptions
 from .smoothing import smooth_scale, weight_absmax
-from .twin_log import fit_twin_log
+from .twin_log import fit_twin_log, sensible_gain
 
 MAX_BLOCK = 1024
 # RMS scale of int4 codes that is optimal for a Gaussian (method.md 5.6).
@@ -485,15 +485,20 @@ class _Problem:
         rules: Sequence[ScaleRule],
         fit_rounds: int,
     ) -> list[float]:
-        """Output NMSE by rule, averaged over the linears."""
+        """Output NMSE by rule, averaged over the linears: rows with the scale that they will be
+        stored with, which gives back what levels, clipping and noise take of their gain."""
         x = rotation.apply(self.x if smooth is None else self.x * smooth)
         weight = rotation.apply(self.weight if smooth is None else self.weight / smooth)
         decoded = self._decoded(weight, x.square().mean(0), fit_rounds)
-        offset = x.mean(0) @ (weight - decoded).T
-        corrected = torch.cat([offset.new_full((n,), float(c)) for n, _, c in self.parts])
+        mean = x.mean(0)
+        exact_mean, decoded_mean = weight @ mean, decoded @ mean
+        corrected = torch.cat([mean.new_full((n,), float(c)) for n, _, c in self.parts])
+        energy = self.output.square().sum(0)
         errors = []
         for rule in rules:
-            y = dequantized_activation(x, self.act_bits, *rule) @ decoded.T + offset * corrected
+            product = dequantized_activation(x, self.act_bits, *rule) @ decoded.T
+            gain = sensible_gain(energy / (self.output * product).sum(0))
+            y = product * gain + (exact_mean - gain * decoded_mean) * corrected
             nmse = [
                 _nmse(exact, approximate)
                 for exact, approximate in zip(

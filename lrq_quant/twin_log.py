@@ -122,7 +122,7 @@ def lost_gain(weight: Tensor, decoded: Tensor, importance: Tensor | None = None)
 
 
 def sensible_gain(factor: Tensor) -> Tensor:
-    """factor [N] as fp32, 1 where it is not a positive number."""
+    """factor, of any shape, as fp32; 1 where it is not a positive number."""
     sensible = torch.isfinite(factor) & (factor > 0)
     return torch.where(sensible, factor, torch.ones_like(factor)).float()
 

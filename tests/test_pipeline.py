@@ -26,6 +26,7 @@ from lrq_quant import (
     quantize_linear,
     quantize_model,
 )
+from lrq_quant.rotation_search import dequantized_activation
 from lrq_quant.twin_log import sqnr_db
 
 diffusers = pytest.importorskip("diffusers")
@@ -193,6 +194,31 @@ def test_reported_weight_error_is_that_of_the_state(model: nn.Module, stats: Sta
         if state.smooth_scale is None:  # orthogonal: the same in the original domain
             original = state.rotation.inverse(decoded)
             assert linear.weight_sqnr_db == pytest.approx(sqnr_db(weight, original), abs=0.01)
+
+
+def test_what_clipping_takes_comes_back_without_feedback_too(model: nn.Module) -> None:
+    """Rounded to nearest: products of sampled tokens as large as the exact ones, in all."""
+    plan = fast("w4a4").resolve(model)
+    stats = collect_stats(Runner(model, 1), model, plan.groups, [str(i) for i in range(24)])
+    recipe = fast("w4a4", rounding="nearest", bias_correction=False)
+    quantized = quantize_model(model, recipe, stats=stats)
+    clipped = 0
+    for group in plan.groups:
+        tokens = stats[group.name].sample.float()
+        for linear in group.linears:
+            state = quantized.states[linear.name]
+            scheme = state.scheme
+            x = tokens if state.smooth_scale is None else tokens * state.smooth_scale
+            x_q = dequantized_activation(
+                state.rotation.apply(x), scheme.act_bits, scheme.scale_mode, scheme.scale_factor
+            )
+            codes = unpack_codes(state.codes, scheme.weight_bits, state.in_features)
+            decoded = TwinLogCodebook(state.levels, state.weight_scale).decode(codes)
+            y = tokens @ model.get_submodule(linear.name).weight.float().T
+            gain = float((y * (x_q @ decoded.T)).sum() / y.square().sum())
+            assert gain == pytest.approx(1, abs=0.012), (linear.name, gain)
+            clipped += scheme.act_bits == 4
+    assert clipped >= 10
 
 
 @pytest.mark.parametrize(("name", "gain"), [("w4a8", 2.0), ("w4a4", 0.8), ("w2a8", 2.0)])
