@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -211,6 +212,26 @@ def quantize_linear(
 # ---- one input group ----------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """Sampled tokens fp32 [M, K], smoothed and rotated, and what their codes stand for."""
+
+    exact: Tensor
+    quantized: Tensor
+
+    @cached_property
+    def kept_gain(self) -> Tensor:
+        """E[v v_q] / E[v^2], fp32 scalar: clipping takes some; 1 where that is not a positive
+        number."""
+        exact = self.exact.double()
+        return sensible_gain((exact * self.quantized).sum() / exact.square().sum())
+
+    @cached_property
+    def mean_error(self) -> Tensor:
+        """E[v_q - v], fp32 [K]."""
+        return (self.quantized - self.exact).mean(0)
+
+
 class _GroupJob:
     """Everything about the linears of one input: choose the rotation, quantize, measure."""
 
@@ -251,13 +272,13 @@ class _GroupJob:
     @full_precision()
     def run(self) -> tuple[dict[str, LinearState], list[LinearReport]]:
         choice = self._choose().to(self.device)
-        tokens = self._rotated_tokens(choice)
+        sample = self._sampled_tokens(choice)
         quantized_input = self._quantized_input(choice)
         # One copy for all members, as they are stored.
         kept = choice.to("cpu")
         states, reports = {}, []
         for linear, module in zip(self.group.linears, self.modules, strict=True):
-            state, report = self._quantize(linear, module, choice, tokens, quantized_input)
+            state, report = self._quantize(linear, module, choice, sample, quantized_input)
             # The working device may be a GPU with no room for all results.
             states[linear.name] = replace(
                 state.to("cpu"), smooth_scale=kept.smooth_scale, rotation=kept.rotation
@@ -307,19 +328,23 @@ class _GroupJob:
             and module.bias is not None
         )
 
-    def _rotated_tokens(self, choice: RotationChoice) -> Tensor | None:
-        """Sampled tokens as the linears see them before quantization, fp32 [M, K]."""
+    def _sampled_tokens(self, choice: RotationChoice) -> _Sample | None:
         if self.stats is None:
             return None
         x = self.stats.sample.to(self.device, torch.float32)
-        return choice.rotation.apply(x if choice.smooth_scale is None else x * choice.smooth_scale)
+        x = choice.rotation.apply(x if choice.smooth_scale is None else x * choice.smooth_scale)
+        scheme = choice.scheme(self.group.linears[0].scheme)
+        return _Sample(
+            x,
+            dequantized_activation(x, scheme.act_bits, scheme.scale_mode, scheme.scale_factor),
+        )
 
     def _quantize(
         self,
         linear: LinearPlan,
         module: nn.Linear,
         choice: RotationChoice,
-        tokens: Tensor | None,
+        sample: _Sample | None,
         quantized_input: QuantizedInput | None,
     ) -> tuple[LinearState, LinearReport]:
         weight = module.weight.detach().to(self.device)
@@ -331,26 +356,24 @@ class _GroupJob:
             smooth_scale=choice.smooth_scale,
             rotation=choice.rotation,
             quantized_input=quantized_input,
-            importance=self._importance(choice, tokens),
+            importance=self._importance(choice, sample),
             mode=self.recipe.mode,
         )
-        if quantized_input is None and tokens is not None and self.recipe.mode != "paper":
-            state = replace(
-                state, weight_scale=state.weight_scale / _kept_gain(tokens, state.scheme)
-            )
+        if quantized_input is None and sample is not None and self.recipe.mode != "paper":
+            state = replace(state, weight_scale=state.weight_scale / sample.kept_gain)
         shared = None if linear.name == self.group.name else self.group.name
         state = replace(state, shared_input=shared)
-        state, offset = self._corrected(state, module, weight, quantized_input)
-        measured = self._measure(state, weight, tokens, offset)
+        state, offset = self._corrected(state, module, weight, sample, quantized_input)
+        measured = self._measure(state, weight, sample, offset)
         channels = None if self.stats is None else ChannelSpread.of(self.stats)
         return state, LinearReport.of(linear, state, choice, measured, channels)
 
-    def _importance(self, choice: RotationChoice, tokens: Tensor | None) -> Tensor | None:
+    def _importance(self, choice: RotationChoice, sample: _Sample | None) -> Tensor | None:
         """E[x_k^2] of the rotated input; exact over all tokens where nothing is rotated."""
-        if self.stats is None or tokens is None or self.recipe.mode == "paper":
+        if self.stats is None or sample is None or self.recipe.mode == "paper":
             return None
         if choice.rotation.kind != "none":
-            return tokens.square().mean(0)
+            return sample.exact.square().mean(0)
         rms = self.stats.rms.to(self.device)
         return (rms if choice.smooth_scale is None else rms * choice.smooth_scale).square()
 
@@ -359,10 +382,11 @@ class _GroupJob:
         state: LinearState,
         module: nn.Linear,
         weight: Tensor,
+        sample: _Sample | None,
         quantized_input: QuantizedInput | None,
     ) -> tuple[LinearState, Tensor | None]:
         """The state with its bias taking up the mean error, and what was added to it."""
-        if self.stats is None or state.bias is None or not self._corrects(module):
+        if self.stats is None or sample is None or state.bias is None or not self._corrects(module):
             return state, None
         rotated = _rotated_weight(weight, state.smooth_scale, state.rotation)
         decoded = _decoded_weight(state)
@@ -372,11 +396,12 @@ class _GroupJob:
             mean = self.stats.mean.to(weight.device)
             if state.smooth_scale is not None:
                 mean = mean * state.smooth_scale
-            offset = (rotated - decoded) @ state.rotation.apply(mean)
+            mean = state.rotation.apply(mean)
+            offset = rotated @ mean - decoded @ (mean + sample.mean_error)
         return replace(state, bias=state.bias + offset), offset
 
     def _measure(
-        self, state: LinearState, weight: Tensor, tokens: Tensor | None, offset: Tensor | None
+        self, state: LinearState, weight: Tensor, sample: _Sample | None, offset: Tensor | None
     ) -> MeasuredLinear:
         """Weight SQNR in the rotated domain, in which the original one equals it when nothing is
         smoothed; output SQNR on the sampled tokens, offset being what the bias took up."""
@@ -385,13 +410,10 @@ class _GroupJob:
         error = rotated - decoded
         weight_db = _decibel(rotated.double().square().sum(), error.double().square().sum())
         histogram = WeightHistogram.of(rotated, state)
-        if tokens is None:
+        if sample is None:
             return MeasuredLinear(weight_db, None, histogram)
-        x = tokens[:_OUTPUT_ROWS]
-        scheme = state.scheme
-        x_q = dequantized_activation(x, scheme.act_bits, scheme.scale_mode, scheme.scale_factor)
-        exact = x @ rotated.T
-        missing = exact - x_q @ decoded.T
+        exact = sample.exact[:_OUTPUT_ROWS] @ rotated.T
+        missing = exact - sample.quantized[:_OUTPUT_ROWS] @ decoded.T
         if offset is not None:
             missing -= offset
         signal, noise = exact.double().square().sum(), missing.double().square().sum()
@@ -402,14 +424,6 @@ def _rotated_weight(weight: Tensor, smooth_scale: Tensor | None, rotation: Rotat
     """What is fitted, fp32 [N, K]."""
     wide = weight.detach().float()
     return rotation.apply(wide if smooth_scale is None else wide / smooth_scale)
-
-
-def _kept_gain(tokens: Tensor, scheme: QuantScheme) -> Tensor:
-    """What codes keep of rotated tokens fp32 [M, K], of which clipping takes some, fp32 scalar:
-    E[v v_q] / E[v^2]; 1 where that is not a positive number."""
-    x_q = dequantized_activation(tokens, scheme.act_bits, scheme.scale_mode, scheme.scale_factor)
-    exact = tokens.double()
-    return sensible_gain((exact * x_q).sum() / exact.square().sum())
 
 
 def _row_chunks(tensor: Tensor) -> int:

@@ -1,8 +1,8 @@
 """What a linear sees once its input is quantized, and the weight that makes the best of it.
 
-Quantizing a token v gives v_q = G v + w: a gain G close to 1 in every channel and noise w that v
+Quantizing a token v gives v_q = G v + e: a gain G close to 1 in every channel and noise e that v
 does not explain (Bussgang's decomposition, channel by channel).  With H = E[v v^T] and D the
-variances of w,
+variances of e,
 
     E[v_q v_q^T] = G H G + D = H_q        E[v v_q^T] = H G = C        W' = W C H_q^-1.
 

@@ -490,15 +490,13 @@ class _Problem:
         x = rotation.apply(self.x if smooth is None else self.x * smooth)
         weight = rotation.apply(self.weight if smooth is None else self.weight / smooth)
         decoded = self._decoded(weight, x.square().mean(0), fit_rounds)
-        mean = x.mean(0)
-        exact_mean, decoded_mean = weight @ mean, decoded @ mean
-        corrected = torch.cat([mean.new_full((n,), float(c)) for n, _, c in self.parts])
+        corrected = torch.cat([x.new_full((n,), float(c)) for n, _, c in self.parts])
         energy = self.output.square().sum(0)
         errors = []
         for rule in rules:
-            product = dequantized_activation(x, self.act_bits, *rule) @ decoded.T
-            gain = sensible_gain(energy / (self.output * product).sum(0))
-            y = product * gain + (exact_mean - gain * decoded_mean) * corrected
+            y = dequantized_activation(x, self.act_bits, *rule) @ decoded.T
+            y *= sensible_gain(energy / (self.output * y).sum(0))
+            y += (self.output - y).mean(0) * corrected
             nmse = [
                 _nmse(exact, approximate)
                 for exact, approximate in zip(
