@@ -28,7 +28,13 @@ except ImportError:  # tests run in one process
 
 # Files of many tests that share nothing: these may go to any process, so that such a file is not
 # the last to end. Of others one process runs the whole file, which makes its models once.
-SPREAD = ("test_gemm.py", "test_ops.py")
+SPREAD = (
+    "test_fused_rotate_quantize.py",
+    "test_gemm.py",
+    "test_ops.py",
+    "test_rotate_quantize.py",
+    "test_rotate_rows.py",
+)
 RUN_SEED = int(os.environ.get("LRQ_TEST_SEED") or random.SystemRandom().getrandbits(31))
 
 

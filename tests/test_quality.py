@@ -282,10 +282,14 @@ def test_rows_are_measured_once(tmp_path, capsys):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("setting", ["w4a8", "w3a4"])
+@pytest.mark.parametrize("setting", ["w4a8", "w3a8"])
 def test_kernels_draw_what_the_dequantized_model_draws(tmp_path, setting):
-    """The shipped path and its fp32 double are as close to each other as rounding lets them be:
-    far closer than either is to bf16."""
+    """The shipped path and its fp32 double are far closer to each other than either is to bf16.
+
+    Not so at A4, layer by layer as they agree (test_dequantized_linear_is_the_shipped_one): the
+    bf16 roundings between layers move one code in a hundred by a step of a third of the RMS, and
+    over the layers and steps that grows to the noise of quantization itself (35 dB, both 34 to
+    bf16)."""
     device = torch.device("cuda")
     testbed = load_testbed("demo", device)
     pictures = {}
