@@ -16,6 +16,7 @@ others, w^_k - ((W^ - W) H)_k / H_kk: the error can only fall.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -78,19 +79,15 @@ class ErrorFeedback:
         if not bool(torch.isfinite(weight).all()):
             raise ValueError("ErrorFeedback.round: weight must be finite, got NaN or inf")
         factor = self.factor.float()
-        diagonal = factor.diagonal().tolist()
         rest = weight.float()[:, self.order].contiguous()
         rounded = torch.empty_like(rest)
+        round_block = _block_rounding(nearest, rest)
         for start in range(0, columns, _BLOCK_SIZE):
             stop = min(start + _BLOCK_SIZE, columns)
-            errors = rest.new_empty(rest.shape[0], stop - start)
-            for k, name in zip(range(start, stop), self.order[start:stop].tolist(), strict=True):
-                value = nearest(rest[:, k], name)
-                rounded[:, k] = value
-                error = (rest[:, k] - value) / diagonal[k]
-                errors[:, k - start] = error
-                rest[:, k + 1 : stop].addr_(error, factor[k, k + 1 : stop], alpha=-1)
-            rest[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
+            block = slice(start, stop)
+            part = factor[block, block]
+            errors = round_block(rest[:, block], None, part, rounded[:, block], self.order[block])
+            rest[:, stop:].addmm_(errors, factor[block, stop:], alpha=-1)
         natural = torch.empty_like(rounded)
         natural[:, self.order] = rounded
         for _ in range(passes if self.added is not None else 0):
@@ -100,29 +97,86 @@ class ErrorFeedback:
     def _refine(self, weight: Tensor, rounded: Tensor, nearest: NearestValue) -> None:
         """One pass over all columns in natural order, in place."""
         gram = self._gram
-        diagonal = gram.diagonal().tolist()
         error = rounded - weight
+        natural = torch.arange(weight.shape[1])
+        round_block = _block_rounding(nearest, rounded)
         for start in range(0, weight.shape[1], _BLOCK_SIZE):
-            stop = min(start + _BLOCK_SIZE, weight.shape[1])
-            gradient = error @ gram[:, start:stop]
-            for k in range(start, stop):
-                value = nearest(rounded[:, k] - gradient[:, k - start] / diagonal[k], k)
-                step = value - rounded[:, k]
-                gradient[:, k + 1 - start :].addr_(step, gram[k, k + 1 : stop])
-                rounded[:, k] = value
-                error[:, k] += step
+            block = slice(start, min(start + _BLOCK_SIZE, weight.shape[1]))
+            old = rounded[:, block]
+            gradient = error @ gram[:, block]
+            error[:, block] += round_block(gradient, old, gram[block, block], old, natural[block])
 
 
-def codebook_nearest(codebook: TwinLogCodebook) -> NearestValue:
+@dataclass(frozen=True)
+class NearestLevel:
+    """The nearest of each row's own levels, for every column: a NearestValue.
+
+    ascending fp32 [N, 2^b]; boundaries [N, 2^b - 1] halfway between them.
+    """
+
+    ascending: Tensor
+    boundaries: Tensor
+
+    def __call__(self, values: Tensor, column: int) -> Tensor:
+        index = torch.searchsorted(self.boundaries, values[:, None].contiguous())
+        return self.ascending.gather(1, index)[:, 0]
+
+
+def codebook_nearest(codebook: TwinLogCodebook) -> NearestLevel:
     """Nearest level of every row, ties as TwinLogCodebook.encode breaks them."""
-    ascending = codebook.ascending().float() * codebook.scale[:, None]
+    ascending = (codebook.ascending().float() * codebook.scale[:, None]).contiguous()
     boundaries = ((ascending[:, 1:] + ascending[:, :-1]) / 2).contiguous()
+    return NearestLevel(ascending, boundaries)
 
-    def nearest(values: Tensor, column: int) -> Tensor:
-        index = torch.searchsorted(boundaries, values[:, None].contiguous())
-        return ascending.gather(1, index)[:, 0]
 
-    return nearest
+# values [N, J], old levels or None, part of the matrix [J, J], rounded [N, J] to be filled, which
+# columns of the weight these are -> what to feed back [N, J]; see round_columns.
+_BlockRounding = Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor], Tensor]
+
+
+def _block_rounding(nearest: NearestValue, like: Tensor) -> _BlockRounding:
+    """How the columns of a block are rounded: levels of rows on a GPU in one launch."""
+    if like.is_cuda and isinstance(nearest, NearestLevel):
+        from .rounding_kernels import round_block
+
+        ascending = nearest.ascending
+
+        def in_one_launch(
+            values: Tensor, old: Tensor | None, matrix: Tensor, rounded: Tensor, names: Tensor
+        ) -> Tensor:
+            return round_block(
+                values, old, ascending, matrix, matrix.diagonal().contiguous(), rounded
+            )
+
+        return in_one_launch
+    return lambda *block: round_columns(nearest, *block)
+
+
+def round_columns(
+    nearest: NearestValue,
+    values: Tensor,
+    old: Tensor | None,
+    matrix: Tensor,
+    rounded: Tensor,
+    names: Tensor,
+) -> Tensor:
+    """rounding_kernels.round_block column by column, by torch's own ops and for any codebook;
+    names [J] are the columns' own. Overwrites values."""
+    diagonal = matrix.diagonal().tolist()
+    change = torch.empty_like(values)
+    for k, name in enumerate(names.tolist()):
+        value = values[:, k]
+        if old is None:
+            chosen = nearest(value, name)
+            step = (value - chosen) / diagonal[k]
+            values[:, k + 1 :].addr_(step, matrix[k, k + 1 :], alpha=-1)
+        else:
+            chosen = nearest(old[:, k] - value / diagonal[k], name)
+            step = chosen - old[:, k]
+            values[:, k + 1 :].addr_(step, matrix[k, k + 1 :])
+        rounded[:, k] = chosen
+        change[:, k] = step
+    return change
 
 
 def rotated_gram(

@@ -247,9 +247,10 @@ def model_inputs(
     batch: int = 1,
     device: torch.device | str = "cuda",
     dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Random arguments of one forward at `size` x `size` pixels, as the class's pipeline passes
-    them, the same in every call. config: all arguments of the class, as in model.config.
+    them, the same for one seed. config: all arguments of the class, as in model.config.
 
     Raises ValueError for a class without inputs here and for a size that does not fit it.
     """
@@ -261,7 +262,7 @@ def model_inputs(
         raise ValueError(f"size must be a multiple of {step} pixels, got {size}")
     if batch < 1:
         raise ValueError(f"batch must be positive, got {batch}")
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)

@@ -3,7 +3,8 @@
 The interpreter checks the Python of a kernel, in fp32 alone. This checks the code that a GPU gets:
 bf16, layouts, shuffles between lanes, the order of bytes in stores, accesses past the end of a
 tensor. All threads of a block go through the instructions together, so barriers are free and a
-branch must go the same way in all. It knows the instructions that the kernels of a token use.
+branch must go the same way in all. It knows the instructions that the kernels of a token use and
+that of error feedback.
 """
 
 from __future__ import annotations
@@ -196,7 +197,8 @@ class _Run:
             return self._shuffle(opcode, operands)
         if name == "redux":
             lanes = _signed(self._get(operands[0])).reshape(-1, 32)
-            return np.repeat(lanes.max(1), 32).view(np.uint32)
+            of_warp = {"max": lanes.max, "add": lanes.sum}[opcode[2]](1)
+            return np.repeat(of_warp.astype(np.int32), 32).view(np.uint32)
         if name == "cvt":
             return self._convert(opcode, operands)
         if name == "selp":
@@ -229,6 +231,8 @@ class _Run:
             return (v[1] & ~(field << v[2])) | ((v[0] & field) << v[2])
         if name == "prmt":
             return _permute_bytes(*v)
+        if name == "popc":
+            return np.array([int(word).bit_count() for word in v[0]], np.uint32)
         if name in ("and", "or", "xor", "not"):
             return getattr(np, {"not": "logical_not"}.get(name, f"bitwise_{name}"))(*v)
         if of_type.startswith("s") and name in ("max", "min", "div", "shr"):

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import time
 
+import ptx_emulator
 import pytest
 import torch
+from compiled_kernels import assert_no_spills, compile_kernel
 from torch import Tensor
 
 from lrq_kernels.codebook import TwinLogCodebook
 from lrq_kernels.packing import unpack_codes
 from lrq_kernels.rotation import Rotation
 from lrq_kernels.scheme import QuantScheme
+from lrq_quant import rounding_kernels
 from lrq_quant.calibration import ActivationStats
-from lrq_quant.error_feedback import ErrorFeedback, codebook_nearest, rotated_gram
+from lrq_quant.error_feedback import (
+    ErrorFeedback,
+    codebook_nearest,
+    rotated_gram,
+    round_columns,
+)
 from lrq_quant.pipeline import quantize_linear
 from lrq_quant.quantized_input import QuantizedInput, distinct_tokens
 from lrq_quant.recipe import CalibrationOptions
@@ -299,3 +307,112 @@ def test_statistics_without_gram_are_refused():
     stats = ActivationStats("layer", 8)
     with pytest.raises(ValueError, match="layer must hold the gram matrix"):
         QuantizedInput(stats, None, lambda x: x, lambda x: x, device=torch.device("cpu"))
+
+
+# ---- a block of columns in one launch ---------------------------------------------------------
+
+
+def compiled_block_kernel(refine: bool, levels: int, arch: int):
+    pointers = ["value", "level", "matrix", "diagonal", "rounded", "change"]
+    arguments: dict[str, object] = {f"{name}_ptr": "*fp32" for name in pointers}
+    arguments["old_ptr"] = "*fp32" if refine else None
+    for name in ("value", "old", "matrix", "rounded", "change"):
+        arguments[f"{name}_row_stride"] = "i32"
+    arguments |= {"rows": "i32", "columns": "i32", "REFINE": refine, "LEVELS": levels}
+    arguments |= {"BLOCK": rounding_kernels.BLOCK, "ROWS": rounding_kernels.ROWS}
+    return compile_kernel(rounding_kernels.round_kernel, arguments, 1, arch)
+
+
+def emulated(value, old, ascending, matrix, diagonal, rounded) -> Tensor:
+    """rounding_kernels.round_block by the code that an H100 gets, run here."""
+    compiled = compiled_block_kernel(old is not None, ascending.shape[1], 90)
+    kernel = ptx_emulator.Kernel(compiled.asm["ptx"], 32)
+    rows, columns = value.shape
+    change, wide = torch.full((rows, columns), torch.nan), rounded._base
+    tensors = {"value": value, "old": old, "level": ascending, "matrix": matrix.contiguous()}
+    tensors |= {"diagonal": diagonal, "rounded": wide, "change": change}
+    values: dict[str, object] = {"rows": rows, "columns": columns}
+    for name, tensor in tensors.items():
+        values[f"{name}_row_stride"] = 0 if tensor is None else tensor.shape[-1]
+        if tensor is not None:
+            values[f"{name}_ptr"] = tensor.view(torch.uint8).numpy().reshape(-1)
+    values["rounded_ptr"] = values["rounded_ptr"][4 * rounded.storage_offset() :]
+    names = [n for n in rounding_kernels.round_kernel.arg_names if n in values]
+    for program in range(-(-rows // rounding_kernels.ROWS)):
+        kernel(program, [values[name] for name in names])
+    return change
+
+
+def check_block(generator, bits: int, rows: int, columns: int, round_block, device: str) -> None:
+    """round_block against torch's ops, without and with old levels."""
+    weight = torch.randn(rows, 200, generator=generator)
+    nearest = codebook_nearest(fit_twin_log(weight, bits))
+    tokens = correlated(400, 200, generator)
+    gram = tokens.T @ tokens
+    block = slice(200 - columns, 200)
+    factor = torch.linalg.cholesky(gram.double().inverse(), upper=True).float()[block, block]
+    names = torch.arange(columns)
+
+    def both(values: Tensor, old: Tensor | None, matrix: Tensor) -> Tensor:
+        expected = torch.empty(rows, columns)
+        change = round_columns(nearest, values.clone(), old, matrix, expected, names)
+        around = torch.full((rows, columns + 3), torch.nan, device=device)
+        moved = round_block(
+            values.to(device),
+            None if old is None else old.to(device),
+            nearest.ascending.to(device),
+            matrix.to(device),
+            matrix.diagonal().contiguous().to(device),
+            around[:, 1:-2],
+        ).cpu()
+        assert around[:, 0].isnan().all() and around[:, -2:].isnan().all()
+        got = around[:, 1:-2].cpu()
+        # Sums are rounded in another way: a value amid two levels may fall to the other, and takes
+        # what follows in its row along.
+        same = (got == expected).all(1)
+        assert same.float().mean() > 0.8
+        torch.testing.assert_close(moved[same], change[same], rtol=1e-4, atol=1e-4)
+        return expected
+
+    rounded = both(weight[:, block].contiguous(), None, factor)
+    # As if nothing but this block had been rounded.
+    gradient = (rounded - weight[:, block]) @ gram[block, block]
+    refined = both(gradient, rounded, gram[block, block])
+    assert rows * columns < 100 or (refined != rounded).any()
+
+
+@pytest.mark.parametrize("bits,rows,columns", [(2, 9, 96), (3, 1, 33), (4, 6, 128)])
+def test_block_of_columns_emulated(generator, bits, rows, columns):
+    check_block(generator, bits, rows, columns, emulated, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("rows,columns", [(3072, 128), (4, 96), (1, 33)])
+def test_block_of_columns_on_a_gpu(generator, bits, rows, columns):
+    check_block(generator, bits, rows, columns, rounding_kernels.round_block, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("passes", [0, 1])
+def test_rounding_on_a_gpu_is_that_on_a_cpu(generator, passes):
+    tokens = correlated(2000, 416, generator)
+    weight = torch.randn(512, 416, generator=generator)
+    codebook = fit_twin_log(weight, 4)
+    expected = ErrorFeedback(tokens.T @ tokens).round(weight, codebook_nearest(codebook), passes)
+    on_gpu = TwinLogCodebook(codebook.levels.cuda(), codebook.scale.cuda())
+    feedback = ErrorFeedback((tokens.T @ tokens).cuda())
+    got = feedback.round(weight.cuda(), codebook_nearest(on_gpu), passes).cpu()
+    assert torch.equal(codebook.decode(codebook.encode(got)), got)
+    assert (got == expected).all(1).float().mean() > 0.8
+    errors = [((w - weight) @ tokens.T).square().sum() for w in (got, expected)]
+    assert float(errors[0] / errors[1]) == pytest.approx(1, abs=2e-3)
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90, 100, 120])
+@pytest.mark.parametrize("refine", [False, True])
+def test_block_kernel_compiles_ahead_of_time(arch, refine):
+    compiled = compiled_block_kernel(refine, 16, arch)
+    assert_no_spills(compiled)
+    # A row is a warp's own: nothing waits for another.
+    assert "bar.sync" not in compiled.asm["ptx"]

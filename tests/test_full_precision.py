@@ -103,3 +103,20 @@ def test_second_moments_on_a_gpu(low_precision: str) -> None:
     assert error(tokens.T @ tokens) > 1e-4  # what the setting does
     assert stats.gram is not None
     assert error(stats.gram) < 2e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_second_moments_of_16_bits_on_a_gpu(dtype: torch.dtype) -> None:
+    """Tensor cores take such tokens as they are: what is left is the rounding of fp32 sums."""
+    tokens = (60 + 3 * torch.randn(4608, 320, device="cuda")).to(dtype)
+    exact = tokens.double().T @ tokens.double()
+    stats = ActivationStats("x", 320, CalibrationOptions(gram=True))
+    for _ in range(3):
+        stats.update(tokens)
+    assert stats.gram is not None and stats.gram.dtype == torch.float32
+    # Small beside what the noise alone adds, which is all that a large mean leaves to see.
+    noise = float((tokens - tokens.float().mean(0)).double().square().sum(0).mean())
+    assert float((stats.gram.double() / 3 - exact).abs().max()) < 0.02 * noise
+    other = tokens.roll(1, 0)
+    assert float((other.double().T @ tokens.double() - exact).abs().max()) > 0.02 * noise
