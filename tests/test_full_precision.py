@@ -65,6 +65,7 @@ def test_the_setting_comes_back(low_precision: str) -> None:
     assert torch.get_float32_matmul_precision() == low_precision
 
 
+@pytest.mark.parametrize("low_precision", ["high"], indirect=True)
 def test_calibration_does_not_follow_the_setting(low_precision: str) -> None:
     stats = ActivationStats("x", 16, CalibrationOptions(gram=True))
     with Products() as products:
