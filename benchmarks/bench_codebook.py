@@ -1,0 +1,145 @@
+"""How well codebooks fit trained weights, layer by layer, at no fewer bits than the twin-log one.
+
+    python -m benchmarks.bench_codebook demo normal-3072 model.safetensors --bits 4 3 --json fit.json
+
+A model is a testbed of benchmarks.testbeds, a safetensors file, of which every matrix with at least
+128 columns counts but embeddings, or normal-K: a random matrix of K columns, which is what rotated
+weights come near to. Codebooks, as stored with scales of 16 bits:
+
+    twin-log    this package's: 2^b levels of 8 bits and a scale of 32 a row
+    uniform     symmetric and asymmetric codes, each group clipped at its least squared error
+    normal      quantiles of the normal distribution times the absmax of a group (NF4)
+
+Groups are the largest that cost no fewer bits than twin-log levels do: of a row of 3072 columns 320
+at 4 bits, of one of 384 it is 38. Weights are fitted as they are and as this package rotates them
+(signs and Hadamard blocks). SQNR in dB over the whole matrix; wins: layers that twin-log fits best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from benchmarks.baselines.method import FLOAT_BITS
+from benchmarks.baselines.weights import NormalFloat, Uniform
+from benchmarks.rows import Row, write_json
+from benchmarks.testbeds import load_testbed
+from lrq_kernels.rotation import Rotation
+from lrq_quant.recipe import QuantRecipe
+from lrq_quant.rotation_search import largest_block
+from lrq_quant.twin_log import fit_twin_log, sqnr_db
+
+CODEBOOKS = ("twin-log", "symmetric", "asymmetric", "normal")
+LEAST_COLUMNS = 128
+
+
+def weights(model: str) -> Iterator[tuple[str, Tensor]]:
+    """(name, fp32 [N, K]) of the trained linears of `model`."""
+    if columns := re.fullmatch(r"normal-(\d+)", model):
+        yield model, torch.randn(128, int(columns[1]), generator=torch.Generator().manual_seed(0))
+        return
+    if not model.endswith(".safetensors"):
+        transformer = load_testbed(model, "cpu").pipeline.transformer
+        for linear in QuantRecipe().resolve(transformer).linears:
+            yield linear.name, transformer.get_submodule(linear.name).weight.detach().float()
+        return
+    for name, tensor in sorted(load_file(model).items()):
+        if tensor.dim() == 2 and tensor.is_floating_point() and "embedding" not in name:
+            if tensor.shape[1] >= LEAST_COLUMNS:
+                yield name.removesuffix(".weight"), tensor.float()
+
+
+def table_bits(bits: int) -> int:
+    """Of levels and scale of a row of twin-log codes."""
+    return 8 * 2**bits + 32
+
+
+def group_of(columns: int, bits: int, group_bits: int) -> int:
+    """The largest group that divides K and costs, at group_bits each, no less than twin-log."""
+    divisors = (size for size in range(1, columns + 1) if columns % size == 0)
+    return max(size for size in divisors if group_bits * columns >= table_bits(bits) * size)
+
+
+def fits(weight: Tensor, bits: int) -> dict[str, float]:
+    """SQNR in dB of each codebook."""
+    columns = weight.shape[1]
+    codebook = fit_twin_log(weight, bits)
+    values = {"twin-log": codebook.decode(codebook.encode(weight))}
+    for name, symmetric in (("symmetric", True), ("asymmetric", False)):
+        group = group_of(columns, bits, FLOAT_BITS + (0 if symmetric else bits))
+        uniform = Uniform(symmetric=symmetric, clip="mse", group=group)
+        values[name] = uniform(weight, bits, None).values
+    normal = NormalFloat(group_of(columns, bits, FLOAT_BITS))
+    values["normal"] = normal(weight, bits, None).values
+    return {name: sqnr_db(weight, values[name]) for name in CODEBOOKS}
+
+
+def rotated(weight: Tensor) -> Tensor:
+    """As a linear without calibration has it."""
+    columns = weight.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    return Rotation.hadamard(columns, largest_block(columns), generator=generator).apply(weight)
+
+
+def measure(model: str, widths: Sequence[int]) -> list[Row]:
+    """A row for each linear, width, and weight as it is or rotated."""
+    rows: list[Row] = []
+    for name, weight in weights(model):
+        for kind in ("as trained", "rotated"):
+            if kind == "rotated" and not largest_block(weight.shape[1]):
+                continue
+            fitted = weight if kind == "as trained" else rotated(weight)
+            for bits in widths:
+                facts = {"model": Path(model).name, "linear": name, "weight": kind, "bits": bits}
+                shape = {"n": weight.shape[0], "k": weight.shape[1]}
+                real = {"real_bits": bits + table_bits(bits) / weight.shape[1]}
+                rows.append({**facts, **shape, **real, **fits(fitted, bits)})
+    if not rows:
+        raise ValueError(f"bench_codebook: {model} has no matrix of {LEAST_COLUMNS} columns")
+    return rows
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Medians by model, weight and width, and where twin-log is not the best."""
+    lines = [
+        f"{'model':22}{'weight':12}{'bits':>5}{'real':>7}"
+        + "".join(f"{name:>12}" for name in CODEBOOKS)
+        + f"{'wins':>12}{'least lead':>12}"
+    ]
+    for key in dict.fromkeys((r["model"], r["weight"], r["bits"]) for r in rows):
+        group = [r for r in rows if (r["model"], r["weight"], r["bits"]) == key]
+        leads = [r["twin-log"] - max(r[name] for name in CODEBOOKS[1:]) for r in group]
+        wins = f"{sum(lead > 0 for lead in leads)} of {len(leads)}"
+        medians = [statistics.median(r[name] for r in group) for name in CODEBOOKS]
+        real = statistics.median(r["real_bits"] for r in group)
+        lines.append(
+            f"{key[0]:22}{key[1]:12}{key[2]:>5}{real:>7.2f}"
+            + "".join(f"{value:>12.2f}" for value in medians)
+            + f"{wins:>12}{min(leads):>+12.2f}"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="+", help="testbeds, safetensors files, normal-K")
+    parser.add_argument("--bits", nargs="+", type=int, choices=(2, 3, 4), default=[4, 3, 2])
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    arguments = parser.parse_args(argv)
+    rows: list[Row] = []
+    for model in arguments.models:
+        rows += measure(model, arguments.bits)
+        if arguments.json:
+            write_json(rows, arguments.json)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

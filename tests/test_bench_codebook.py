@@ -1,0 +1,51 @@
+"""benchmarks.bench_codebook: what is compared costs as much, and the table of a file."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from benchmarks import bench_codebook as bench
+from benchmarks.baselines.method import FLOAT_BITS
+from lrq_quant.twin_log import fit_twin_log
+
+
+@pytest.mark.parametrize("columns", [128, 384, 1152, 3072, 15360])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_groups_cost_no_fewer_bits_than_a_table(columns, bits, generator):
+    codebook = fit_twin_log(torch.randn(3, columns, generator=generator), bits)
+    beside = sum(t.numel() * t.element_size() * 8 for t in (codebook.levels, codebook.scale)) / 3
+    assert bench.table_bits(bits) == beside
+    for group_bits in (FLOAT_BITS, FLOAT_BITS + bits):
+        group = bench.group_of(columns, bits, group_bits)
+        assert columns % group == 0 and group_bits * columns // group >= beside
+        wider = next((g for g in range(group + 1, columns + 1) if columns % g == 0), None)
+        assert wider is None or group_bits * columns // wider < beside
+
+
+def test_rows_and_table_of_a_file(tmp_path, generator, capsys):
+    # Wide and long-tailed: one step for a group wastes its codes on the tails.
+    heavy = torch.randn(24, 3072, generator=generator).mul_(
+        torch.rand(24, 3072, generator=generator).pow(-0.3)
+    )
+    file, out = tmp_path / "model.safetensors", tmp_path / "rows.json"
+    tensors = {
+        "a.weight": heavy,
+        "embeddings.word.weight": heavy + 1,
+        "norm.weight": heavy[0].clone(),
+    }
+    save_file({**tensors, "narrow.weight": heavy[:, :64].contiguous()}, file)
+    bench.main([str(file), "--bits", "3", "--json", str(out)])
+    rows = json.loads(out.read_text())
+    assert [(r["linear"], r["weight"]) for r in rows] == [("a", "as trained"), ("a", "rotated")]
+    for row in rows:
+        assert row["twin-log"] == max(row[name] for name in bench.CODEBOOKS)
+        assert row["real_bits"] == pytest.approx(3.031, abs=1e-3)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 3 and "1 of 1" in printed[1]
+    save_file({"norm.weight": heavy[0].contiguous()}, file)
+    with pytest.raises(ValueError, match=f"{file} has no matrix of 128 columns"):
+        bench.main([str(file)])
