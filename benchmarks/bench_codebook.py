@@ -1,6 +1,6 @@
 """How well codebooks fit trained weights, layer by layer, at no fewer bits than the twin-log one.
 
-    python -m benchmarks.bench_codebook demo normal-3072 model.safetensors --bits 4 3 --json fit.json
+    python -m benchmarks.bench_codebook demo normal-3072 model.safetensors --json fit.json
 
 A model is a testbed of benchmarks.testbeds, a safetensors file, of which every matrix with at least
 128 columns counts but embeddings, or normal-K: a random matrix of K columns, which is what rotated
