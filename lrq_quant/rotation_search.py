@@ -51,6 +51,9 @@ _FINAL_RULES: dict[int, tuple[ScaleRule, ...]] = {
         ("rms", 0.42),
     ),
 }
+# Numbers of the weights, or the tokens, of the candidates that are measured together: few launches
+# on a GPU, the cache of a CPU.
+_TOGETHER = {"cpu": 1 << 18, "cuda": 1 << 24}
 # A rule must beat the first of _FINAL_RULES by this share of the error to replace it.
 _RULE_TOLERANCE = 0.005
 
@@ -161,19 +164,20 @@ def choose_rotation(
     screen = full.reduced(128, 96)
     weights = [linear.weight for linear in linears]
     maker = _CandidateMaker(stats, weights, full.x, options, first_made)
-    screened: dict[Candidate, float] = {}
-    for candidate in maker.cheap_candidates():
-        made = maker.make(candidate)
-        screened[candidate] = screen.best_rule(made, _SCREEN_RULES[act_bits])[1]
-    # The dense pair is searched anew for every smoothing: only the promising ones are tried.
-    for candidate in maker.dual_candidates(screened):
-        made = maker.make(candidate)
-        screened[candidate] = screen.best_rule(made, _SCREEN_RULES[act_bits])[1]
 
-    measured: dict[Candidate, tuple[ScaleRule, float]] = {}
-    for finalist in _best_per_rotation(screened):
-        made = maker.make(finalist)
-        measured[finalist] = full.best_rule(made, _FINAL_RULES[act_bits], fit_rounds=2)
+    def screen_errors(candidates: list[Candidate]) -> dict[Candidate, float]:
+        made = [maker.make(candidate) for candidate in candidates]
+        found = screen.best_rules(made, _SCREEN_RULES[act_bits])
+        return {c: error for c, (_, error) in zip(candidates, found, strict=True)}
+
+    screened = screen_errors(maker.cheap_candidates())
+    # The dense pair is searched anew for every smoothing: only the promising ones are tried.
+    screened |= screen_errors(maker.dual_candidates(screened))
+
+    finalists = _best_per_rotation(screened)
+    made = [maker.make(finalist) for finalist in finalists]
+    rules = full.best_rules(made, _FINAL_RULES[act_bits], fit_rounds=2)
+    measured = dict(zip(finalists, rules, strict=True))
     best = min(measured, key=lambda c: measured[c][1])
     allowed = measured[best][1] * (1 + options.tolerance)
     chosen = min((c for c in measured if measured[c][1] <= allowed), key=lambda c: c.cost)
@@ -465,56 +469,70 @@ class _Problem:
     def _counts(self) -> list[int]:
         return [count for count, _, _ in self.parts]
 
-    def best_rule(
+    def best_rules(
         self,
-        made: tuple[Rotation, Tensor | None],
+        made: Sequence[tuple[Rotation, Tensor | None]],
         rules: Sequence[ScaleRule],
         fit_rounds: int = 0,
-    ) -> tuple[ScaleRule, float]:
-        """The activation-scale rule of least error, and that error; the first rule wins ties."""
-        errors = self._errors(*made, rules, fit_rounds)
-        best = min(range(len(rules)), key=errors.__getitem__)
-        if errors[0] <= errors[best] * (1 + _RULE_TOLERANCE):
-            best = 0
-        return rules[best], errors[best]
+    ) -> list[tuple[ScaleRule, float]]:
+        """By candidate, the activation-scale rule of least error, and that error; the first rule
+        wins ties."""
+        found = []
+        size = _TOGETHER.get(self.x.device.type, _TOGETHER["cpu"])
+        together = max(1, size // max(self.x.numel(), self.weight.numel()))
+        for first in range(0, len(made), together):
+            for errors in self._errors(made[first : first + together], rules, fit_rounds):
+                best = min(range(len(rules)), key=errors.__getitem__)
+                if errors[0] <= errors[best] * (1 + _RULE_TOLERANCE):
+                    best = 0
+                found.append((rules[best], errors[best]))
+        return found
 
     def _errors(
         self,
-        rotation: Rotation,
-        smooth: Tensor | None,
+        made: Sequence[tuple[Rotation, Tensor | None]],
         rules: Sequence[ScaleRule],
         fit_rounds: int,
-    ) -> list[float]:
-        """Output NMSE by rule, averaged over the linears: rows with the scale that they will be
-        stored with, which gives back what levels, clipping and noise take of their gain."""
-        x = rotation.apply(self.x if smooth is None else self.x * smooth)
-        weight = rotation.apply(self.weight if smooth is None else self.weight / smooth)
-        decoded = self._decoded(weight, x.square().mean(0), fit_rounds)
+    ) -> list[list[float]]:
+        """Output NMSE by candidate and rule, averaged over the linears: rows with the scale that
+        they will be stored with, which gives back what levels, clipping and noise take of their
+        gain."""
+        x = torch.stack([r.apply(self.x if s is None else self.x * s) for r, s in made])
+        weight = torch.stack(
+            [r.apply(self.weight if s is None else self.weight / s) for r, s in made]
+        )
+        decoded = self._decoded(weight, x.square().mean(1), fit_rounds)
         corrected = torch.cat([x.new_full((n,), float(c)) for n, _, c in self.parts])
         energy = self.output.square().sum(0)
         errors = []
         for rule in rules:
-            y = dequantized_activation(x, self.act_bits, *rule) @ decoded.T
-            y *= sensible_gain(energy / (self.output * y).sum(0))
-            y += (self.output - y).mean(0) * corrected
-            nmse = [
-                _nmse(exact, approximate)
-                for exact, approximate in zip(
-                    self.output.split(self._counts(), 1), y.split(self._counts(), 1), strict=True
-                )
-            ]
-            errors.append(sum(nmse) / len(nmse))
-        return errors
+            quantized = dequantized_activation(x.flatten(0, 1), self.act_bits, *rule)
+            y = quantized.view_as(x) @ decoded.mT
+            y *= sensible_gain(energy / (self.output * y).sum(1))[:, None]
+            y += (self.output - y).mean(1, keepdim=True) * corrected
+            errors.append(self._nmse(y))
+        return torch.stack(errors, dim=1).tolist()
 
     def _decoded(self, weight: Tensor, importance: Tensor, fit_rounds: int) -> Tensor:
-        """Quantized weight [n, K]: linears of one width are fitted in one call."""
+        """Quantized weights [C, n, K] of C candidates, importance [C, K]: linears of one width are
+        fitted in one call."""
         decoded = torch.empty_like(weight)
         bits = torch.cat([torch.full((n,), b) for n, b, _ in self.parts]).to(weight.device)
         for width in dict.fromkeys(b for _, b, _ in self.parts):
             rows = bits == width
-            codebook = fit_twin_log(weight[rows], width, importance=importance, rounds=fit_rounds)
-            decoded[rows] = codebook.decode(codebook.encode(weight[rows]))
+            chosen = weight[:, rows]
+            each = importance[:, None].expand_as(chosen).flatten(0, 1)
+            flat = chosen.flatten(0, 1)
+            codebook = fit_twin_log(flat, width, importance=each, rounds=fit_rounds)
+            decoded[:, rows] = codebook.decode(codebook.encode(flat)).view_as(chosen)
         return decoded
+
+    def _nmse(self, approximate: Tensor) -> Tensor:
+        """Of outputs [C, M, n], the mean over the linears, fp64 [C]."""
+        error = (self.output - approximate).double().square().sum(1)
+        power = self.output.double().square().sum(0)
+        parts = zip(error.split(self._counts(), 1), power.split(self._counts()), strict=True)
+        return torch.stack([e.sum(1) / p.sum().clamp_min(1e-30) for e, p in parts]).mean(0)
 
 
 def dequantized_activation(
@@ -543,11 +561,6 @@ def _best_per_rotation(screened: dict[Candidate, float]) -> list[Candidate]:
             best[name] = candidate
     limit = 1.3 * min(screened.values())
     return [candidate for candidate in best.values() if screened[candidate] <= limit]
-
-
-def _nmse(exact: Tensor, approximate: Tensor) -> float:
-    power = float(exact.double().square().sum())
-    return float((exact - approximate).double().square().sum()) / max(power, 1e-30)
 
 
 def _peak_ratio(x: Tensor) -> float:

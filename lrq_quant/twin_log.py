@@ -56,15 +56,19 @@ def fit_twin_log(
     """Fit a twin-log codebook to every row of ``weight`` (method.md 1.4, decision 1).
 
     weight [N, K] floating, finite; bits in {2, 3, 4}; importance [K] >= 0 weighs the squared error
-    of each column (E[x_k^2] of the layer's input); rounds of the coordinate search, 0 for a quick
-    fit from the starting points alone.  Returns int8 levels [N, 2^bits] in canonical code order and
-    fp32 scales [N], on the weight's device.  Raises ValueError or TypeError on anything else.
+    of each column (E[x_k^2] of the layer's input), [N, K] that of each row's own; rounds of the
+    coordinate search, 0 for a quick fit from the starting points alone.  Returns int8 levels
+    [N, 2^bits] in canonical code order and fp32 scales [N], on the weight's device.  Raises
+    ValueError or TypeError on anything else.
     """
     _check_weight("fit_twin_log", weight, bits)
     importance = _check_importance("fit_twin_log", importance, weight)
     levels, scales = [], []
-    for rows in weight.split(_chunk_rows(weight)):
-        problem = _SortedRows.of(rows, importance)
+    size = _chunk_rows(weight)
+    for start in range(0, weight.shape[0], size):
+        rows = slice(start, start + size)
+        of_rows = importance if importance is None or importance.dim() == 1 else importance[rows]
+        problem = _SortedRows.of(weight[rows], of_rows)
         magnitudes = _search_magnitudes(problem, bits, rounds)
         stretches = _INT8_STRETCH if rounds else _INT8_STRETCH[:1]
         chunk_levels, chunk_scale = _round_levels(problem, magnitudes, stretches)
@@ -161,7 +165,10 @@ class _SortedRows:
             norm = rows.double().square().mean(1).sqrt()
             norm = torch.where(norm > 0, norm, torch.ones_like(norm))
         values, order = (rows.double() / norm[:, None]).float().sort(dim=1)
-        column = torch.ones_like(values) if importance is None else importance[order]
+        if importance is None:
+            column = torch.ones_like(values)
+        else:
+            column = importance.expand_as(order).gather(1, order)
         count = _prefix_sum(column.double())
         total = _prefix_sum(column.double() * values.double())
         square = _prefix_sum(column.double() * values.double().square())
@@ -372,19 +379,21 @@ def _check_weight(where: str, weight: Tensor, bits: int) -> None:
 
 
 def _check_importance(where: str, importance: Tensor | None, weight: Tensor) -> Tensor | None:
-    """fp64 importance of mean 1 on the weight's device; None when it says nothing."""
+    """fp64 importance of mean 1, in each row where they have their own, on the weight's device;
+    None when it says nothing."""
     if importance is None:
         return None
-    if importance.shape != weight.shape[1:]:
+    if importance.shape not in (weight.shape, weight.shape[1:]):
         raise ValueError(
-            f"{where}: importance must be [K] = [{weight.shape[1]}], "
+            f"{where}: importance must be [K] = [{weight.shape[1]}] or [N, K], "
             f"got shape {tuple(importance.shape)}"
         )
     importance = importance.to(weight.device, torch.float64)
     if not bool(torch.isfinite(importance).all()) or bool((importance < 0).any()):
         raise ValueError(f"{where}: importance must be finite and not negative")
-    mean = importance.mean()
-    if mean == 0:
+    mean = importance.mean(-1, keepdim=True)
+    if not bool(mean.any()):
         return None
+    importance = torch.where(mean > 0, importance / mean, torch.ones_like(importance))
     # A channel that was silent in calibration still counts a little: it may speak later.
-    return (importance / mean).clamp_min(_LEAST_IMPORTANCE)
+    return importance.clamp_min(_LEAST_IMPORTANCE)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lrq_kernels import QuantScheme, TwinLogCodebook, unpack_codes
 from lrq_kernels.rotation import Rotation
+from lrq_quant import rotation_search
 from lrq_quant.calibration import ActivationStats
 from lrq_quant.pipeline import quantize_linear
 from lrq_quant.recipe import SearchOptions
@@ -103,6 +104,24 @@ def test_errors_are_those_of_rows_with_full_gain() -> None:
     # What is left of an error of which the lost gain was a part: D / (1 - D).
     lloyd = 0.118
     assert lloyd / (1 - lloyd) < reported < 1.15 * noise
+
+
+def test_candidates_measured_together_are_those_measured_alone(monkeypatch) -> None:
+    """Of linears of two widths, whatever fits into one go."""
+    x = torch.randn(300, 256) * torch.rand(256).exp()
+    weights = [torch.randn(24, 256), torch.randn(40, 256)]
+    given = [
+        SearchedLinear(weight, QuantScheme.from_name(name), bias_correction=correct)
+        for weight, name, correct in zip(weights, ("w4a4", "w2a4"), (True, False), strict=True)
+    ]
+    found = []
+    for together in (1, 256 * 300 * 5, 1 << 30):
+        monkeypatch.setitem(rotation_search._TOGETHER, "cpu", together)
+        found.append(choose_rotation(stats_of(x), given, SearchOptions(alphas=(0.4, 0.6))))
+    assert len(found[0].errors) > 3
+    for other in found[1:]:
+        assert other.label == found[0].label and other.scale_mode == found[0].scale_mode
+        assert other.errors == pytest.approx(found[0].errors, rel=1e-5)
 
 
 def test_int4_scale_is_chosen_by_error() -> None:

@@ -214,3 +214,18 @@ def test_rows_without_gain_keep_their_scale() -> None:
     decoded = torch.stack([weight[0] / 2, 0 * weight[1], -weight[2], torch.full((64,), torch.inf)])
     assert lost_gain(weight, decoded).tolist() == [2, 1, 1, 1]
     assert lost_gain(torch.zeros(1, 64), torch.zeros(1, 64)).tolist() == [1]
+
+
+def test_rows_with_an_importance_of_their_own(generator):
+    """As each row by itself; one that says nothing counts all columns alike."""
+    weight = torch.randn(5, 96, generator=generator)
+    importance = torch.rand(5, 96, generator=generator) ** 6
+    importance[3] = 0
+    together = fit_twin_log(weight, 3, importance=importance)
+    for row in range(5):
+        alone = None if row == 3 else importance[row]
+        expected = fit_twin_log(weight[row : row + 1], 3, importance=alone)
+        assert torch.equal(together.levels[row], expected.levels[0])
+        assert torch.equal(together.scale[row], expected.scale[0])
+    plain = fit_twin_log(weight, 3)
+    assert not torch.equal(together.levels, plain.levels)
