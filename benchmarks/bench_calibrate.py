@@ -83,7 +83,7 @@ def measure(arguments: argparse.Namespace) -> Row:
     model = make_model(arguments.model, arguments.device)
     made = time.perf_counter() - started
     if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(arguments.device)
     options = CalibrationOptions(
         batch_size=arguments.batch,
         gram_bytes=int(arguments.gram_gb * GB),
@@ -101,7 +101,7 @@ def measure(arguments: argparse.Namespace) -> Row:
         progress=phases,
     )
     if on_gpu:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(arguments.device)
     return {
         "model": arguments.model,
         "scheme": arguments.scheme,
@@ -112,7 +112,7 @@ def measure(arguments: argparse.Namespace) -> Row:
         "make_s": made,
         "seconds": time.perf_counter() - started,
         **phases.seconds,
-        "gpu_gb": torch.cuda.max_memory_allocated() / GB if on_gpu else 0.0,
+        "gpu_gb": torch.cuda.max_memory_allocated(arguments.device) / GB if on_gpu else 0.0,
         "host_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB,
         "weight_bits": result.report.weight_bits,
         **machine(arguments.device),

@@ -26,7 +26,7 @@ from lrq_kernels.codebook import TwinLogCodebook
 # values fp32 [N] of one column, and which column -> the nearest representable values, fp32 [N].
 NearestValue = Callable[[Tensor, int], Tensor]
 # Columns whose errors reach the rest in one product.
-_BLOCK_SIZE = 128
+BLOCK_SIZE = 128
 # Damping to try when the given one leaves a matrix that is not positive definite.
 _LEAST_DAMPING, _DAMPING_GROWTH = 1e-3, (10.0, 100.0, 1000.0)
 
@@ -82,8 +82,8 @@ class ErrorFeedback:
         rest = weight.float()[:, self.order].contiguous()
         rounded = torch.empty_like(rest)
         round_block = _block_rounding(nearest, rest)
-        for start in range(0, columns, _BLOCK_SIZE):
-            stop = min(start + _BLOCK_SIZE, columns)
+        for start in range(0, columns, BLOCK_SIZE):
+            stop = min(start + BLOCK_SIZE, columns)
             block = slice(start, stop)
             part = factor[block, block]
             errors = round_block(rest[:, block], None, part, rounded[:, block], self.order[block])
@@ -100,8 +100,8 @@ class ErrorFeedback:
         error = rounded - weight
         natural = torch.arange(weight.shape[1])
         round_block = _block_rounding(nearest, rounded)
-        for start in range(0, weight.shape[1], _BLOCK_SIZE):
-            block = slice(start, min(start + _BLOCK_SIZE, weight.shape[1]))
+        for start in range(0, weight.shape[1], BLOCK_SIZE):
+            block = slice(start, min(start + BLOCK_SIZE, weight.shape[1]))
             old = rounded[:, block]
             gradient = error @ gram[:, block]
             error[:, block] += round_block(gradient, old, gram[block, block], old, natural[block])
@@ -144,9 +144,7 @@ def _block_rounding(nearest: NearestValue, like: Tensor) -> _BlockRounding:
         def in_one_launch(
             values: Tensor, old: Tensor | None, matrix: Tensor, rounded: Tensor, names: Tensor
         ) -> Tensor:
-            return round_block(
-                values, old, ascending, matrix, matrix.diagonal().contiguous(), rounded
-            )
+            return round_block(values, old, ascending, matrix, matrix.diagonal(), rounded)
 
         return in_one_launch
     return lambda *block: round_columns(nearest, *block)

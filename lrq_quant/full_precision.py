@@ -18,13 +18,18 @@ _IEEE = "ieee"
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """A context, or a decorator, in which matrix products of fp32 are of fp32."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    """A context, or a decorator, in which matrix products of fp32 are of fp32, and those of fp16
+    are added in fp32."""
+    cuda = torch.backends.cuda.matmul
+    backends = (cuda, torch.backends.mkldnn.matmul)
     before = [backend.fp32_precision for backend in backends]
+    accumulation = cuda.allow_fp16_accumulation
     try:
+        cuda.allow_fp16_accumulation = False
         for backend in backends:
             backend.fp32_precision = _IEEE
         yield
     finally:
+        cuda.allow_fp16_accumulation = accumulation
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision

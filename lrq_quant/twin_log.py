@@ -62,13 +62,19 @@ def fit_twin_log(
     ValueError or TypeError on anything else.
     """
     _check_weight("fit_twin_log", weight, bits)
-    importance = _check_importance("fit_twin_log", importance, weight)
+    if importance is not None and importance.shape not in (weight.shape, weight.shape[1:]):
+        raise ValueError(
+            f"fit_twin_log: importance must be [K] = [{weight.shape[1]}] or [N, K], "
+            f"got shape {tuple(importance.shape)}"
+        )
     levels, scales = [], []
     size = _chunk_rows(weight)
     for start in range(0, weight.shape[0], size):
         rows = slice(start, start + size)
-        of_rows = importance if importance is None or importance.dim() == 1 else importance[rows]
-        problem = _SortedRows.of(weight[rows], of_rows)
+        known = importance
+        if known is not None and known.dim() == 2:
+            known = known[rows]
+        problem = _SortedRows.of(weight[rows], _relative_importance(known, weight.device))
         magnitudes = _search_magnitudes(problem, bits, rounds)
         stretches = _INT8_STRETCH if rounds else _INT8_STRETCH[:1]
         chunk_levels, chunk_scale = _round_levels(problem, magnitudes, stretches)
@@ -378,19 +384,14 @@ def _check_weight(where: str, weight: Tensor, bits: int) -> None:
         raise ValueError(f"{where}: weight must be finite, got NaN or inf")
 
 
-def _check_importance(where: str, importance: Tensor | None, weight: Tensor) -> Tensor | None:
-    """fp64 importance of mean 1, in each row where they have their own, on the weight's device;
-    None when it says nothing."""
+def _relative_importance(importance: Tensor | None, device: torch.device) -> Tensor | None:
+    """fp64 importance [K] or [R, K] of mean 1 over the columns; None when it says nothing.  Raises
+    ValueError for NaN, inf and negative numbers."""
     if importance is None:
         return None
-    if importance.shape not in (weight.shape, weight.shape[1:]):
-        raise ValueError(
-            f"{where}: importance must be [K] = [{weight.shape[1]}] or [N, K], "
-            f"got shape {tuple(importance.shape)}"
-        )
-    importance = importance.to(weight.device, torch.float64)
+    importance = importance.to(device, torch.float64)
     if not bool(torch.isfinite(importance).all()) or bool((importance < 0).any()):
-        raise ValueError(f"{where}: importance must be finite and not negative")
+        raise ValueError("fit_twin_log: importance must be finite and not negative")
     mean = importance.mean(-1, keepdim=True)
     if not bool(mean.any()):
         return None

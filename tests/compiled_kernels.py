@@ -19,11 +19,13 @@ def compile_kernel(
     arch: int,
     *,
     aligned: bool = True,
+    divisible: tuple[str, ...] = (),
     **options,
 ):
     """Cubin of a kernel; arguments: name -> Triton type ("*bf16", "i32"), or a constant.
 
-    aligned: strides are multiples of 16, as Triton finds out about the arguments of a launch.
+    aligned: strides, and the arguments named in divisible, are multiples of 16, as Triton finds out
+    about the arguments of a launch.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -35,7 +37,8 @@ def compile_kernel(
         value = arguments[name]
         if isinstance(value, str) and value.startswith(types):
             signature[name] = value
-            if value.startswith("*") or (aligned and name.endswith("_stride")):
+            sixteens = name.endswith("_stride") or name in divisible
+            if value.startswith("*") or (aligned and sixteens):
                 attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "constexpr"

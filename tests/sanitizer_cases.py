@@ -225,6 +225,27 @@ def rotated_rows() -> None:
             raise SystemExit(f"wrong result: _rotate_rows {norm} {k} {block_size}")
 
 
+def rounded_blocks(bits: int) -> None:
+    """Against torch's ops, in tensors that end with the last row."""
+    from lrq_quant.error_feedback import codebook_nearest, round_columns
+    from lrq_quant.rounding_kernels import round_block
+    from lrq_quant.twin_log import fit_twin_log
+
+    for rows, columns in ((5, 32), (9, 128)):
+        weight = torch.randn(rows, columns, device="cuda")
+        nearest = codebook_nearest(fit_twin_log(weight, bits))
+        factor = (torch.eye(columns) + torch.randn(columns, columns).triu(1) / columns).cuda()
+        old = None
+        for matrix in (factor, factor + factor.T):
+            value = exact_rows(weight, columns + 32)
+            rounded, expected = exact_rows(weight, columns + 32), torch.empty_like(weight)
+            round_block(value, old, nearest.ascending, matrix, matrix.diagonal(), rounded)
+            round_columns(nearest, weight.clone(), old, matrix, expected, torch.arange(columns))
+            if float((rounded != expected).float().mean()) > 0.2:  # a tie takes its row along
+                raise SystemExit(f"wrong result: round_block {rows, columns, bits}")
+            old = exact_rows(expected, columns)
+
+
 def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("sanitizer_cases: needs a CUDA device")
@@ -233,6 +254,7 @@ def main() -> None:
         gemms(bits)
         gemvs(bits)
         a16_gemms(bits)
+        rounded_blocks(bits)
     rotations()
     fused_rotations()
     rotated_rows()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import bench_calibrate
+from lrq_quant import QuantRecipe, SearchOptions
 from lrq_quant.model_shapes import make_model
 
 
@@ -25,6 +26,19 @@ def test_prompts_draw_latents_of_their_own(name):
     # From noise to a picture: the schedule of the class, 1000 or 1 at its begin.
     assert [t / called[0] for t in called[:4]] == pytest.approx([1, 0.75, 0.5, 0.25], rel=0.01)
     assert called[0] in (1.0, 1000.0)
+
+
+def test_the_phases_are_those_of_quantize_model(tmp_path, monkeypatch):
+    search = SearchOptions(rotations=("none",), alphas=(), sample_rows=32, weight_rows=16)
+    small = QuantRecipe.from_name("w4a8", search=search)
+    monkeypatch.setattr(bench_calibrate.QuantRecipe, "from_name", lambda name: small)
+    file = tmp_path / "rows.json"
+    options = "--model tiny-pixart --device cpu --size 64 --steps 1 --prompts 1".split()
+    bench_calibrate.main([*options, "--json", str(file)])
+    (row,) = json.loads(file.read_text())
+    phases = [row[name] for name in ("calibration", "second moments", "quantization")]
+    assert min(phases) > 0 and sum(phases) <= row["seconds"] and not row["resumed"]
+    assert 4 < row["weight_bits"] < 6
 
 
 def test_a_row_has_the_time_of_each_phase(tmp_path, monkeypatch, capsys):

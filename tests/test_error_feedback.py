@@ -17,6 +17,7 @@ from lrq_kernels.scheme import QuantScheme
 from lrq_quant import rounding_kernels
 from lrq_quant.calibration import ActivationStats
 from lrq_quant.error_feedback import (
+    BLOCK_SIZE,
     ErrorFeedback,
     codebook_nearest,
     rotated_gram,
@@ -313,30 +314,35 @@ def test_statistics_without_gram_are_refused():
 
 
 def compiled_block_kernel(refine: bool, levels: int, arch: int):
+    """As for widths that 32 divides, which are those of the format."""
     pointers = ["value", "level", "matrix", "diagonal", "rounded", "change"]
     arguments: dict[str, object] = {f"{name}_ptr": "*fp32" for name in pointers}
     arguments["old_ptr"] = "*fp32" if refine else None
     for name in ("value", "old", "matrix", "rounded", "change"):
         arguments[f"{name}_row_stride"] = "i32"
     arguments |= {"rows": "i32", "columns": "i32", "REFINE": refine, "LEVELS": levels}
-    arguments |= {"BLOCK": rounding_kernels.BLOCK, "ROWS": rounding_kernels.ROWS}
-    return compile_kernel(rounding_kernels.round_kernel, arguments, 1, arch)
+    arguments |= {"BLOCK": BLOCK_SIZE, "ROWS": rounding_kernels.ROWS}
+    kernel = rounding_kernels.round_kernel
+    return compile_kernel(kernel, arguments, 1, arch, divisible=("columns",))
 
 
 def emulated(value, old, ascending, matrix, diagonal, rounded) -> Tensor:
     """rounding_kernels.round_block by the code that an H100 gets, run here."""
+    rows, columns = value.shape
     compiled = compiled_block_kernel(old is not None, ascending.shape[1], 90)
     kernel = ptx_emulator.Kernel(compiled.asm["ptx"], 32)
-    rows, columns = value.shape
-    change, wide = torch.full((rows, columns), torch.nan), rounded._base
+    change = torch.full((rows, columns), torch.nan)
     tensors = {"value": value, "old": old, "level": ascending, "matrix": matrix.contiguous()}
-    tensors |= {"diagonal": diagonal, "rounded": wide, "change": change}
+    tensors |= {"diagonal": diagonal.contiguous(), "rounded": rounded, "change": change}
     values: dict[str, object] = {"rows": rows, "columns": columns}
     for name, tensor in tensors.items():
-        values[f"{name}_row_stride"] = 0 if tensor is None else tensor.shape[-1]
-        if tensor is not None:
-            values[f"{name}_ptr"] = tensor.view(torch.uint8).numpy().reshape(-1)
-    values["rounded_ptr"] = values["rounded_ptr"][4 * rounded.storage_offset() :]
+        values[f"{name}_row_stride"] = 0 if tensor is None else tensor.stride(0)
+        if tensor is None:
+            continue
+        memory = torch.empty(0).set_(tensor.untyped_storage())[tensor.storage_offset() :]
+        values[f"{name}_ptr"] = memory.view(torch.uint8).numpy()
+        # The emulator does not mind where a load of four begins.
+        assert all(step % 4 == 0 for step in (tensor.storage_offset(), *tensor.stride()[:-1]))
     names = [n for n in rounding_kernels.round_kernel.arg_names if n in values]
     for program in range(-(-rows // rounding_kernels.ROWS)):
         kernel(program, [values[name] for name in names])
@@ -356,17 +362,23 @@ def check_block(generator, bits: int, rows: int, columns: int, round_block, devi
     def both(values: Tensor, old: Tensor | None, matrix: Tensor) -> Tensor:
         expected = torch.empty(rows, columns)
         change = round_columns(nearest, values.clone(), old, matrix, expected, names)
-        around = torch.full((rows, columns + 3), torch.nan, device=device)
+        # Parts of wider tensors, as in a weight; at odd places where the columns are odd.
+        before = 32 if columns % 32 == 0 else 3
+        wide = [torch.full((rows, columns + 2 * before), torch.nan, device=device) for _ in "123"]
+        block_values, block_old, got = (x[:, before:-before] for x in wide)
+        block_values.copy_(values)
+        if old is not None:
+            block_old.copy_(old)
         moved = round_block(
-            values.to(device),
-            None if old is None else old.to(device),
+            block_values,
+            None if old is None else block_old,
             nearest.ascending.to(device),
             matrix.to(device),
-            matrix.diagonal().contiguous().to(device),
-            around[:, 1:-2],
+            matrix.diagonal().to(device),
+            got,
         ).cpu()
-        assert around[:, 0].isnan().all() and around[:, -2:].isnan().all()
-        got = around[:, 1:-2].cpu()
+        assert wide[2][:, :before].isnan().all() and wide[2][:, -before:].isnan().all()
+        got = got.cpu()
         # Sums are rounded in another way: a value amid two levels may fall to the other, and takes
         # what follows in its row along.
         same = (got == expected).all(1)
@@ -381,7 +393,7 @@ def check_block(generator, bits: int, rows: int, columns: int, round_block, devi
     assert rows * columns < 100 or (refined != rounded).any()
 
 
-@pytest.mark.parametrize("bits,rows,columns", [(2, 9, 96), (3, 1, 33), (4, 6, 128)])
+@pytest.mark.parametrize("bits,rows,columns", [(2, 9, 96), (3, 1, 32), (4, 6, 128)])
 def test_block_of_columns_emulated(generator, bits, rows, columns):
     check_block(generator, bits, rows, columns, emulated, "cpu")
 
@@ -414,5 +426,18 @@ def test_rounding_on_a_gpu_is_that_on_a_cpu(generator, passes):
 def test_block_kernel_compiles_ahead_of_time(arch, refine):
     compiled = compiled_block_kernel(refine, 16, arch)
     assert_no_spills(compiled)
-    # A row is a warp's own: nothing waits for another.
-    assert "bar.sync" not in compiled.asm["ptx"]
+    # A row is a warp's own: nothing goes through shared memory, nothing waits for another.
+    assert compiled.metadata.shared == 0 and "bar.sync" not in compiled.asm["ptx"]
+
+
+def test_a_block_that_the_kernel_cannot_take_is_refused():
+    wide = torch.zeros(4, BLOCK_SIZE + 1)
+    levels, matrix = torch.zeros(4, 16), torch.eye(BLOCK_SIZE + 1)
+    round_block = rounding_kernels.round_block
+    with pytest.raises(ValueError, match="128 columns at most, got 129"):
+        round_block(wide, None, levels, matrix, matrix.diagonal(), wide)
+    for value in (wide[:, :8].double(), torch.zeros(8, 4).T):
+        with pytest.raises(ValueError, match="round_block: value must be float32 with neighbour"):
+            round_block(value, None, levels, matrix[:8, :8], matrix.diagonal()[:8], wide[:, :8])
+    with pytest.raises(ValueError, match="round_block: old must be float32"):
+        round_block(wide[:, :8], wide[:, :8].half(), levels, matrix, matrix, wide[:, :8])

@@ -266,6 +266,7 @@ def test_rows_are_measured_once(tmp_path, capsys):
         )  # fmt: skip
 
     first = run(["lrq", "rtn-minmax"])
+    assert list(cache.iterdir()) == [net]
     names = [(row["recipe"], row["setting"]) for row in first]
     # The format of this package has no 8-bit weights.
     assert names == [
