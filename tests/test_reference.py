@@ -500,7 +500,7 @@ ROWS_OF_16_BITS = {
 def test_limbs_are_not_worse_than_torch_in_16_bits(kind: str, dtype: torch.dtype):
     """Without the factor of two: weights in 16 bits cost torch more than limbs cost here."""
     problem = make_problem(1, 64, 1152, 4)
-    x = ROWS_OF_16_BITS[kind](torch.randn(4, 1152)).to(dtype)
+    x = ROWS_OF_16_BITS[kind](torch.randn(64, 1152)).to(dtype)  # of few rows one may decide
     weight = problem.weight_levels().double() * problem.weight_scale.double()[:, None]
     oracle = x.double() @ weight.T
     constants = (problem.weight, problem.levels, problem.weight_scale, None, 4, 64)
