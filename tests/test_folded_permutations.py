@@ -144,7 +144,6 @@ def gathers(model: nn.Module, given: dict[str, Any]) -> tuple[torch.Tensor, int]
     ("scheme", "dtype"),
     [
         ("w4a8", torch.float32),
-        ("w4a8", torch.bfloat16),
         ("w4a4", torch.bfloat16),
         ("w3a16", torch.bfloat16),
     ],

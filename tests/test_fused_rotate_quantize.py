@@ -230,7 +230,7 @@ def test_interpreted_strides_of_samples_and_parts(monkeypatch: pytest.MonkeyPatc
         vectors = draw_vectors(2, 128, torch.float32)
         for tokens in (3, 1, 0):
             x = torch.randn(2, 8, 140)[:, 4 : 4 + tokens, 6:134]
-            for keep in (False, True):
+            for keep in (False, True) if tokens == 3 else (True,):
                 check_norm(x, vectors, "layer", tensors, case, keep)
                 check_activation(x, None, "silu", tensors, case, keep)
             check_concat(x[..., :40], x[..., 40:], tensors, case)

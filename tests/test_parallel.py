@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -126,4 +127,7 @@ def test_context_parallelism(device: str, tmp_path: Path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(_work, (folder, port, device, True), nprocs=2)
+    # Imports once for both; "lrq_quant" imports diffusers and torch.
+    get_context("forkserver").set_forkserver_preload(["lrq_quant", "torch.distributed"])
+    options = {"nprocs": 2, "start_method": "forkserver"}
+    multiprocessing.start_processes(_work, (folder, port, device, True), **options)

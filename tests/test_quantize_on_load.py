@@ -35,8 +35,10 @@ ROOT = Path(__file__).resolve().parents[1]
 every_model = pytest.mark.parametrize("kind", TINY)
 
 
-@every_model
-@pytest.mark.parametrize("shard_size", [None, "100KB"])
+@pytest.mark.parametrize(
+    ("kind", "shard_size"),
+    [*((kind, None) for kind in TINY), ("flux", "100KB"), ("pixart", "100KB")],
+)
 def test_on_the_fly_equals_quantizing_first(kind: str, shard_size: str | None, tmp_path: Path):
     dense = TINY[kind][0]().to(BF16)
     dense.save_pretrained(tmp_path, **({"max_shard_size": shard_size} if shard_size else {}))

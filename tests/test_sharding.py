@@ -309,18 +309,19 @@ def failing(rank: int, seed: int, work: Path, bad_rank: int, where: str) -> None
         quantize_model(model, RECIPE, run=run, prompts=prompts, work_folder=work)
 
 
-@pytest.mark.parametrize("bad_rank", [0, 1])
 @pytest.mark.parametrize(
-    ("where", "own", "others"),
+    ("where", "bad_rank", "own", "others"),
     [
-        ("run", "ValueError: the pipeline broke", "failed: ValueError: the pipeline broke"),
-        ("group", "PermissionError: the disk is full", "failed: PermissionError: the disk"),
-        ("prompts", "model, recipe and prompts must be", "model, recipe and prompts must be"),
-        ("silence", None, "has waited for the others for 1 s"),
+        ("run", 0, "ValueError: the pipeline broke", "failed: ValueError: the pipeline broke"),
+        ("run", 1, "ValueError: the pipeline broke", "failed: ValueError: the pipeline broke"),
+        ("group", 1, "PermissionError: the disk is full", "failed: PermissionError: the disk"),
+        ("prompts", 0, "model, recipe and prompts must be", "model, recipe and prompts must be"),
+        ("silence", 0, None, "has waited for the others for 1 s"),
+        ("silence", 1, None, "has waited for the others for 1 s"),
     ],
 )
 def test_an_error_in_one_process_ends_all(
-    bad_rank: int, where: str, own: str | None, others: str, tmp_path: Path
+    where: str, bad_rank: int, own: str | None, others: str, tmp_path: Path
 ) -> None:
     arguments = (fresh_seed(), tmp_path / "work", bad_rank, where)
     outcomes = run_processes(2, tmp_path / "out", failing, *arguments)
