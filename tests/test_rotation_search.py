@@ -191,7 +191,11 @@ def test_a_permutation_that_is_folded_is_preferred() -> None:
     x[:, attention : attention + 128] *= 12  # one block holds nearly all
     x[:, :attention] *= 4.3  # as loud as a block of the others, once that is spread
     options = SearchOptions(
-        rotations=("hadamard", "permuted"), alphas=(), sample_rows=256, weight_rows=64
+        rotations=("hadamard", "permuted"),
+        alphas=(),
+        tolerance=0.06,  # the two lie 1 to 3 % apart
+        sample_rows=256,
+        weight_rows=64,
     )
     given = (stats_of(x), linears("w4a4", weight), options)
     anywhere = choose_rotation(*given)
