@@ -16,7 +16,6 @@ gpu_gb: most that was allocated, the bf16 model included; host_gb: most that was
 from __future__ import annotations
 
 import argparse
-import resource
 import time
 from collections import defaultdict
 from dataclasses import replace
@@ -26,13 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.bench_load import GB, resident_gb
 from benchmarks.bench_model import machine
 from benchmarks.rows import Row, write_json
 from lrq_quant import QuantRecipe, quantize_model
 from lrq_quant.model_shapes import make_model, model_inputs, names_with_inputs
 from lrq_quant.recipe import CalibrationOptions
-
-GB = 1e9
 
 
 class Phases:
@@ -113,7 +111,7 @@ def measure(arguments: argparse.Namespace) -> Row:
         "seconds": time.perf_counter() - started,
         **phases.seconds,
         "gpu_gb": torch.cuda.max_memory_allocated(arguments.device) / GB if on_gpu else 0.0,
-        "host_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB,
+        "host_gb": resident_gb(),
         "weight_bits": result.report.weight_bits,
         **machine(arguments.device),
     }

@@ -4,8 +4,7 @@
 
 A model is a testbed of benchmarks.testbeds, a safetensors file, of which every matrix with at least
 128 columns counts but embeddings, or normal-K: a random matrix of K columns, which is what rotated
-weights come near to. Codebooks, as stored, groups
-with scales of 16 bits:
+weights come near to. Codebooks as stored, groups with scales of 16 bits:
 
     twin-log    this package's: 2^b levels of 8 bits and a scale of 32 a row
     symmetric   uniform codes, each group clipped at its least squared error
@@ -16,13 +15,14 @@ with scales of 16 bits:
 Groups are the largest that cost no fewer bits than a row's table and scale: at 4 bits 256 of a row
 of 3072 columns, 32 of one of 384. The kernels of this package take a scale for each row alone: a
 scale within a row would have to be applied inside the integer sum. Weights are fitted as they are
-and as this package rotates them (signs and Hadamard blocks). SQNR in dB over the whole matrix;
-wins: layers that twin-log fits best.
+and rotated (signs and the largest Hadamard block). SQNR in dB over the whole matrix; wins: layers
+that twin-log fits best.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import re
 import statistics
@@ -88,6 +88,7 @@ def fits(weight: Tensor, bits: int) -> dict[str, float]:
     return {name: sqnr_db(weight, values[name]) for name in CODEBOOKS}
 
 
+@functools.cache
 def lloyd_max_levels(bits: int) -> Tensor:
     """Ascending fp32 [2^b]: each is the mean of the normal distribution between its boundaries."""
     normal = torch.distributions.Normal(0.0, 1.0)
@@ -125,7 +126,7 @@ def scaled_table(weight: Tensor, levels: Tensor, group: int) -> Tensor:
 
 
 def rotated(weight: Tensor) -> Tensor:
-    """As a linear without calibration has it."""
+    """By signs and the largest Hadamard block that divides K."""
     columns = weight.shape[1]
     generator = torch.Generator().manual_seed(0)
     return Rotation.hadamard(columns, largest_block(columns), generator=generator).apply(weight)

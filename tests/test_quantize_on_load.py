@@ -32,7 +32,6 @@ from lrq_quant.diffusers_backend import LRQQuantizer
 from lrq_quant.pipeline_io import quantize_pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
-every_model = pytest.mark.parametrize("kind", TINY)
 
 
 @pytest.mark.parametrize(
