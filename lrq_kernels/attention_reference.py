@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -92,6 +94,15 @@ def qk_norm_rope(
         q_out, k_out = (_rotated(x, cos, sin, rope) for x in (q_out, k_out))
     empty = q.new_empty(0) if v_out is None else _fresh(v_out, v)
     return _fresh(q_out, q), _fresh(k_out, k), empty
+
+
+def qk_norm_rope_parts(*arguments: Any) -> Tensor:
+    """q, k and v of qk_norm_rope(*arguments[:-1]) in one tensor [parts, B, T, 3, H / parts, D],
+    parts = arguments[-1]: side by side for each token the three of one part of the heads, as it is
+    sent to the process that attends with those heads. v must be given, parts divide the heads."""
+    *given, parts = arguments
+    by_part = [x.unflatten(2, (parts, -1)) for x in qk_norm_rope(*given)]
+    return torch.stack(by_part, dim=3).permute(2, 0, 1, 3, 4, 5).contiguous()
 
 
 def _fresh(out: Tensor, x: Tensor | None) -> Tensor:

@@ -10,6 +10,10 @@ What a graph holds is what Python did while it was captured. Shapes, dtypes, oth
 activation bits, adapters and their strength, and the addresses of parameters and buffers are looked
 at in every call: where something is new, another graph is captured. What else Python decides by
 (the attention backend, a hook) is not: call model.forward.reset() after changing it.
+
+A model whose tokens several processes share (diffusers' enable_parallelism) is captured with the
+exchange in it: split it first, then call graph in all of them, and ungraph before the process group
+is destroyed.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .linear import InputQuantizer, PreparedInput, has_hooks
@@ -95,7 +99,10 @@ def _capture(
             call(inputs)
     torch.cuda.current_stream().wait_stream(stream)
     recorded = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(recorded, pool=pool):
+    # NCCL asks for its events in a thread of its own, which a capture is not to fail for.
+    is_alone = not (distributed.is_available() and distributed.is_initialized())
+    mode = "global" if is_alone else "thread_local"
+    with torch.cuda.graph(recorded, pool=pool, capture_error_mode=mode):
         outputs = call(inputs)
     return Captured(inputs, recorded.replay, outputs, recorded.pool())
 

@@ -51,9 +51,17 @@ def refuse_gradients(x: Tensor) -> None:
         )
 
 
+# Hooks of diffusers' context parallelism, which leave the tensors of a module where they are.
+_EXCHANGING_HOOKS = frozenset({"ContextParallelSplitHook", "ContextParallelGatherHook"})
+
+
 def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks of diffusers or accelerate move or cast the tensors of this module."""
-    return hasattr(module, "_diffusers_hook") or hasattr(module, "_hf_hook")
+    """Whether hooks of diffusers or accelerate move or cast the tensors of this module, or do what
+    is not known here. Those that split and gather tokens among processes do not count."""
+    registry = getattr(module, "_diffusers_hook", None)
+    hooks = () if registry is None else registry.hooks.values()
+    known = all(type(hook).__name__ in _EXCHANGING_HOOKS for hook in hooks)
+    return not known or hasattr(module, "_hf_hook")
 
 
 def as_bits(tensor: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ The CPU kernels, the fakes and the Triton launchers run these; csrc/ops.cpp has 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -404,7 +406,25 @@ def check_dequantize(
     check_codebook("dequantize", weight, levels, weight_scale, out_features, weight_bits)
 
 
-def check_qk_norm_rope(
+def check_qk_norm_rope_parts(*arguments: Any) -> tuple[int, int]:
+    """As check_qk_norm_rope, of all arguments but the last, parts."""
+    *given, parts = arguments
+    op = "qk_norm_rope_parts"
+    heads, tokens = _check_heads(op, *given)
+    if given[2] is None:
+        fail(op, "v", "a tensor", None)
+    if parts < 2 or heads % parts:
+        fail(op, "parts", f"at least 2 and a divisor of heads = {heads}", parts)
+    return heads, tokens
+
+
+def check_qk_norm_rope(*arguments: Any) -> tuple[int, int]:
+    """Checks the arguments and returns heads and the tokens of the joint sequence."""
+    return _check_heads("qk_norm_rope", *arguments)
+
+
+def _check_heads(
+    op: str,
     q: Tensor,
     k: Tensor,
     v: Tensor | None,
@@ -422,8 +442,6 @@ def check_qk_norm_rope(
     norm: str,
     rope: str,
 ) -> tuple[int, int]:
-    """Checks the arguments and returns heads and the tokens of the joint sequence."""
-    op = "qk_norm_rope"
     check_choice(op, "norm", norm, HEAD_NORMS)
     check_choice(op, "rope", rope, ROPES)
     if not 0 <= eps < float("inf"):
@@ -461,7 +479,7 @@ def check_qk_norm_rope(
         tokens = tokens + context_q.shape[1]
     weights = {"q_weight": q_weight, "k_weight": k_weight}
     of_context = {"context_q_weight": context_q_weight, "context_k_weight": context_k_weight}
-    check_head_weights(q, {**weights, **of_context}, with_context, norm, head_dim)
+    check_head_weights(op, q, {**weights, **of_context}, with_context, norm, head_dim)
     if (cos is None) != (sin is None):
         fail(op, "sin", "given exactly when cos is", "one without the other")
     for argument, tensor in (("cos", cos), ("sin", sin)):
@@ -470,10 +488,15 @@ def check_qk_norm_rope(
 
 
 def check_head_weights(
-    q: Tensor, weights: dict[str, Tensor | None], with_context: bool, norm: str, head_dim: int
+    op: str,
+    q: Tensor,
+    weights: dict[str, Tensor | None],
+    with_context: bool,
+    norm: str,
+    head_dim: int,
 ) -> None:
     """Of one dtype, all given or none; those of the context with a context only."""
-    op, q_weight = "qk_norm_rope", weights["q_weight"]
+    q_weight = weights["q_weight"]
     size = q.shape[2] if norm == "rms_across_heads" else head_dim
     for argument, weight in weights.items():
         wanted = q_weight is not None and (with_context or not argument.startswith("context"))

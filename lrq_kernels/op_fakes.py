@@ -99,6 +99,12 @@ def _qk_norm_rope_fake(*arguments):  # type: ignore[no-untyped-def]
     return q.new_empty(shape), q.new_empty(shape), q.new_empty((0,) if v is None else shape)
 
 
+def _qk_norm_rope_parts_fake(*arguments):  # type: ignore[no-untyped-def]
+    heads, tokens = checks.check_qk_norm_rope_parts(*arguments)
+    q, parts = arguments[0], arguments[-1]
+    return q.new_empty(parts, q.shape[0], tokens, 3, heads // parts, q.shape[2] // heads)
+
+
 FAKES = {
     "rotate": _rotate_fake,
     "rotate_quantize": _rotate_quantize_fake,
@@ -114,4 +120,5 @@ FAKES = {
     "gemv": _gemv_fake,
     "gemm_a16": _gemm_a16_fake,
     "qk_norm_rope": _qk_norm_rope_fake,
+    "qk_norm_rope_parts": _qk_norm_rope_parts_fake,
 }

@@ -3,9 +3,9 @@ fakes.
 
 The dispatcher is the only place that knows devices. CUDA kernels of prepack, unprepack,
 dequantize, gemm, gemv, gemm_a16 and _rotate_rows come from csrc/ops.cpp; for rotate,
-rotate_quantize and its fused forms activation_path names Triton or CUDA; qk_norm_rope is Triton.
-Every op is functional and returns fresh tensors. op_checks validates arguments on every one of
-these ways.
+rotate_quantize and its fused forms activation_path names Triton or CUDA; qk_norm_rope and
+qk_norm_rope_parts are Triton. Every op is functional and returns fresh tensors. op_checks validates
+arguments on every one of these ways.
 
 _rotate_rows is the CUDA kernel of rotate_quantize and its fused forms for the problems that
 _planner.supports_rotate_rows allows, under a name of its own.
@@ -14,6 +14,8 @@ gemm_config is gemm by a named row of _planner.gemm_configs(), for tests and ben
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +36,7 @@ __all__ = [
     "norm_modulate_rotate_quantize",
     "prepack",
     "qk_norm_rope",
+    "qk_norm_rope_parts",
     "rotate",
     "rotate_quantize",
     "unprepack",
@@ -45,6 +48,11 @@ _ROTATE = (
     "Tensor? channel_scale, Tensor? permutation, Tensor? matrices, str rotation, int block_size"
 )
 _ROTATE_QUANTIZE = _ROTATE + ", int act_bits, str scale_mode, float scale_factor"
+_QK_NORM_ROPE = (
+    "Tensor q, Tensor k, Tensor? v, Tensor? context_q, Tensor? context_k, Tensor? context_v, "
+    "Tensor? q_weight, Tensor? k_weight, Tensor? context_q_weight, Tensor? context_k_weight, "
+    "Tensor? cos, Tensor? sin, int heads, float eps, str norm, str rope"
+)
 _SCHEMAS = {
     "rotate": f"(Tensor x, {_ROTATE}) -> Tensor",
     "rotate_quantize": f"(Tensor x, {_ROTATE_QUANTIZE}) -> (Tensor, Tensor)",
@@ -72,10 +80,8 @@ _SCHEMAS = {
     "int weight_bits, int out_features) -> Tensor",
     "gemm_a16": "(Tensor x, Tensor weight, Tensor levels, Tensor weight_scale, Tensor? bias, "
     "int weight_bits, int out_features, int tile_m=0) -> Tensor",
-    "qk_norm_rope": "(Tensor q, Tensor k, Tensor? v, Tensor? context_q, Tensor? context_k, "
-    "Tensor? context_v, Tensor? q_weight, Tensor? k_weight, Tensor? context_q_weight, "
-    "Tensor? context_k_weight, Tensor? cos, Tensor? sin, int heads, float eps, str norm, "
-    "str rope) -> (Tensor, Tensor, Tensor)",
+    "qk_norm_rope": f"({_QK_NORM_ROPE}) -> (Tensor, Tensor, Tensor)",
+    "qk_norm_rope_parts": f"({_QK_NORM_ROPE}, int parts) -> Tensor",
 }
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
@@ -157,6 +163,11 @@ def _qk_norm_rope_cpu(*arguments):  # type: ignore[no-untyped-def]
     return attention_reference.qk_norm_rope(*arguments)
 
 
+def _qk_norm_rope_parts_cpu(*arguments):  # type: ignore[no-untyped-def]
+    checks.check_qk_norm_rope_parts(*arguments)
+    return attention_reference.qk_norm_rope_parts(*arguments)
+
+
 # ---- Triton, and the activation path on CUDA -----------------------------------------------------
 
 
@@ -198,6 +209,14 @@ def _qk_norm_rope_cuda(*arguments):  # type: ignore[no-untyped-def]
     return kernels.qk_norm_rope(*arguments)
 
 
+def _qk_norm_rope_parts_cuda(*arguments):  # type: ignore[no-untyped-def]
+    checks.check_qk_norm_rope_parts(*arguments)
+    checks.check_cuda_dtype("qk_norm_rope_parts", "q", arguments[0])
+    from . import qk_norm_rope as kernels
+
+    return kernels.qk_norm_rope_parts(*arguments)
+
+
 _CPU = {
     "rotate": _rotate_cpu,
     "rotate_quantize": _rotate_quantize_cpu,
@@ -213,6 +232,7 @@ _CPU = {
     "gemv": _gemv_cpu,
     "gemm_a16": _gemm_a16_cpu,
     "qk_norm_rope": _qk_norm_rope_cpu,
+    "qk_norm_rope_parts": _qk_norm_rope_parts_cpu,
 }
 # What csrc/ops.cpp does not register; activation_path names the kernel that runs.
 _CUDA = {
@@ -222,6 +242,7 @@ _CUDA = {
     "activation_rotate_quantize": _activation_rotate_quantize_cuda,
     "norm_modulate_rotate_quantize": _norm_modulate_rotate_quantize_cuda,
     "qk_norm_rope": _qk_norm_rope_cuda,
+    "qk_norm_rope_parts": _qk_norm_rope_parts_cuda,
 }
 for _name in _SCHEMAS:
     _library.impl(_name, _CPU[_name], "CPU")
@@ -545,3 +566,14 @@ def qk_norm_rope(
         norm,
         rope,
     )
+
+
+def qk_norm_rope_parts(
+    *arguments: Any, parts: int, norm: str = "rms", rope: str = "interleaved"
+) -> Tensor:
+    """qk_norm_rope for heads that go to several processes: q, k and v of the joint sequence in one
+    tensor [parts, B, T, 3, H / parts, D], so that each part lies together.
+
+    arguments: qk_norm_rope's, from q to eps; v is needed. ValueError for what it does not take.
+    """
+    return torch.ops.lrq.qk_norm_rope_parts.default(*arguments, norm, rope, parts)

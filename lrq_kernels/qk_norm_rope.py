@@ -12,7 +12,8 @@ Arguments are validated by ops.py; the functions here trust them.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -72,10 +73,11 @@ def _load_pairs(
 
 
 @triton.jit
-def _store(row, heads, first, x, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WIDTH):
+def _store(row, starts, heads, first, x, HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH):
+    """starts [R, 1]: of the heads, from row."""
     columns = tl.arange(0, x.shape[1])[None, :]
     mask = _mask(heads, columns, HEADS, GROUP, WIDTH)
-    pointers = row + (heads * D + first + columns)
+    pointers = row + (starts + first + columns)
     if mask is None:
         tl.store(pointers, x)
     else:
@@ -85,6 +87,7 @@ def _store(row, heads, first, x, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl
 @triton.jit
 def _norm_rope_store(
     out_row,
+    starts,
     heads,
     a,
     b,
@@ -127,11 +130,11 @@ def _norm_rope_store(
         a, b = a * cos_a - b * sin_a, b * cos_b + a * sin_b
     a, b = a.to(dtype), b.to(dtype)
     if HALF:
-        _store(out_row, heads, 0, a, HEADS, GROUP, D, D // 2)
-        _store(out_row, heads, D // 2, b, HEADS, GROUP, D, D // 2)
+        _store(out_row, starts, heads, 0, a, HEADS, GROUP, D // 2)
+        _store(out_row, starts, heads, D // 2, b, HEADS, GROUP, D // 2)
     else:
         x = tl.reshape(tl.join(a, b), [GROUP, 2 * PAIRS])
-        _store(out_row, heads, 0, x, HEADS, GROUP, D, D)
+        _store(out_row, starts, heads, 0, x, HEADS, GROUP, D)
 
 
 @triton.jit(do_not_specialize=["context_tokens", "tokens"])
@@ -152,9 +155,10 @@ def qk_norm_rope_kernel(
     context_k_weight_ptr,
     cos_ptr,  # [tokens, D] fp32, or None
     sin_ptr,
-    q_out_ptr,  # [B, tokens, H, D]
+    q_out_ptr,  # [B, tokens, H, D], or of all three [PARTS, B, tokens, 3, H / PARTS, D]
     k_out_ptr,
     v_out_ptr,
+    part_stride,
     context_tokens,
     tokens,  # of the joint sequence
     eps,
@@ -164,6 +168,7 @@ def qk_norm_rope_kernel(
     PAIRS: tl.constexpr,  # of a head, D / 2, rounded up to a power of two
     NORM: tl.constexpr,
     HALF: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """q, k = rope(norm([context | image])), v = [context | image] of one token's GROUP heads."""
     GROUPS: tl.constexpr = (HEADS + GROUP - 1) // GROUP
@@ -198,11 +203,18 @@ def qk_norm_rope_kernel(
         cos_a, cos_b = _load_pairs(cos_ptr + angles, first, GROUP, GROUP, D, PAIRS, HALF)
         sin_a, sin_b = _load_pairs(sin_ptr + angles, first, GROUP, GROUP, D, PAIRS, HALF)
 
-    out = token.to(tl.int64) * (HEADS * D)
+    if PARTS == 1:
+        out = token.to(tl.int64) * (HEADS * D)
+        starts = heads * D
+    else:
+        LOCAL: tl.constexpr = HEADS // PARTS
+        out = token.to(tl.int64) * (3 * LOCAL * D)
+        starts = (heads // LOCAL).to(tl.int64) * part_stride + (heads % LOCAL) * D
     if v_ptr is not None:
-        _store(v_out_ptr + out, heads, 0, v, HEADS, GROUP, D, D)
+        _store(v_out_ptr + out, starts, heads, 0, v, HEADS, GROUP, D)
     _norm_rope_store(
         q_out_ptr + out,
+        starts,
         heads,
         qa,
         qb,
@@ -222,6 +234,7 @@ def qk_norm_rope_kernel(
     )
     _norm_rope_store(
         k_out_ptr + out,
+        starts,
         heads,
         ka,
         kb,
@@ -288,52 +301,55 @@ class _Stream(NamedTuple):
         return _Stream(q, k, v, q.stride(0), q.stride(1))
 
 
-def qk_norm_rope(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    context_q: Tensor | None,
-    context_k: Tensor | None,
-    context_v: Tensor | None,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    context_q_weight: Tensor | None,
-    context_k_weight: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    heads: int,
-    eps: float,
-    norm: str,
-    rope: str,
-    launch: Launch | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def qk_norm_rope(*arguments: Any, launch: Launch | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """lrq::qk_norm_rope on a GPU; see attention_reference.py. One launch; q, k and v of a stream
     whose strides differ from each other are copied first. launch: for benchmarks."""
-    samples, image_tokens, channels = q.shape
-    context_tokens = 0 if context_q is None else context_q.shape[1]
-    tokens, head_dim = context_tokens + image_tokens, channels // heads
-    shape = (samples, tokens, heads, head_dim)
+    q, v, heads = arguments[0], arguments[2], arguments[12]
+    shape = (q.shape[0], _joint_tokens(arguments), heads, q.shape[2] // heads)
     q_out = torch.empty(shape, dtype=q.dtype, device=q.device)
     k_out = torch.empty_like(q_out)
     v_out = torch.empty((0,) if v is None else shape, dtype=q.dtype, device=q.device)
+    _run(arguments, (q_out, k_out, v_out), 1, launch)
+    return q_out, k_out, v_out
+
+
+def qk_norm_rope_parts(*arguments: Any) -> Tensor:
+    """lrq::qk_norm_rope_parts on a GPU; see attention_reference.py."""
+    *given, parts = arguments
+    q, heads = given[0], given[12]
+    shape = (parts, q.shape[0], _joint_tokens(given), 3, heads // parts, q.shape[2] // heads)
+    out = torch.empty(shape, dtype=q.dtype, device=q.device)
+    _run(given, out.unbind(3), parts)
+    return out
+
+
+def _joint_tokens(arguments: Sequence[Any]) -> int:
+    q, context_q = arguments[0], arguments[3]
+    return q.shape[1] + (0 if context_q is None else context_q.shape[1])
+
+
+def _run(
+    arguments: Sequence[Any], outputs: Sequence[Tensor], parts: int, launch: Launch | None = None
+) -> None:
+    """arguments: of lrq::qk_norm_rope. outputs: q, k, v [B, T, H, D], or where there are several
+    parts [parts, B, T, H / parts, D], which lie as in one tensor [parts, B, T, 3, H / parts, D]."""
+    q, k, v, *of_context, heads, eps, norm, rope = arguments
+    context, vectors = of_context[:3], of_context[3:]
+    q_out, k_out, v_out = outputs
     if q_out.numel() == 0:
-        return q_out, k_out, v_out
-    image, context = _Stream.of(q, k, v), _Stream.of(context_q, context_k, context_v)
+        return
+    tokens, head_dim = _joint_tokens(arguments), q.shape[2] // heads
     group, num_warps = launch or select_launch(heads, head_dim, norm)
     with torch.cuda.device_of(q_out):
-        qk_norm_rope_kernel[(samples * tokens * triton.cdiv(heads, group),)](
-            *image,
-            *context,
-            q_weight,
-            k_weight,
-            context_q_weight,
-            context_k_weight,
-            cos,
-            sin,
+        qk_norm_rope_kernel[(q.shape[0] * tokens * triton.cdiv(heads, group),)](
+            *_Stream.of(q, k, v),
+            *_Stream.of(*context),
+            *vectors,
             q_out,
             k_out,
             v_out,
-            context_tokens,
+            0 if parts == 1 else q_out.stride(0),
+            tokens - q.shape[1],
             tokens,
             eps,
             HEADS=heads,
@@ -342,7 +358,7 @@ def qk_norm_rope(
             PAIRS=padded_pairs(head_dim),
             NORM=norm,
             HALF=rope == "half",
+            PARTS=parts,
             num_warps=num_warps,
             enable_fp_fusion=False,
         )
-    return q_out, k_out, v_out

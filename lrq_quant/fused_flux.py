@@ -12,6 +12,7 @@ single block, of both as one sequence:
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from lrq_kernels import ops
 
+from . import ulysses
 from .fused_linears import normed, quantized
 from .fused_modulation import modulation
 from .fused_readiness import is_gelu_tanh, is_plain_layer_norm, is_ready, obstacle, unless
@@ -149,34 +151,24 @@ def _attend(
     image_rotary_emb: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """[B, T, H * D] of q, k, v [B, S, H * D], and those of a context before them, with the weights
-    of its norms, by the backend that the processor is set to."""
+    of its norms, by the backend, and among the processes, that the processor is set to."""
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 
     q, k, v = qkv
     context_q, context_k, context_v, context_q_weight, context_k_weight = context or (None,) * 5
-    cos, sin = image_rotary_emb or (None, None)
-    q, k, joint_v = ops.qk_norm_rope(
-        q,
-        k,
-        v if context else None,  # alone, it is what attention takes already
-        context_q,
-        context_k,
-        context_v,
-        attn.norm_q.weight,
-        attn.norm_k.weight,
-        context_q_weight,
-        context_k_weight,
-        cos,
-        sin,
-        attn.heads,
-        attn.norm_q.eps,
-    )
+    weights = (attn.norm_q.weight, attn.norm_k.weight, context_q_weight, context_k_weight)
+    rotary = image_rotary_emb or (None, None)
+    streams = (context_q, context_k, context_v, *weights, *rotary, attn.heads, attn.norm_q.eps)
+    backend, config = attn.processor._attention_backend, attn.processor._parallel_config
+    attend = functools.partial(dispatch_attention_fn, backend=backend)
+    group = ulysses.group_of(config, attn.heads)
+    if group is not None:
+        parts = ops.qk_norm_rope_parts(q, k, v, *streams, parts=group.size())
+        return ulysses.attention(parts, attend, group)
+    # Alone, v is what attention takes already.
+    q, k, joint_v = ops.qk_norm_rope(q, k, v if context else None, *streams)
     v = joint_v if context else v.unflatten(-1, (attn.heads, -1))
-    processor = attn.processor
-    out = dispatch_attention_fn(
-        q, k, v, backend=processor._attention_backend, parallel_config=processor._parallel_config
-    )
-    return out.flatten(2, 3)
+    return attend(q, k, v, parallel_config=config).flatten(2, 3)
 
 
 def single_block(

@@ -182,16 +182,18 @@ def qk_kernel(
     context: bool = True,
     weights: str | None = "bf16",
     dtype: str = "bf16",
+    parts: int = 1,
 ):
-    """With a context also v is joined."""
+    """With a context, and for several parts, v is written too."""
     from lrq_kernels import qk_norm_rope as kernels
 
     launch = kernels.select_launch(heads, head_dim, norm)
     x, weight = f"*{dtype}", f"*{weights}" if weights else None
     streams = dict.fromkeys(("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr", "v_out_ptr"), x)
     streams |= dict.fromkeys(
-        ("v_ptr", "context_q_ptr", "context_k_ptr", "context_v_ptr"), x if context else None
+        ("context_q_ptr", "context_k_ptr", "context_v_ptr"), x if context else None
     )
+    streams["v_ptr"] = x if context or parts > 1 else None
     prefixes = ("", "context_")
     strides = [f"{prefix}{of}_stride" for prefix in prefixes for of in ("sample", "row")]
     arguments = {
@@ -201,7 +203,7 @@ def qk_kernel(
             ("context_q_weight_ptr", "context_k_weight_ptr"), weight if context else None
         ),
         **dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32" if rope else None),
-        **dict.fromkeys((*strides, "context_tokens", "tokens"), "i32"),
+        **dict.fromkeys((*strides, "part_stride", "context_tokens", "tokens"), "i32"),
         "eps": "fp32",
         "HEADS": heads,
         "GROUP": launch.group,
@@ -209,6 +211,7 @@ def qk_kernel(
         "PAIRS": kernels.padded_pairs(head_dim),
         "NORM": norm,
         "HALF": rope == "half",
+        "PARTS": parts,
     }
     options = {"enable_fp_fusion": False}
     return compile_kernel(kernels.qk_norm_rope_kernel, arguments, launch.num_warps, arch, **options)

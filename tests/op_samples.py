@@ -218,6 +218,10 @@ def qk_bare_arguments(device: str) -> Arguments:
     return {**arguments, "k": v + 1, "v": v, "q": v - 1, **bare}
 
 
+def qk_parts_arguments(device: str) -> Arguments:
+    return {**qk_arguments(device), "parts": 3}
+
+
 VALID: dict[str, Callable[[str], Arguments]] = {
     "rotate": rotate_arguments,
     "rotate_quantize": quantize_arguments,
@@ -233,6 +237,7 @@ VALID: dict[str, Callable[[str], Arguments]] = {
     "gemv": gemv_arguments,
     "gemm_a16": gemm_a16_arguments,
     "qk_norm_rope": qk_arguments,
+    "qk_norm_rope_parts": qk_parts_arguments,
 }
 
 

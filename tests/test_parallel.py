@@ -9,7 +9,9 @@ import os
 import socket
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,13 +19,13 @@ from diffusers import ContextParallelConfig, TensorParallelConfig
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from tiny_families import forward
 from tiny_models import linears, load, quantized_folder
-from torch import distributed, multiprocessing, nn
+from torch import Tensor, distributed, multiprocessing, nn
 from two_devices import cpu_and_two_gpus
 
-from lrq_kernels import QuantScheme
-from lrq_kernels.linear import LRQLinear
+from lrq_kernels import QuantScheme, graph, ungraph
+from lrq_kernels.linear import LRQLinear, has_hooks
 from lrq_kernels.testing import make_state, relative_error
-from lrq_quant import fuse_blocks, fuse_projections, fused_blocks
+from lrq_quant import fuse_blocks, fuse_projections, fused_blocks, ulysses
 
 F32 = torch.float32
 
@@ -113,10 +115,89 @@ def _work(rank: int, folder: Path, port: int, device: str, fused: bool) -> None:
     hook.remove()
     fuse_blocks(model)
     assert set(fused_blocks(model).values()) == {None}
-    error = relative_error(forward(model, given), expected)
-    assert error < 1e-2, error
+    with patch.object(
+        distributed, "all_to_all_single", wraps=distributed.all_to_all_single
+    ) as sent:
+        for batch in (3, 1):
+            outputs = forward(model, {n: repeated(n, x, batch) for n, x in given.items()})
+            error = relative_error(outputs, expected.expand_as(outputs))
+            assert error < 1e-2, (batch, error)
+    assert sent.call_count == 2 * 2 * 4  # there and back, in each of four blocks
+    if device == "cpu":
+        fast = torch.compile(model, fullgraph=True, backend="aot_eager")
+    else:
+        fast = graph(model)
+    assert torch.equal(forward(fast, given), outputs)
+    ungraph(model)
     distributed.barrier()
     distributed.destroy_process_group()
+
+
+def repeated(name: str, x: Any, batch: int) -> Any:
+    """An argument of a FLUX transformer for as many samples; ids have none."""
+    return x if name.endswith("ids") else x.expand(batch, *x.shape[1:])
+
+
+def _exchange(rank: int, file: Path, processes: int) -> None:
+    """One of several processes, each with its part of the tokens; all drew the same whole."""
+    torch.set_num_threads(1)
+    store = distributed.FileStore(str(file), processes)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes)
+    generator = torch.Generator().manual_seed(int(file.stem))
+    for batch, tokens, heads in ((1, 5, processes), (3, 4, 2 * processes)):
+        shape = (3, batch, processes * tokens, heads, 8)
+        whole = torch.randn(shape, generator=generator, dtype=torch.float64)
+        mine = slice(rank * tokens, (rank + 1) * tokens)
+        exact = dense_attention(*whole).flatten(2)
+        by_part = whole[:, :, mine].unflatten(3, (processes, -1)).permute(3, 1, 2, 0, 4, 5)
+        got = ulysses.attention(by_part, dense_attention, distributed.group.WORLD)
+        torch.testing.assert_close(got, exact[:, mine], rtol=1e-12, atol=1e-12)
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Of [B, S, H, D], to the same."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, dim=-1).matmul(v).transpose(1, 2)
+
+
+@pytest.mark.slow
+def test_heads_are_exchanged_for_tokens(tmp_path: Path):
+    processes = 3
+    file = tmp_path / str(torch.randint(1 << 30, (1,)).item())
+    get_context("forkserver").set_forkserver_preload(["lrq_quant", "torch.distributed"])
+    options = {"nprocs": processes, "start_method": "forkserver"}
+    multiprocessing.start_processes(_exchange, (file, processes), **options)
+
+
+def test_who_exchanges_heads():
+    """Ours where all parts are equal, else diffusers' own."""
+
+    def config(**options: Any) -> SimpleNamespace:
+        given = {"ulysses_degree": 2, "ring_degree": 1, "ulysses_anything": False, **options}
+        mesh = SimpleNamespace(get_group=lambda: "group")
+        return SimpleNamespace(context_parallel_config=SimpleNamespace(**given, _ulysses_mesh=mesh))
+
+    assert ulysses.group_of(config(), 24) == "group"
+    assert ulysses.group_of(None, 24) is None
+    assert ulysses.group_of(SimpleNamespace(context_parallel_config=None), 24) is None
+    assert ulysses.group_of(config(), 3) is None
+    for others in ({"ulysses_degree": 1}, {"ring_degree": 2}, {"ulysses_anything": True}):
+        assert ulysses.group_of(config(**others), 24) is None
+
+
+def test_hooks_that_exchange_do_not_move():
+    class ContextParallelSplitHook: ...
+
+    class LayerwiseCastingHook: ...
+
+    linear = nn.Linear(2, 2)
+    assert not has_hooks(linear)
+    linear._diffusers_hook = SimpleNamespace(hooks={"cp_input---": ContextParallelSplitHook()})
+    assert not has_hooks(linear)
+    linear._diffusers_hook.hooks["cast"] = LayerwiseCastingHook()
+    assert has_hooks(linear)
 
 
 @pytest.mark.slow
@@ -127,7 +208,9 @@ def test_context_parallelism(device: str, tmp_path: Path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    # Imports once for both; "lrq_quant" imports diffusers and torch.
-    get_context("forkserver").set_forkserver_preload(["lrq_quant", "torch.distributed"])
-    options = {"nprocs": 2, "start_method": "forkserver"}
+    method = "spawn"  # diffusers asks for the GPUs as it is imported: its forks could not use them
+    if device == "cpu":  # imports once for both; "lrq_quant" imports diffusers and torch
+        get_context("forkserver").set_forkserver_preload(["lrq_quant", "torch.distributed"])
+        method = "forkserver"
+    options = {"nprocs": 2, "start_method": method}
     multiprocessing.start_processes(_work, (folder, port, device, True), **options)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from compiled_kernels import assert_no_spills, qk_kernel
-from op_samples import Arguments, call, qk_arguments
+from op_samples import Arguments, call, qk_arguments, qk_parts_arguments
 from rotate_cases import INTERPRETED, in_interpreter, not_interpreted
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -111,6 +111,32 @@ def check(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
         flips = int((difference > 0).sum())
         budget = FLIP_RATE[dtype] * difference.numel() + FEW
         assert flips <= budget, f"{flips} of {difference.numel()} differ, over {budget:.0f}"
+
+
+def check_parts(device: str, dtype: torch.dtype) -> None:
+    """q, k and v where qk_norm_rope has them, for groups of heads within a part and across parts,
+    and for heads that go to one process each."""
+    for parts, case in (
+        (2, Case(5, 3, 24, 16)),
+        (3, Case(4, None, 3, 10, rope="half")),
+        (4, Case(3, 2, 8, 32, norm="rms_across_heads", fused=False)),
+        (2, Case(3, 0, 38, 8, norm="none", samples=3)),
+        (2, Case(0, 0, 2)),
+    ):
+        arguments = draw(case, dtype, device)
+        if INTERPRETED:
+            from lrq_kernels import qk_norm_rope as kernels
+
+            got = kernels.qk_norm_rope_parts(*arguments, parts)
+        else:
+            got = torch.ops.lrq.qk_norm_rope_parts(*arguments, parts)
+        tokens, heads = case.tokens + (case.context_tokens or 0), case.heads // parts
+        assert got.shape == (parts, case.samples, tokens, 3, heads, case.head_dim)
+        whole = launch(*arguments)
+        for part, of_part in enumerate(got):
+            mine = slice(part * heads, (part + 1) * heads)
+            for index in range(3):
+                assert torch.equal(of_part[:, :, index], whole[index][:, :, mine])
 
 
 # ---- the reference, CPU: bit for bit what diffusers computes ------------------------------------
@@ -229,6 +255,10 @@ def test_float64_is_not_rounded_on_the_way() -> None:
                 torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_parts() -> None:
+    check_parts("cpu", torch.bfloat16)
+
+
 def test_no_v_no_context_and_no_tokens() -> None:
     case = Case(context_tokens=None, with_v=False)
     q, k, v = ops.qk_norm_rope(*draw(case, torch.bfloat16))
@@ -278,6 +308,11 @@ def test_interpreted_roundings(norm: str) -> None:
 
 
 @in_interpreter
+def test_interpreted_parts() -> None:
+    check_parts("cpu", torch.float32)
+
+
+@in_interpreter
 def test_interpreted_streams_of_different_strides() -> None:
     check_streams_of_different_strides("cpu", torch.float32)
 
@@ -314,6 +349,8 @@ def test_every_variant_compiles_for_hopper() -> None:
         qk_kernel(12, 128, 90, norm="rms_across_heads"),
         qk_kernel(8, 250, 90, dtype="fp32", weights="fp32"),
         qk_kernel(8, 256, 90, norm="none", weights=None),
+        qk_kernel(24, 128, 90, parts=2),
+        qk_kernel(24, 128, 90, parts=4, context=False),
     ):
         assert_no_spills(compiled)
 
@@ -323,13 +360,14 @@ def test_every_variant_compiles_for_hopper() -> None:
 @pytest.mark.parametrize("heads, head_dim", [(24, 128), (48, 128), (38, 64), (16, 72), (20, 96)])
 def test_values_stay_where_they_were_loaded(heads: int, head_dim: int, rope: str) -> None:
     """Between threads go the sums of squares alone, within a warp; loads and stores are wide."""
-    compiled = qk_kernel(heads, head_dim, 90, rope=rope)
-    assert "convert_layout" not in compiled.asm["ttgir"] and compiled.metadata.shared == 0
-    ptx = compiled.asm["ptx"]
-    assert "bar.sync" not in ptx and "fma.rn.f32" not in ptx
-    if rope == "interleaved":
-        narrow = re.findall(r"(?:ld|st)\.global\.b(?:16|32)", ptx)
-        assert not narrow, narrow
+    for parts in (1, 2):
+        compiled = qk_kernel(heads, head_dim, 90, rope=rope, parts=parts)
+        assert "convert_layout" not in compiled.asm["ttgir"] and compiled.metadata.shared == 0
+        ptx = compiled.asm["ptx"]
+        assert "bar.sync" not in ptx and "fma.rn.f32" not in ptx
+        if rope == "interleaved":
+            narrow = re.findall(r"(?:ld|st)\.global\.b(?:16|32)", ptx)
+            assert not narrow, narrow
 
 
 # ---- errors -------------------------------------------------------------------------------------
@@ -407,6 +445,18 @@ def test_error_names_argument_expected_and_got(
         call("qk_norm_rope", arguments)
 
 
+@pytest.mark.parametrize(("change", "argument", "expected", "got"), [
+    (changed(parts=2), "parts", "at least 2 and a divisor of heads = 3", "2"),
+    (changed(parts=1), "parts", "at least 2 and a divisor of heads = 3", "1"),
+    (changed(v=None, context_v=None), "v", "a tensor", "None"),
+    (changed(k_weight=None), "k_weight", "given exactly when q_weight is", "None"),
+])  # fmt: skip
+def test_errors_of_parts(change: Any, argument: str, expected: str, got: str) -> None:
+    pattern = f"lrq::qk_norm_rope_parts: {argument} must be .*{re.escape(expected)}.*, got .*"
+    with pytest.raises(ValueError, match=pattern + re.escape(got)):
+        call("qk_norm_rope_parts", change(qk_parts_arguments("cpu")))
+
+
 def test_one_compiled_graph_serves_every_number_of_tokens() -> None:
     case = Case(5, 3, rope=None)
     arguments = draw(case, torch.bfloat16)
@@ -446,6 +496,12 @@ def test_every_mode_at_size(heads: int, head_dim: int, rope: str | None, norm: s
         case = Case(65, 31, heads, head_dim, norm=norm, rope=rope)
         check(case, dtype, "cuda")
         check(Case(33, None, heads, head_dim, 1, norm, rope, with_v=False), dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts_on_gpu(dtype: torch.dtype) -> None:
+    check_parts("cuda", dtype)
 
 
 @pytest.mark.gpu

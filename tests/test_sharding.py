@@ -376,7 +376,7 @@ def test_torchrun_quantizes_a_pipeline(device: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [*launch, *command, *options],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
         capture_output=True,
         text=True,
     )
