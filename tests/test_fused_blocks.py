@@ -15,7 +15,7 @@ import pytest
 import torch
 from test_lora import lora_of
 from tiny_families import forward
-from tiny_models import TINY, load, quantized_folder
+from tiny_models import TINY, as_near, load, quantized_folder
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -111,7 +111,7 @@ def test_fused_computes_what_unfused_does(kind: str, dtype: torch.dtype, made: C
         assert sqnr_db(eager, fused) > 45
     else:  # of fewer roundings: as near to the model in fp32 as the unfused blocks
         exact = forward(made(kind), inputs_of(kind))
-        assert sqnr_db(exact, fused.float()) > sqnr_db(exact, eager.float()) - 1
+        assert as_near(exact, fused, eager)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -242,7 +242,7 @@ def test_on_a_gpu_and_in_a_cuda_graph(kind: str, dtype: torch.dtype, made: Calla
     fuse_blocks(model)
     for _ in range(2):
         fused = forward(model, given)
-    assert sqnr_db(exact, fused.float()) > sqnr_db(exact, eager.float()) - 1
+    assert as_near(exact, fused, eager)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         replayed = forward(model, given)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_families import forward
-from tiny_models import TINY, load, quantized_folder
+from tiny_models import TINY, as_near, load, quantized_folder
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -109,7 +109,7 @@ def test_every_pattern_of_a_model_is_found(kind: str, fused: bool, dtype: torch.
         assert sqnr_db(eager, got) > 45
     else:  # of fewer roundings: as near to the model in fp32 as the steps one by one
         exact = forward(made(kind, torch.float32), inputs_of(kind, torch.float32))
-        assert sqnr_db(exact, got.float()) > sqnr_db(exact, eager.float()) - 1
+        assert as_near(exact, got, eager)
 
 
 @pytest.mark.slow
@@ -333,5 +333,5 @@ def test_on_a_gpu(kind: str, fused: bool, mode: str, made):
     fast = torch.compile(model, fullgraph=True, mode=mode)
     for _ in range(3):
         got = forward(fast, given).clone()
-        assert sqnr_db(exact, got.float()) > sqnr_db(exact, eager.float()) - 1
+        assert as_near(exact, got, eager)
     assert {n: c for n, c in fusion.counts().items() if c} == EXPECTED[kind, fused]
