@@ -83,6 +83,7 @@ def measure(
     db = sqnr_db(alone, together)
     row["output_sqnr_db"] = None if db == float("inf") else db
     row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None
+    ungraph(model)  # an exchange in a graph keeps its process group from ending
     models.release()  # a model that was split stays so
     return row
 
@@ -107,12 +108,11 @@ COLUMNS = (
 )
 
 
-def table(rows: list[Row]) -> str:
-    lines = [f"{'variant':20}{'way':9}{'GPUs':>5}{titles(COLUMNS, 12)}"]
-    for row in rows:
-        name = f"{row['variant']:20}{row['way']:9}{row['gpus']:>5}"
-        lines.append(name + cells(row, COLUMNS, 12))
-    return "\n".join(lines)
+TITLE = f"{'variant':20}{'way':9}{'GPUs':>5}{titles(COLUMNS, 12)}"
+
+
+def line(row: Row) -> str:
+    return f"{row['variant']:20}{row['way']:9}{row['gpus']:>5}{cells(row, COLUMNS, 12)}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -138,6 +138,9 @@ def run(arguments: argparse.Namespace, folder: Path, device: str) -> list[dict[s
     facts = {"model": arguments.model, "size": arguments.size, "batch": arguments.batch}
     facts |= {"gpus": distributed.get_world_size(), **machine(device)}
     make_checkpoints(models, variants)
+    shows = distributed.get_rank() == 0
+    if shows:
+        print(TITLE, flush=True)
     rows: list[dict[str, Any]] = []
     for way in arguments.ways:
         for variant in variants:
@@ -150,6 +153,8 @@ def run(arguments: argparse.Namespace, folder: Path, device: str) -> list[dict[s
                 models.release()
             free()
             rows.append(row)
+            if shows:
+                print(line(row), flush=True)
     return rows
 
 
@@ -174,10 +179,8 @@ def main(argv: list[str] | None = None) -> int:
             folder.mkdir(parents=True, exist_ok=True)
             rows = run(arguments, folder, device)
             distributed.barrier()  # before the first process removes its folder
-        if distributed.get_rank() == 0:
-            print(table(rows), flush=True)
-            if arguments.json:
-                write_json(rows, arguments.json)
+        if distributed.get_rank() == 0 and arguments.json:
+            write_json(rows, arguments.json)
     finally:
         distributed.destroy_process_group()
     return int(any("error" in row for row in rows))

@@ -37,7 +37,10 @@ def test_table_shows_errors_and_figures() -> None:
     row = {"variant": "w4a8-fused", "way": "ring", "gpus": 2}
     figures = {"one_ms": 84.0, "ms": 50.0, "speedup": 1.68, "output_sqnr_db": None}
     figures |= {"weights_gb": 6.125, "peak_gb": 7.0}
-    lines = bench.table([{**row, "error": "ValueError: no ring"}, {**row, **figures}]).split("\n")
+    lines = [
+        bench.TITLE,
+        *map(bench.line, [{**row, "error": "ValueError: no ring"}, {**row, **figures}]),
+    ]
     assert lines[1].endswith("failed: ValueError: no ring")
     assert lines[2].split() == [
         *("w4a8-fused", "ring", "2", "84.00", "50.00", "1.680", "-", "6.12", "7.00")
