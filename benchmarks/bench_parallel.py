@@ -18,6 +18,7 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,12 @@ def _split(model: Any, way: str, attention: str | None) -> None:
     model.enable_parallelism(config=ContextParallelConfig(**degree))
 
 
+def say(what: str) -> None:
+    """Progress, by the first process: where it would stand if the others never came."""
+    if distributed.get_rank() == 0:
+        print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
+
+
 @torch.no_grad()
 def measure(
     models: Models, variant: Variant, way: str, inputs: dict[str, Any], attention: str | None
@@ -67,7 +74,9 @@ def measure(
     model, row = models.make(variant)
     # A graph is captured again with the exchange between GPUs in it.
     row |= prepare(model, variant)
+    say(f"{variant.name}: one GPU")
     row["one_ms"], alone = time_forwards(model, inputs, on_gpu)
+    say(f"{variant.name}: {row['one_ms']:.2f} ms; {way}")
     if variant.mode == "graph":
         ungraph(model)
     _split(model, way, attention)
@@ -93,6 +102,7 @@ def make_checkpoints(models: Models, variants: list[Variant]) -> None:
     if distributed.get_rank() == 0:
         for variant in variants:
             if variant.is_lrq:
+                say(f"{variant.name}: checkpoint")
                 models.make(variant)
                 models.release()
     distributed.barrier()
