@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 -m benchmarks.bench_parallel --model flux-dev --json two.json
     torchrun --nproc-per-node 2 -m benchmarks.bench_parallel --ways ulysses ring \
-        --variants bf16-eager w4a8-eager w4a8-fused w4a8-graph
+        --variants bf16-eager w4a8-eager w4a8-fused
 
 Every process times the whole model on its own GPU first, then its part of it together with the
 others. A row: way (ulysses: heads are exchanged around attention; ring: keys and values go round),

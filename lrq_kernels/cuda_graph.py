@@ -11,9 +11,9 @@ activation bits, adapters and their strength, and the addresses of parameters an
 at in every call: where something is new, another graph is captured. What else Python decides by
 (the attention backend, a hook) is not: call model.forward.reset() after changing it.
 
-A model whose tokens several processes share (diffusers' enable_parallelism) is captured with the
-exchange in it: split it first, then call graph in all of them, and ungraph before the process group
-is destroyed.
+A model whose tokens several processes share (diffusers' enable_parallelism) is refused: on two H100
+a forward of FLUX captured with its exchanges through NCCL did not come back, as others found too
+(sgl-project/sglang, pull request 31852: both ranks hang in the replay).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .linear import InputQuantizer, PreparedInput, has_hooks
+from .linear import InputQuantizer, PreparedInput, exchanges_tokens, has_hooks
 
 
 def graph(
@@ -39,22 +39,28 @@ def graph(
     max_graphs: kept, the one not used for longest goes first; copy_outputs: False returns the
     graph's own output, which the next call overwrites.
 
-    Raises ValueError for a model with tensors off the GPU or moved by hooks, in the call for tensor
-    arguments off the GPU, and RuntimeError from the call where gradients are asked for.
+    Raises ValueError for a model with tensors off the GPU, moved by hooks or split over processes,
+    in the call for tensor arguments off the GPU, and RuntimeError from the call where gradients are
+    asked for.
     """
     if warmup < 1 or max_graphs < 1:
         raise ValueError(
             f"graph: warmup and max_graphs must be positive, got {warmup} and {max_graphs}"
         )
+    for name, module in model.named_modules():
+        if has_hooks(module):
+            raise ValueError(f"graph: {name or 'the model'} is moved or cast by hooks")
+        if exchanges_tokens(module):
+            raise ValueError(
+                f"graph: {type(model).__name__} must have its tokens in one process, they are "
+                "split by context parallelism, whose exchange through NCCL hangs in a graph"
+            )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device.type != "cuda":
             raise ValueError(
                 f"graph: {type(model).__name__} must be on a CUDA device, {name} is on "
                 f"{tensor.device}"
             )
-    for name, module in model.named_modules():
-        if has_hooks(module):
-            raise ValueError(f"graph: {name or 'the model'} is moved or cast by hooks")
     ungraph(model)
     options = Options(warmup, max_graphs, copy_outputs)
     model.forward = GraphedForward(model, _capture, options)
@@ -99,10 +105,7 @@ def _capture(
             call(inputs)
     torch.cuda.current_stream().wait_stream(stream)
     recorded = torch.cuda.CUDAGraph()
-    # NCCL asks for its events in a thread of its own, which a capture is not to fail for.
-    is_alone = not (distributed.is_available() and distributed.is_initialized())
-    mode = "global" if is_alone else "thread_local"
-    with torch.cuda.graph(recorded, pool=pool, capture_error_mode=mode):
+    with torch.cuda.graph(recorded, pool=pool):
         outputs = call(inputs)
     return Captured(inputs, recorded.replay, outputs, recorded.pool())
 

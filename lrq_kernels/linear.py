@@ -57,11 +57,18 @@ _EXCHANGING_HOOKS = frozenset({"ContextParallelSplitHook", "ContextParallelGathe
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether hooks of diffusers or accelerate move or cast the tensors of this module, or do what
-    is not known here. Those that split and gather tokens among processes do not count."""
+    is not known here. Those that exchanges_tokens tells of do not count."""
+    return bool(_hook_names(module) - _EXCHANGING_HOOKS) or hasattr(module, "_hf_hook")
+
+
+def exchanges_tokens(module: nn.Module) -> bool:
+    """Whether hooks of context parallelism split or gather what goes in or out among processes."""
+    return bool(_hook_names(module) & _EXCHANGING_HOOKS)
+
+
+def _hook_names(module: nn.Module) -> set[str]:
     registry = getattr(module, "_diffusers_hook", None)
-    hooks = () if registry is None else registry.hooks.values()
-    known = all(type(hook).__name__ in _EXCHANGING_HOOKS for hook in hooks)
-    return not known or hasattr(module, "_hf_hook")
+    return set() if registry is None else {type(hook).__name__ for hook in registry.hooks.values()}
 
 
 def as_bits(tensor: Tensor) -> Tensor:

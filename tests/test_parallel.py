@@ -22,8 +22,8 @@ from tiny_models import linears, load, quantized_folder
 from torch import Tensor, distributed, multiprocessing, nn
 from two_devices import cpu_and_two_gpus
 
-from lrq_kernels import QuantScheme, graph, ungraph
-from lrq_kernels.linear import LRQLinear, has_hooks
+from lrq_kernels import QuantScheme, graph
+from lrq_kernels.linear import LRQLinear, exchanges_tokens, has_hooks
 from lrq_kernels.testing import make_state, relative_error
 from lrq_quant import fuse_blocks, fuse_projections, fused_blocks, ulysses
 
@@ -123,12 +123,11 @@ def _work(rank: int, folder: Path, port: int, device: str, fused: bool) -> None:
             error = relative_error(outputs, expected.expand_as(outputs))
             assert error < 1e-2, (batch, error)
     assert sent.call_count == 2 * 2 * 4  # there and back, in each of four blocks
+    with pytest.raises(ValueError, match="graph: .* tokens in one process"):
+        graph(model)
     if device == "cpu":
         fast = torch.compile(model, fullgraph=True, backend="aot_eager")
-    else:
-        fast = graph(model)
-    assert torch.equal(forward(fast, given), outputs)
-    ungraph(model)
+        assert torch.equal(forward(fast, given), outputs)
     distributed.barrier()
     distributed.destroy_process_group()
 
@@ -193,11 +192,11 @@ def test_hooks_that_exchange_do_not_move():
     class LayerwiseCastingHook: ...
 
     linear = nn.Linear(2, 2)
-    assert not has_hooks(linear)
+    assert not has_hooks(linear) and not exchanges_tokens(linear)
     linear._diffusers_hook = SimpleNamespace(hooks={"cp_input---": ContextParallelSplitHook()})
-    assert not has_hooks(linear)
+    assert not has_hooks(linear) and exchanges_tokens(linear)
     linear._diffusers_hook.hooks["cast"] = LayerwiseCastingHook()
-    assert has_hooks(linear)
+    assert has_hooks(linear) and exchanges_tokens(linear)
 
 
 @pytest.mark.slow
