@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .linear import InputQuantizer, PreparedInput, has_hooks
+from .linear import InputQuantizer, PreparedInput, exchanges_tokens, has_hooks
 
 
 def graph(
@@ -50,6 +50,11 @@ def graph(
     for name, module in model.named_modules():
         if has_hooks(module):
             raise ValueError(f"graph: {name or 'the model'} is moved or cast by hooks")
+        if exchanges_tokens(module):
+            raise ValueError(
+                f"graph: {type(model).__name__} must have its tokens in one process, they are "
+                "split by context parallelism, whose exchange through NCCL hangs in a graph"
+            )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device.type != "cuda":
             raise ValueError(

@@ -20,8 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from . import peer_memory
-
 
 def group_of(parallel_config: Any, heads: int) -> Any:
     """The process group among which attention(...) may exchange heads, or None where that is
@@ -44,16 +42,14 @@ def attention(
     processes.
     """
     parts, _, tokens = qkv.shape[:3]
-    q, k, v = _exchange(qkv, group, "qkv").transpose(0, 1).flatten(1, 2).unbind(2)
+    q, k, v = _exchange(qkv, group).transpose(0, 1).flatten(1, 2).unbind(2)
     out = attend(q, k, v)
-    out = _exchange(out.unflatten(1, (parts, tokens)).transpose(0, 1), group, "out")
+    out = _exchange(out.unflatten(1, (parts, tokens)).transpose(0, 1), group)
     return out.permute(1, 2, 0, 3, 4).flatten(2)
 
 
-def _exchange(x: Tensor, group: Any, use: str) -> Tensor:
+def _exchange(x: Tensor, group: Any) -> Tensor:
     """x [W, ...], one part for each process, to what each process has for this one, [W, ...]."""
-    if x.is_cuda and peer_memory.is_one_host(group) and not torch.compiler.is_compiling():
-        return peer_memory.exchange(x, group, use)
     x = x.contiguous()
     received = torch.empty_like(x)
     distributed.all_to_all_single(received, x, group=group)
