@@ -39,6 +39,7 @@ from setuptools.errors import CompileError, SetupError
 ROOT = Path(__file__).resolve().parent
 BUILD = f"build/ninja-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
 DEFAULT_ARCHS = "80;89;90a;120"
+OLDEST_NVCC = (12, 5)  # cudaGetDriverEntryPointByVersion
 # Nothing newer than torch 2.10 may be called: the library then loads under every later torch.
 TARGET_TORCH, TARGET_TORCH_FLAG = (2, 10), "-DTORCH_TARGET_VERSION=0x020a000000000000"
 CXX_FLAGS = "-O2 -std=c++17 -fPIC -fvisibility=hidden -Wall -Icsrc"
@@ -91,6 +92,10 @@ def cuda_toolchain() -> tuple[str, Path, Path] | str:
     nvcc, torch = shutil.which("nvcc", path=path), package_dir("torch")
     if nvcc is None:
         return f"there is no nvcc in {path}"
+    release = nvcc_release(nvcc)
+    if release < OLDEST_NVCC:
+        got, expected = (".".join(map(str, version)) for version in (release, OLDEST_NVCC))
+        return f"{nvcc} is of CUDA {got}, expected {expected} or newer"
     if torch is None:
         return f"{sys.executable} sees no torch to compile against (pip: --no-build-isolation)"
     version = importlib.metadata.version("torch")
@@ -100,6 +105,13 @@ def cuda_toolchain() -> tuple[str, Path, Path] | str:
     said = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr
     top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
     return nvcc, Path(top[1] if top else f"{nvcc}/../..").resolve(), torch
+
+
+def nvcc_release(nvcc: str) -> tuple[int, ...]:
+    """(13, 0), or (0,) where nvcc does not say."""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", said)
+    return tuple(map(int, found.groups())) if found else (0,)
 
 
 def cuda_archs(nvcc: str, wanted: str | None) -> list[str]:

@@ -43,7 +43,8 @@ std::string describe(const GemmConfig& config) {
        << ", tile_m=" << config.tile_m << ", tile_n=" << config.tile_n
        << ", tile_k=" << config.tile_k << ", warps_n=" << config.warps_n
        << ", warps_m=" << config.warps_m << ", stages=" << config.stages
-       << ", blocks_per_sm=" << config.blocks_per_sm << ", cluster=" << config.cluster << ")";
+       << ", blocks_per_sm=" << config.blocks_per_sm << ", cluster=" << config.cluster
+       << ", split_k=" << config.split_k << ")";
   return text.str();
 }
 
@@ -101,12 +102,6 @@ void bind_gemm(py::module_& m) {
       py::arg("sm90") = true,
       "The configuration that lrq::gemm runs. arch is 10 * major + minor; sm90 says whether rows "
       "of the Hopper kernel are considered. ValueError where none can.");
-  m.def(
-      "workspace_bytes",
-      [](const GemmConfig& config, int64_t m, int64_t n, int64_t k, int weight_bits) {
-        return workspace_bytes(config, {m, n, k, weight_bits});
-      },
-      py::arg("config"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("weight_bits"));
   m.def("max_shared_bytes", &max_shared_bytes, py::arg("arch"));
   m.attr("OLDEST_ARCH") = kOldestArch;
   m.attr("GEMV_MAX_TOKENS") = kGemvMaxTokens;

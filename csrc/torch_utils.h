@@ -71,7 +71,8 @@ inline std::string tensor_text(const Tensor& tensor) {
 }
 
 inline std::string device_text(const Tensor& tensor) {
-  return tensor.is_cuda() ? "cuda:" + std::to_string(tensor.get_device_index()) : "another device";
+  return tensor.is_cuda() ? "cuda:" + std::to_string(tensor.get_device_index())
+                          : "a device that is not CUDA";
 }
 
 // ---- checks -----------------------------------------------------------------------------------
@@ -176,6 +177,7 @@ inline std::optional<OutType> out_type_of(ScalarType dtype) {
 
 inline void check_cuda(const char* op, cudaError_t error) {
   if (error != cudaSuccess) {
+    cudaGetLastError();  // else the next launch would find it and report it as its own
     throw std::runtime_error(std::string("lrq::") + op + ": " + cudaGetErrorName(error) + ", " +
                              cudaGetErrorString(error));
   }

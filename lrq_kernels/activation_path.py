@@ -45,9 +45,15 @@ def _kernel_takes(
         addresses |= source.data_ptr()
         for stride in source.stride()[:-1]:
             addresses |= stride * source.element_size()
-    row_stride = max(source.stride(-2) for source in sources)
+    row_stride = max(map(_row_stride, sources))
     widths = (x.shape[-1], 0 if second is None else second.shape[-1])
     return _planner.supports_rotate_rows(*widths, block_size, row_stride, addresses)
+
+
+def _row_stride(x: Tensor) -> int:
+    """From token to token of [M, K] or [B, T, K]; with T = 1 the tokens are the samples."""
+    one_each = x.dim() == 3 and x.shape[1] == 1 and x.shape[0] > 1
+    return x.stride(0 if one_each else -2)
 
 
 def _rotate_rows(

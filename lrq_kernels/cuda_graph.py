@@ -21,6 +21,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -55,14 +56,17 @@ def graph(
                 f"graph: {type(model).__name__} must have its tokens in one process, they are "
                 "split by context parallelism, whose exchange through NCCL hangs in a graph"
             )
+    device = None
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.device.type != "cuda":
+        device = device or tensor.device
+        if tensor.device.type != "cuda" or tensor.device != device:
             raise ValueError(
-                f"graph: {type(model).__name__} must be on a CUDA device, {name} is on "
+                f"graph: {type(model).__name__} must be on one CUDA device, {name} is on "
                 f"{tensor.device}"
             )
     ungraph(model)
-    options = Options(warmup, max_graphs, copy_outputs)
+    device = device or torch.device("cuda", torch.cuda.current_device())
+    options = Options(warmup, max_graphs, copy_outputs, device)
     model.forward = GraphedForward(model, _capture, options)
     return model
 
@@ -79,7 +83,7 @@ class Options(NamedTuple):
     warmup: int = 3
     max_graphs: int = 8
     copy_outputs: bool = True
-    device_type: str = "cuda"
+    device: torch.device = torch.device("cuda")  # of the model and its inputs
 
 
 class Captured(NamedTuple):
@@ -93,11 +97,11 @@ class Captured(NamedTuple):
 
 
 def _capture(
-    call: Callable[[list[Tensor]], Any], tensors: list[Tensor], warmup: int, pool: Any
+    call: Callable[[list[Tensor]], Any], inputs: list[Tensor], warmup: int, pool: Any
 ) -> Captured:
-    """A CUDA graph of call(inputs), with inputs of its own, in the pool of another graph or None.
-    Graphs of a model can share one: they run one at a time, and what they return is copied."""
-    inputs = [tensor.clone() for tensor in tensors]
+    """A CUDA graph of call(inputs) on the current GPU, in the pool of another graph or None. Graphs
+    of a model can share one: they run one at a time, and what they return is copied."""
+    # torch's own stream for captures is of the GPU that captured first.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -105,13 +109,13 @@ def _capture(
             call(inputs)
     torch.cuda.current_stream().wait_stream(stream)
     recorded = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(recorded, pool=pool):
+    with torch.cuda.graph(recorded, pool=pool, stream=stream):
         outputs = call(inputs)
     return Captured(inputs, recorded.replay, outputs, recorded.pool())
 
 
 class GraphedForward:
-    """The forward of a model; capture(call, tensors, warmup, pool) makes one to replay."""
+    """The forward of a model; capture(call, inputs, warmup, pool) makes one to replay."""
 
     def __init__(
         self,
@@ -186,22 +190,26 @@ class GraphedForward:
             self._graphs.popitem(last=False)
         # A pool lives as long as a graph in it.
         pool = next((captured.pool for captured in self._graphs.values()), None)
-        new = self._graphs[key] = self._capture(call, tensors, self._options.warmup, pool)
+        with torch.inference_mode(False):  # a later call outside of it writes to them as well
+            inputs = [tensor.clone() for tensor in tensors]
+        device = self._options.device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            new = self._graphs[key] = self._capture(call, inputs, self._options.warmup, pool)
         return new
 
     # -- what a graph has built in
 
     def _signature(self, leaf: Any) -> Hashable:
-        expected = self._options.device_type
+        expected = self._options.device
         if not isinstance(leaf, Tensor):
             if isinstance(leaf, Hashable):
                 return (type(leaf), leaf)
             raise TypeError(
                 f"graph: arguments must be tensors or hashable, got a {type(leaf).__name__}"
             )
-        if leaf.device.type != expected:
+        if leaf.device != expected:
             raise ValueError(
-                f"graph: tensor arguments must be on a {expected} device, got {leaf.dtype} "
+                f"graph: tensor arguments must be on {expected}, as the model is, got {leaf.dtype} "
                 f"{list(leaf.shape)} on {leaf.device}"
             )
         return (tuple(leaf.shape), leaf.dtype, leaf.device)

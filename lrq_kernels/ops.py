@@ -217,6 +217,12 @@ def _qk_norm_rope_parts_cuda(*arguments):  # type: ignore[no-untyped-def]
     return kernels.qk_norm_rope_parts(*arguments)
 
 
+def _gemm_a16_autocast(*arguments):  # type: ignore[no-untyped-def]
+    # Where torch's product runs, autocast would cast that, and the result with it.
+    with torch.autocast("cuda", enabled=False):
+        return torch.ops.lrq.gemm_a16.default(*arguments)
+
+
 _CPU = {
     "rotate": _rotate_cpu,
     "rotate_quantize": _rotate_quantize_cpu,
@@ -249,6 +255,7 @@ for _name in _SCHEMAS:
     torch.library.register_fake(f"lrq::{_name}", FAKES[_name], lib=_library)
 for _name, _kernel in _CUDA.items():
     _library.impl(_name, _kernel, "CUDA")
+_library.impl("gemm_a16", _gemm_a16_autocast, "AutocastCUDA")
 
 
 # ---- typed wrappers -----------------------------------------------------------------------------

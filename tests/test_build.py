@@ -297,13 +297,25 @@ def test_only_what_changed_is_compiled_again(small_project: Path):
 def old_nvcc(tmp_path: Path) -> str:
     """An nvcc of before sm_100 and sm_120."""
     script = tmp_path / "nvcc"
-    script.write_text("#!/bin/sh\nprintf 'sm_80\\nsm_86\\nsm_89\\nsm_90\\n'\n")
+    script.write_text(
+        "#!/bin/sh\n"
+        "[ $1 = --version ] && echo 'Cuda compilation tools, release 12.4, V12.4.131' && exit\n"
+        "printf 'sm_80\\nsm_86\\nsm_89\\nsm_90\\n'\n"
+    )
     script.chmod(0o755)
     return str(script)
 
 
 def test_default_architectures_are_those_that_nvcc_knows(setup_py, old_nvcc):
     assert setup_py.cuda_archs(old_nvcc, None) == ["80", "89", "90a"]
+
+
+def test_an_nvcc_too_old_for_the_sources_is_named(setup_py, old_nvcc, monkeypatch, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").symlink_to(old_nvcc)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert setup_py.nvcc_release(old_nvcc) == (12, 4)
+    assert "nvcc is of CUDA 12.4, expected 12.5 or newer" in setup_py.cuda_toolchain()
 
 
 def test_named_architectures_are_taken_in_any_spelling_of_a_list(setup_py, old_nvcc):

@@ -13,6 +13,7 @@ from tiny_families import forward
 from tiny_models import TINY, load, quantized_folder
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from two_devices import two_gpus
 
 import lrq_kernels
 from lrq_kernels import LRQLinear, QuantScheme, set_act_bits
@@ -20,6 +21,8 @@ from lrq_kernels.cuda_graph import Captured, GraphedForward, Options, graph, ung
 from lrq_kernels.testing import make_state
 from lrq_quant import fuse_blocks
 from lrq_quant.model_shapes import named_inputs
+
+CPU = torch.device("cpu")
 
 
 class Recorder:
@@ -29,11 +32,11 @@ class Recorder:
         self.captures = 0
         self.pools: list[Any] = []
 
-    def __call__(self, call: Callable, tensors: list[Tensor], warmup: int, pool: Any) -> Captured:
+    def __call__(self, call: Callable, inputs: list[Tensor], warmup: int, pool: Any) -> Captured:
         self.captures += 1
-        inputs = [tensor.clone() for tensor in tensors]
         outputs = call(inputs)
 
+        @torch.inference_mode()
         def replay() -> None:
             for old, new in zip(tree_leaves(outputs), tree_leaves(call(inputs)), strict=True):
                 if isinstance(old, Tensor):
@@ -58,7 +61,7 @@ class Toy(nn.Module):
 
 def recorded(model: nn.Module, **options: Any) -> tuple[nn.Module, Recorder]:
     recorder = Recorder()
-    model.forward = GraphedForward(model, recorder, Options(device_type="cpu", **options))
+    model.forward = GraphedForward(model, recorder, Options(device=CPU, **options))
     return model, recorder
 
 
@@ -91,6 +94,16 @@ def test_one_capture_for_each_kind_of_call():
         model(x.bfloat16().float(), **kwargs)["y"], plain(x.bfloat16().float(), **kwargs)["y"]
     )
     assert recorder.captures == len(calls)
+
+
+def test_a_capture_in_inference_mode_serves_calls_outside_of_it():
+    plain = Toy()
+    model, recorder = recorded(copy.deepcopy(plain))
+    x = torch.randn(2, 3, 128)
+    with torch.inference_mode():
+        model(x[0])
+    assert torch.equal(model(x[1])["y"], plain(x[1])["y"])
+    assert recorder.captures == 1
 
 
 def test_outputs_are_copies_unless_asked_otherwise():
@@ -196,7 +209,7 @@ def test_the_forward_of_an_instance_is_kept():
 
 def test_refusals():
     model = Toy()
-    with pytest.raises(ValueError, match="Toy must be on a CUDA device, plain.weight is on cpu"):
+    with pytest.raises(ValueError, match="Toy must be on one CUDA device, plain.weight is on cpu"):
         graph(model)
     with pytest.raises(ValueError, match="must be positive, got 0 and 8"):
         graph(model, warmup=0)
@@ -204,7 +217,9 @@ def test_refusals():
     with pytest.raises(TypeError, match="tensors or hashable, got a slice|got a bytearray"):
         model(torch.randn(3, 128), options={"shift": bytearray(b"")})
     model.forward._options = Options()
-    with pytest.raises(ValueError, match=r"must be on a cuda device, got torch.float32 \[3, 128\]"):
+    with pytest.raises(
+        ValueError, match=r"must be on cuda, as the model is, got torch.float32 \[3, 128\]"
+    ):
         model(torch.randn(3, 128))
     with torch.enable_grad(), pytest.raises(RuntimeError, match="under torch.no_grad"):
         model(torch.randn(3, 128))
@@ -232,6 +247,20 @@ def test_replays_are_what_the_model_computes(kind: str, fused: bool, tmp_path):
     }
     again = forward(model, twice)
     assert torch.equal(again, forward(ungraph(model), twice))
+
+
+@pytest.mark.gpu
+@two_gpus
+def test_another_gpu_than_the_current_one():
+    for device in ("cuda:0", "cuda:1"):
+        plain = Toy().to(device)
+        model = lrq_kernels.graph(copy.deepcopy(plain))
+        for _ in range(2):
+            x = torch.randn(3, 128, device=device)
+            assert torch.equal(model(x)["y"], plain(x)["y"])
+    plain.plain.to("cuda:0")
+    with pytest.raises(ValueError, match="Toy must be on one CUDA device"):
+        lrq_kernels.graph(plain)
 
 
 @pytest.mark.gpu

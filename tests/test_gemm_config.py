@@ -41,7 +41,6 @@ def test_chosen_configuration_is_legal(arch: int, bits: int, sm90: bool) -> None
         assert config.arch == (90 if sm90 and arch == 90 else 80)
         assert config.arch <= arch
         assert config.shared_bytes(bits) <= planner.max_shared_bytes(arch)
-        assert planner.workspace_bytes(config, m, n, k, bits) == 0
 
 
 # (tile_m, tile_n, split_k) that was fastest, or within 2 % of it, on one H100 in November 2026.

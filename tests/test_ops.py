@@ -135,11 +135,14 @@ def test_inductor_runs_the_two_launches_of_a_linear(device: str):
     assert torch.equal(torch.compile(linear, fullgraph=True)(x), linear(x))
 
 
-def test_autocast_changes_nothing():
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_changes_nothing(device: str):
     for op, make in VALID.items():
-        arguments = make("cpu")
+        arguments = make(device)
+        if op == "gemm_a16":  # by torch's own product
+            arguments["x"] = arguments["x"].float()
         expected = flat(call(op, arguments))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(device, dtype=torch.bfloat16):
             for got, want in zip(flat(call(op, arguments)), expected, strict=True):
                 assert got.dtype == want.dtype and torch.equal(got, want)
 
@@ -480,7 +483,7 @@ def test_checks_of_the_cuda_library_without_a_gpu(
     arguments = change(VALID[op]("cpu"), "cpu")
     with pytest.raises(ValueError) as error:
         getattr(torch.ops.lrq, op).default.redispatch(to_cuda, *arguments.values())
-    if "got a tensor on another device" not in str(error.value):
+    if "got a tensor on a device that is not CUDA" not in str(error.value):
         assert re.search(argument_pattern(op, argument, expected, got), str(error.value))
 
 

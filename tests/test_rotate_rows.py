@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks.dit_shapes import IN_FEATURES
-from lrq_kernels import ops, reference
+from lrq_kernels import activation_path, ops, reference
 
 planner = pytest.importorskip("lrq_kernels._planner")
 
@@ -146,6 +146,16 @@ def test_every_plan_gives_each_token_to_one_group_of_lanes(form: str, device: st
                 taken = (blocks[:, None] * len(slots) + slots).ravel()
                 taken = taken[taken < tokens]
             assert sorted(taken) == list(range(tokens))
+
+
+def test_one_token_a_sample_has_the_stride_of_the_samples() -> None:
+    """As csrc/ops.cpp sees it: [B, 1, K] are B tokens, here further apart than the kernel takes."""
+    far = torch.empty(2, 512, 3072, dtype=torch.bfloat16)[:, :1]
+    near = torch.empty(2, 40, 3072, dtype=torch.bfloat16)[:, :1]
+    assert far.stride(0) > 2**20 and not activation_path._kernel_takes(far, None, None, 128)
+    assert activation_path._kernel_takes(near, None, None, 128)
+    assert activation_path._kernel_takes(far[:1], None, None, 128)
+    assert not activation_path._kernel_takes(near, far, None, 128)
 
 
 def test_what_the_kernel_takes() -> None:

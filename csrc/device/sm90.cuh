@@ -33,9 +33,9 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_
                : "memory");
 }
 
-// Arrives at a barrier of any block of the cluster. No explicit .release.cluster: that is the
-// default, and spelling it out makes the compiler add a MEMBAR (PTX ISA 9.7.13.15.13,
-// mbarrier.arrive).
+// Arrives at a barrier of any block of the cluster. Not .release.cluster, for which the compiler
+// adds a MEMBAR: what is released is that reads are over, of data that only asynchronous copies
+// write (PTX ISA 9.7.13.15.13, mbarrier.arrive).
 __device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t cluster_barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(cluster_barrier) : "memory");
 }

@@ -43,8 +43,9 @@ struct GemmConfig {
   int split_k = 1;    // blocks along K that share a tile
 };
 
-// Within a family the largest token tile first, and the larger cluster: both selections prefer
-// them. Rows of arch 90 with one token tile have one number of stages, so that they share a kernel.
+// Of the rows of an architecture that do not split K the largest token tile comes first, and the
+// larger cluster, which both selections prefer; then those that do. Rows of arch 90 with one tile
+// have one number of stages, so that they share a kernel.
 inline constexpr GemmConfig kGemmConfigs[] = {
     {"sm80_m128", 80, 128, 128, 128, 4, 2, 3, 2, 1},
     {"sm80_m64", 80, 64, 128, 128, 4, 2, 4, 2, 1},
@@ -82,6 +83,19 @@ inline constexpr GemmConfig kGemmConfigs[] = {
 };
 inline constexpr int kGemmConfigCount = sizeof(kGemmConfigs) / sizeof(kGemmConfigs[0]);
 
+constexpr bool tiles_have_one_number_of_stages() {
+  for (const GemmConfig& a : kGemmConfigs) {
+    for (const GemmConfig& b : kGemmConfigs) {
+      const bool same = a.arch == 90 && b.arch == 90 && a.tile_m == b.tile_m && a.tile_n == b.tile_n;
+      if (same && a.stages != b.stages) {
+        return false;
+      }
+    }
+  }
+  return true;
+}
+static_assert(tiles_have_one_number_of_stages());
+
 // Row of the table with this name, or -1.
 inline int config_index(const GemmConfig& config) {
   for (int i = 0; i < kGemmConfigCount; ++i) {
@@ -95,8 +109,8 @@ inline int config_index(const GemmConfig& config) {
 // Oldest compute capability with cp.async and mma.m16n8k32 on int8.
 inline constexpr int kOldestArch = 80;
 
-// Kernels count tokens, channels and inputs in int32, up to the end of the last tile.
-inline constexpr int64_t kLargestSize = INT32_MAX - 127;
+// Kernels count tokens, channels and inputs in int32, up to the end of the last tile, of at most 256.
+inline constexpr int64_t kLargestSize = INT32_MAX - 255;
 
 // |x| and |level| are at most 128, so sums over more inputs could leave int32.
 inline constexpr int64_t kLargestGemmInputs = INT32_MAX / (128 * 128);
@@ -285,14 +299,10 @@ inline const GemmConfig& select_gemm_config(const GemmProblem& problem, int arch
         "lrq::gemm: no configuration for M=" + std::to_string(problem.m) +
         ", N=" + std::to_string(problem.n) + ", K=" + std::to_string(problem.k) +
         ", weight_bits=" + std::to_string(problem.weight_bits) + " on compute capability " +
-        arch_name(arch) + "; expected sizes of 1 to 2^31-128, K up to " +
+        arch_name(arch) + "; expected sizes of 1 to 2^31-256, K up to " +
         std::to_string(kLargestGemmInputs) + ", and 2, 3 or 4 bits");
   }
   return *config;
 }
-
-// Bytes of scratch memory beside the output. No configuration splits K, so all partial sums live in
-// registers.
-constexpr int64_t workspace_bytes(const GemmConfig&, const GemmProblem&) { return 0; }
 
 }  // namespace lrq

@@ -462,7 +462,7 @@ cudaError_t launch_instance(const A16Args& args, int device, cudaStream_t stream
   bool can_overlap = false;
   cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess) {
-    error = query_overlap(device, &can_overlap);
+    error = query_overlap(kernel, device, &can_overlap);
   }
   if (error == cudaSuccess) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);

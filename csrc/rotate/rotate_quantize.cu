@@ -17,16 +17,13 @@ constexpr int kRegisters = !kNorm        ? 64
 
 template <typename T, RotateForm kForm, bool kShareWarps, bool kStays, int kMaxRegisters>
 cudaError_t launch_instance(const RotateRowsArgs& args, const RotateRowsPlan& plan,
-                            cudaStream_t stream) {
+                            int device, cudaStream_t stream) {
+  const auto kernel = rotate_rows_kernel<T, kForm, kShareWarps, kStays, kMaxRegisters>;
   const int64_t rows = min_of(args.samples, kMaxGridRows);
   const dim3 grid(plan.blocks_per_sample, static_cast<unsigned>(rows),
                   static_cast<unsigned>(ceil_div(args.samples, rows)));
-  int device = 0;
   bool can_overlap = false;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = query_overlap(device, &can_overlap);
-  }
+  const cudaError_t error = query_overlap(kernel, device, &can_overlap);
   if (error != cudaSuccess) {
     return error;
   }
@@ -38,8 +35,7 @@ cudaError_t launch_instance(const RotateRowsArgs& args, const RotateRowsPlan& pl
   config.stream = stream;
   config.attrs = &overlap;
   config.numAttrs = can_overlap ? 1 : 0;
-  return cudaLaunchKernelEx(
-      &config, rotate_rows_kernel<T, kForm, kShareWarps, kStays, kMaxRegisters>, args, plan);
+  return cudaLaunchKernelEx(&config, kernel, args, plan);
 }
 
 template <typename T, RotateForm kForm>
@@ -61,17 +57,17 @@ cudaError_t launch_form(const RotateRowsArgs& args, cudaStream_t stream) {
     constexpr int kStay =
         kForm == RotateForm::kPlain ? kRotateStayRegisters : kRotateStayModulatedRegisters;
     if (kForm == RotateForm::kModulated || plan.stay) {
-      return shares ? launch_instance<T, kForm, true, true, kStay>(args, plan, stream)
-                    : launch_instance<T, kForm, false, true, kStay>(args, plan, stream);
+      return shares ? launch_instance<T, kForm, true, true, kStay>(args, plan, device, stream)
+                    : launch_instance<T, kForm, false, true, kStay>(args, plan, device, stream);
     }
   }
   if constexpr (kNorm) {
     if (shares) {
-      return launch_instance<T, kForm, true, false, kRegisters<true, true>>(args, plan, stream);
+      return launch_instance<T, kForm, true, false, kRegisters<true, true>>(args, plan, device, stream);
     }
   }
   if constexpr (kForm != RotateForm::kModulated) {
-    return launch_instance<T, kForm, false, false, kRegisters<kNorm, false>>(args, plan, stream);
+    return launch_instance<T, kForm, false, false, kRegisters<kNorm, false>>(args, plan, device, stream);
   }
 }
 
