@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -122,6 +123,10 @@ def check_stats(plan: QuantPlan, stats: dict[str, ActivationStats]) -> None:
 
 
 def strided_sample(tensor: Tensor, limit: int = 1024) -> Tensor:
-    """Values spread over a tensor: enough to tell it from another."""
+    """At most `limit` values from all over a tensor: enough to tell it from another."""
     flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // limit)][:limit].cpu()
+    step = max(1, -(-flat.numel() // limit))
+    # A step that divides a row, or shares a factor with it, comes back to the same columns.
+    while flat.numel() and math.gcd(step, tensor.shape[-1]) > 1 and tensor.dim() > 1:
+        step += 1
+    return flat[::step].cpu()

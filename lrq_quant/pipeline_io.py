@@ -27,12 +27,13 @@ from .calibration import Progress
 from .config import LRQConfig
 from .fused_projections import fuse_projections
 from .html_report import html_page
+from .model_stats import strided_sample
 from .pipeline import QuantizedModel, quantize_model
 from .recipe import QuantRecipe
 from .report import QuantReport
 from .report_pictures import DrawnPictures, PictureComparison, picture_seed
 from .sharding import processes
-from .work_folder import write_text
+from .work_folder import WorkFolder, write_text
 
 TRANSFORMER = "transformer"
 REPORT_FILE = "lrq_report.json"
@@ -155,6 +156,22 @@ def _run_options(pipeline: Any, call_options: Mapping[str, Any] | None) -> dict[
     return options
 
 
+def _run_key(pipeline: Any, names: Sequence[str], call_options: Mapping[str, Any] | None) -> str:
+    """Changes with what statistics depend on beside transformers and prompts: steps, guidance and
+    sizes, and all other components. Those of another run must not be continued from."""
+    facts: dict[str, Any] = {"options": repr(sorted(_run_options(pipeline, call_options).items()))}
+    samples = []
+    for name, component in sorted(pipeline.components.items()):
+        if name in names:
+            continue
+        config = dict(getattr(component, "config", None) or {}) if component is not None else {}
+        own = sorted((key, repr(value)) for key, value in config.items() if key[:1] != "_")
+        facts[name] = [type(component).__name__, own]
+        if isinstance(component, nn.Module):
+            samples += [strided_sample(p) for p in component.parameters() if not p.is_meta]
+    return WorkFolder.fingerprint(facts, samples)
+
+
 def quantize_pipeline(
     pipeline: Any,
     recipe: QuantRecipe,
@@ -183,14 +200,17 @@ def quantize_pipeline(
     out = check_writable(out)
     if pictures < 0:
         raise ValueError(f"quantize_pipeline: pictures must not be negative, got {pictures}")
+    names = transformer_names(pipeline)
+    if not names:
+        raise ValueError(
+            f"quantize_pipeline: {type(pipeline).__name__} must have a component {TRANSFORMER!r}, "
+            f"got {', '.join(pipeline.components)}"
+        )
     with processes() as shards:
         run = _runner(pipeline, call_options)
         recipe = recipe_for(pipeline, recipe, call_options)
-        # Statistics of other steps, guidance or sizes must not be continued from.
-        options = _run_options(pipeline, call_options)
-        run_key = json.dumps(options, sort_keys=True, default=repr)
+        run_key = _run_key(pipeline, names, call_options)
         recipe = replace(recipe, calibration=replace(recipe.calibration, run_key=run_key))
-        names = transformer_names(pipeline)
         drawn = list(prompts or ())[:pictures] if shards.rank == 0 else []
         comparison = PictureComparison(pipeline, names, drawn, call_options, progress)
         if drawn:
@@ -247,7 +267,9 @@ def save_pipeline(
     Raises FileExistsError when `out` holds something already, OSError when it cannot be written.
     """
     out = check_writable(out)
-    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    temporary = out.with_name(
+        f".{out.name}.lrq-saving"
+    )  # one writer; a kill leaves it for the next
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
@@ -301,9 +323,14 @@ def check_writable(out: str | os.PathLike) -> Path:
     """`out` as a path when a new folder can be made there; called before any long work.
 
     Raises FileExistsError when it exists and is not an empty folder, OSError when no folder can be
-    made there.
+    made there, or replaced.
     """
     out = Path(out)
+    if not out.name or out.name == ".." or out.is_symlink():
+        out = out.resolve()
+    if out.is_mount() or out == Path.cwd():
+        what = "a mount point" if out.is_mount() else "the current folder"
+        raise OSError(f"{out} is {what}, which a finished folder cannot replace; name a new folder")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists already; name a new folder")
     parent = out.absolute().parent

@@ -15,8 +15,9 @@ import torch
 pytest.importorskip("diffusers")
 
 from diffusers import FlowMatchEulerDiscreteScheduler  # noqa: E402
+from tiny_models import quantized_folder  # noqa: E402
 
-from lrq_quant.demo import checker, scenes, train  # noqa: E402
+from lrq_quant.demo import checker, compare, scenes, train  # noqa: E402
 from lrq_quant.demo.pipeline import ShapesPipeline, load_pipeline, prompt_generators  # noqa: E402
 from lrq_quant.demo.text import CaptionEncoder  # noqa: E402
 
@@ -359,7 +360,8 @@ def test_trainer_writes_a_folder_that_draws(tmp_path):
         final_guidance=(2.0,), model=TINY,
     )  # fmt: skip
     out = tmp_path / "model"
-    for _ in range(2):  # the second run replaces the first
+    train.train(out, config, torch.device("cpu"))
+    with pytest.raises(FileExistsError, match="exists already"):
         train.train(out, config, torch.device("cpu"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
     report = json.loads((out / train.REPORT_FILE).read_text())
@@ -423,3 +425,18 @@ def test_shipped_model_fits_its_budget():
     for block in model.transformer.transformer_blocks:
         linears = [m for m in block.modules() if isinstance(m, torch.nn.Linear)]
         assert all(m.in_features % 128 == 0 for m in linears)
+
+
+def test_the_demo_replaces_its_own_folders_alone(tmp_path, monkeypatch):
+    """A model of the user's under the same name is refused before anything is drawn."""
+    monkeypatch.setattr(compare, "heldout_captions", lambda *_: pytest.fail("it drew"))
+    mine = tmp_path / "models" / "w4a8"
+    quantized_folder("pixart", mine)
+    with pytest.raises(FileExistsError, match="w4a8 exists already"):
+        compare.run_demo(tmp_path, "cpu", prompts=1)
+    assert (mine / "config.json").is_file()
+    compare._remove_own(mine)
+    assert (mine / "config.json").is_file()
+    (mine / compare._MARK).touch()
+    compare._remove_own(mine)
+    assert not mine.exists()

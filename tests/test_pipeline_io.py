@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from tiny_models import flux_inputs, linears, tiny_flux, tiny_pipeline, tiny_pix
 from lrq_kernels.checkpoint import CheckpointError
 from lrq_quant import QuantRecipe, check, quantize_model
 from lrq_quant.demo.pipeline import ShapesPipeline, prompt_generators
+from lrq_quant.model_stats import strided_sample
 from lrq_quant.pipeline_io import (
+    _run_key,
     check_writable,
     load_pipeline,
     load_report,
@@ -154,3 +157,64 @@ def test_a_second_transformer_is_quantized_too(tmp_path: Path) -> None:
     loaded = TwoTransformers.from_pretrained(out)
     assert len(linears(loaded.transformer)) == len(linears(loaded.transformer_2)) == 21
     assert check(loaded).problems == ()
+
+
+def test_places_that_a_finished_folder_cannot_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found before any work: a mount point cannot be replaced, nor the current folder."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match="is the current folder, .* name a new folder"):
+        check_writable(".")
+    with pytest.raises(OSError, match="is a mount point"):
+        check_writable("/proc")
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    assert check_writable("link") == tmp_path / "target"
+
+
+def test_a_pipeline_without_a_transformer_is_refused(tmp_path: Path) -> None:
+    pipeline = tiny_pipeline()
+    pipeline.transformer = None
+    with pytest.raises(ValueError, match="ShapesPipeline must have a component 'transformer', got"):
+        quantize_pipeline(pipeline, WEIGHTS_ONLY, None, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_save_left_goes_with_the_next(tmp_path: Path) -> None:
+    pipeline = tiny_pipeline()
+    with (
+        patch.object(type(pipeline), "save_config", side_effect=KeyboardInterrupt),
+        patch("shutil.rmtree"),
+        pytest.raises(KeyboardInterrupt),
+    ):  # as a kill: nothing is cleaned up
+        quantize_pipeline(pipeline, WEIGHTS_ONLY, None, tmp_path / "out")
+    assert len(list(tmp_path.iterdir())) == 2  # with the work folder
+    quantize_pipeline(pipeline, WEIGHTS_ONLY, None, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_statistics_of_another_text_encoder_are_not_continued_from() -> None:
+    pipeline = tiny_pipeline()
+    names = transformer_names(pipeline)
+    key = _run_key(pipeline, names, {"num_inference_steps": 2})
+    assert key == _run_key(pipeline, names, {"num_inference_steps": 2})
+    assert key != _run_key(pipeline, names, {"num_inference_steps": 3})
+    for parameter in pipeline.transformer.parameters():
+        parameter.data.mul_(2)  # is in another key
+    assert key == _run_key(pipeline, names, {"num_inference_steps": 2})
+    next(pipeline.text_encoder.parameters()).data.mul_(2)
+    changed = _run_key(pipeline, names, {"num_inference_steps": 2})
+    assert key != changed
+    pipeline.scheduler = type(pipeline.scheduler)(shift=5.0)
+    assert changed != _run_key(pipeline, names, {"num_inference_steps": 2})
+
+
+@pytest.mark.parametrize("shape", [(3072, 3072), (4608, 1152), (96, 40), (7, 3), (5000,), (0, 8)])
+def test_a_sample_sees_every_part_of_a_weight(shape: tuple[int, ...]) -> None:
+    columns = torch.arange(shape[-1]).expand(shape)
+    rows = torch.arange(shape[0]).view(-1, *[1] * (len(shape) - 1)).expand(shape)
+    for index in (columns, rows):
+        sample = strided_sample(index)
+        assert len(sample) <= 1024
+        assert len(sample.unique()) >= min(index.unique().numel(), 400)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from lrq_quant.demo import load_demo_pipeline
 from lrq_quant.demo.checker import check_batch
 from lrq_quant.demo.pipeline import ShapesPipeline, prompt_generators
 from lrq_quant.demo.scenes import heldout_captions, training_captions
+from lrq_quant.work_folder import write_text
 
 SCHEMES = ("w4a8", "w4a4", "w3a4")
 BASELINE = "bf16"
@@ -29,6 +31,7 @@ CALIBRATION_CAPTIONS = 16
 CAPTION_SEED = 2025  # captions and noise of the comparison
 BATCH = 64
 GRID_ROWS = 16
+_MARK = ".of-the-demo"  # in a folder that the demo made, and may replace
 _CELL, _MARGIN, _HEADER, _TEXT = 96, 8, 22, 18
 
 Progress = Callable[[str], None]
@@ -51,10 +54,16 @@ def run_demo(
     progress: Progress = print,
 ) -> dict[str, dict[str, Any]]:
     """Quantize the bundled model to every scheme, compare with bf16 on `prompts` held-out captions,
-    and write grid.png, report.json and the quantized folders under `out`. Returns the report."""
-    from lrq_quant import QuantRecipe
-    from lrq_quant.pipeline_io import load_pipeline, quantize_pipeline
+    and write grid.png, report.json and the quantized folders under `out`. Returns the report.
 
+    Folders of an earlier demo are replaced; raises FileExistsError for others, before drawing."""
+    from lrq_quant import QuantRecipe
+    from lrq_quant.pipeline_io import check_writable, load_pipeline, quantize_pipeline
+
+    for scheme in schemes:
+        folder = out / "models" / scheme
+        if not (folder / _MARK).exists():
+            check_writable(folder)
     out.mkdir(parents=True, exist_ok=True)
     captions = heldout_captions(prompts, CAPTION_SEED)
     baseline = load_demo_pipeline(device)
@@ -72,6 +81,7 @@ def run_demo(
             training_captions(CALIBRATION_CAPTIONS),
             folder,
         )
+        (folder / _MARK).touch()
         pipeline = load_pipeline(folder, device=device)
         drawn[scheme] = draw(pipeline, captions)
         report[scheme] = _row(drawn[scheme], drawn[BASELINE], captions)
@@ -79,7 +89,7 @@ def run_demo(
             "weight_bits": quantization.weight_bits,
             "checkpoint_bytes": _checkpoint_bytes(folder),
         }
-    _write_atomically(out / "report.json", json.dumps(report, indent=2).encode() + b"\n")
+    write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
     draw_grid({name: d.pictures for name, d in drawn.items()}, captions, out / "grid.png")
     return report
 
@@ -166,15 +176,5 @@ def _checkpoint_bytes(folder: Path) -> int:
 
 def _remove_own(folder: Path) -> None:
     """Remove a quantized folder that an earlier run of the demo left, and nothing else."""
-    import shutil
-
-    from lrq_quant.pipeline_io import is_quantized
-
-    if is_quantized(folder / "transformer"):
+    if (folder / _MARK).exists():
         shutil.rmtree(folder)
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

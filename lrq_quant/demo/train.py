@@ -18,7 +18,6 @@ import argparse
 import json
 import math
 import os
-import shutil
 import tempfile
 import time
 from contextlib import nullcontext
@@ -49,6 +48,7 @@ from lrq_quant.demo.scenes import (
     heldout_captions,
 )
 from lrq_quant.demo.text import CaptionEncoder, caption_vocabulary
+from lrq_quant.pipeline_io import check_writable
 
 REPORT_FILE = "training.json"
 
@@ -431,7 +431,10 @@ def train(
 
     A killed run leaves `<out>.state` and continues from it when it is called again with the same
     configuration.  `compositions` restricts what is drawn (tests); by default all of training.
+    Raises FileExistsError where `out` holds something, OSError where it cannot be written, before
+    it trains.
     """
+    out = check_writable(out)
     torch.set_float32_matmul_precision("high")
     trainer = Trainer(config, device, compositions)
     count = sum(p.numel() for p in trainer.parameters)
@@ -474,8 +477,9 @@ def train(
             "config": asdict(config),
         }
         (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
+        check_writable(out)
         if out.exists():
-            shutil.rmtree(out)
+            out.rmdir()  # empty
         os.replace(folder, out)
     state_file.unlink(missing_ok=True)
     print(f"wrote {out}, {report['bytes']} bytes of safetensors", flush=True)
