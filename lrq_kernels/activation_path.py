@@ -1,6 +1,6 @@
 """Which kernel runs the activation path on CUDA: the one place where Triton and CUDA C++ meet.
 
-A form is what comes before the rotation: "plain", "concat", "activation" or "norm_modulate".
+A form (FORMS) is what comes before the rotation.
 `implementation` names the kernel; the functions below, one for each op, call what it names. They
 trust their arguments: ops.py has checked them. Triton is imported on the first call.
 """
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 TRITON, CUDA = "triton", "cuda"
-# Forms that lrq::_rotate_rows (csrc/rotate) runs.
+FORMS = ("plain", "concat", "activation", "norm_modulate")
+# Those that lrq::_rotate_rows (csrc/rotate) runs.
 CUDA_FORMS = frozenset({"plain", "concat", "norm_modulate"})
 _CUDA_DTYPES = (torch.bfloat16, torch.float16)
 

@@ -7,6 +7,7 @@ import platform
 import torch
 
 import lrq_kernels
+from lrq_kernels.activation_path import CUDA, FORMS, TRITON, implementation
 
 MIN_CAPABILITY = (8, 0)
 
@@ -52,11 +53,22 @@ def _gpu_lines() -> list[str]:
         if capability < MIN_CAPABILITY:
             line += ", below sm_80: no kernels for it"
         else:
-            line += "; rotate, rotate_quantize and its fused forms: Triton"
+            line += "; " + _activation_kernels()
             line += "; gemm, gemv, dequantize, prepack: "
             line += _cuda_kernels(capability)
         lines.append(line)
     return lines
+
+
+def _activation_kernels() -> str:
+    """Of the forms of rotate_quantize for the input of a FLUX linear."""
+    by_kernel: dict[str, list[str]] = {}
+    for form in FORMS:
+        kernel = implementation(form, torch.bfloat16, 3072, "hadamard", 128, False, "absmax")
+        by_kernel.setdefault(kernel, []).append(form)
+    said = {CUDA: "CUDA", TRITON: "Triton"}
+    parts = [f"{', '.join(forms)}: {said[kernel]}" for kernel, forms in by_kernel.items()]
+    return f"rotate_quantize of 16 bits ({'; '.join(parts)}), with a permutation: Triton"
 
 
 def _cuda_kernels(capability: tuple[int, int]) -> str:

@@ -140,7 +140,4 @@ def load_pipeline(
     dtype: torch.dtype = torch.bfloat16,
 ) -> ShapesPipeline:
     """The pipeline that save_pretrained wrote to `folder`, on `device` in `dtype`."""
-    pipeline = ShapesPipeline.from_pretrained(folder, dtype=dtype)
-    if pipeline.dtype != dtype:  # a diffusers that does not know the argument loads fp32
-        pipeline = pipeline.to(dtype)
-    return pipeline.to(device)
+    return ShapesPipeline.from_pretrained(folder, dtype=dtype).to(device)
