@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .linear import InputQuantizer, PreparedInput, has_hooks
+from .input_quantizer import InputQuantizer, PreparedInput
+from .linear import has_hooks
 
 
 def graph(

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .checkpoint import CheckpointError, LinearState
-from .linear import InputQuantizer, LRQLinear
+from .input_quantizer import InputQuantizer
+from .linear import LRQLinear
 
 
 def load_quantized(

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .linear import InputQuantizer, LRQLinear
+from .input_quantizer import InputQuantizer
+from .linear import LRQLinear
 
 _BY_ROW = ("levels", "weight_scale", "bias_bits")
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .linear import InputQuantizer, LRQLinear, has_hooks, refuse_gradients
+from .input_quantizer import InputQuantizer
+from .linear import LRQLinear, has_hooks, refuse_gradients
 from .reference import TILE
 from .rotation import Rotation
 
