@@ -2,7 +2,8 @@
 read one tensor share of it.
 
 Linears that read the same tensor (q, k and v; proj_mlp of a FLUX single block) share a
-PreparedInput: the input is rotated and quantized once and every sharer's GEMM reads the result.
+PreparedInput: the input is rotated and quantized once, and projected once where they have a
+low-rank branch, and every sharer's GEMM reads the result.
 Each linear has an InputQuantizer of its own, with buffers of its own: offloading moves the buffers
 of one linear while another runs.
 """
@@ -11,12 +12,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from .linear_state import BRANCH_DTYPE, as_bits
 from .rotation import Rotation
 from .scheme import QuantScheme
 
@@ -37,10 +41,10 @@ def _fuse_what_is_compiled() -> bool:
 _fuse_what_is_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def as_bits(tensor: Tensor) -> Tensor:
-    """A float32 copy seen as int32, the form in which floats are stored."""
-    copy = tensor.detach().to(torch.float32).clone(memory_format=torch.contiguous_format)
-    return copy.view(torch.int32)
+def as_they_are(device: torch.device) -> AbstractContextManager:
+    """Inside, products are made in the dtype of their operands, under autocast too."""
+    mixed = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if mixed else nullcontext()
 
 
 def own_copy(tensor: Tensor | None) -> Tensor | None:
@@ -50,6 +54,16 @@ def own_copy(tensor: Tensor | None) -> Tensor | None:
 
 def with_last_stride_1(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+class Prepared(NamedTuple):
+    """What a linear reads of x [..., K]: tokens [..., K], int8 with scale fp32 [...], or rotated in
+    the dtype of x with scale None; and x @ low_rank_down.T [..., R] in the dtype of x, None without
+    a low-rank branch."""
+
+    tokens: Tensor
+    scale: Tensor | None
+    projected: Tensor | None
 
 
 class PreparedInput:
@@ -71,9 +85,7 @@ class PreparedInput:
         self._result: Any = None
         self._reads_left = 0
 
-    def read(
-        self, x: Tensor, prepare: Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def read(self, x: Tensor, prepare: Callable[[Tensor], Prepared]) -> Prepared:
         """prepare(x), computed once for as many reads of the same x as there are readers."""
         source = self._source()
         if source is None or source is not x or self._version != x._version:
@@ -96,7 +108,9 @@ class InputQuantizer(nn.Module):
 
     Buffers: channel_scale (fp32 [K] as int32: smoothing and signs in the order of lrq::rotate),
     permutation (int32 [K]), matrices (fp32 [2, 128, 128] as int32); each may be None, as may
-    folded_permutation, a permutation that x comes in already (see row_order).
+    folded_permutation, a permutation that x comes in already (see row_order), and low_rank_down
+    (bf16 [R, K] as int16), the first factor of a low-rank branch, its columns in the order in which
+    x comes.
     shared: what it has in common with the quantizers of other linears that read the same input.
     """
 
@@ -104,6 +118,7 @@ class InputQuantizer(nn.Module):
     permutation: Tensor | None
     folded_permutation: Tensor | None
     matrices: Tensor | None
+    low_rank_down: Tensor | None
 
     def __init__(
         self,
@@ -111,6 +126,7 @@ class InputQuantizer(nn.Module):
         scheme: QuantScheme,
         smooth_scale: Tensor | None,
         rotation: Rotation,
+        low_rank_down: Tensor | None = None,
     ) -> None:
         super().__init__()
         rotation.validate(in_features)
@@ -118,6 +134,11 @@ class InputQuantizer(nn.Module):
             raise ValueError(
                 f"InputQuantizer: rotation is {rotation.kind!r}, the scheme says "
                 f"{scheme.rotation!r}"
+            )
+        if low_rank_down is not None and low_rank_down.shape[1:] != (in_features,):
+            raise ValueError(
+                f"InputQuantizer: low_rank_down must be [R, {in_features}], "
+                f"got {list(low_rank_down.shape)}"
             )
         self.in_features = in_features
         self.scheme = scheme
@@ -135,10 +156,17 @@ class InputQuantizer(nn.Module):
         self.register_buffer("folded_permutation", None)
         matrices = rotation.matrices
         self.register_buffer("matrices", None if matrices is None else as_bits(matrices))
+        down = low_rank_down
+        self.register_buffer("low_rank_down", None if down is None else as_bits(down, BRANCH_DTYPE))
 
     @property
     def act_bits(self) -> int:
         return self.shared.act_bits
+
+    @property
+    def low_rank(self) -> int:
+        """R of the low-rank branch of the linears that read this input, 0 without one."""
+        return 0 if self.low_rank_down is None else self.low_rank_down.shape[0]
 
     # -- readers of one input
 
@@ -189,6 +217,13 @@ class InputQuantizer(nn.Module):
         signs = torch.sign(self._floats(self.channel_scale)).to(torch.int8)
         return Rotation("hadamard", scheme.block_size, signs, self.rotation_order())
 
+    def low_rank_factor(self) -> Tensor | None:
+        """bf16 [R, K] in natural channel order: a view of low_rank_down unless x comes permuted."""
+        if self.low_rank_down is None:
+            return None
+        down, order = self.low_rank_down.view(BRANCH_DTYPE), self.folded_permutation
+        return down if order is None else down[:, order.long().argsort()]
+
     @staticmethod
     def _floats(bits: Tensor | None) -> Tensor | None:
         return None if bits is None else bits.view(torch.float32)
@@ -204,6 +239,15 @@ class InputQuantizer(nn.Module):
             scheme.rotation,
             scheme.block_size,
         )
+
+    def project(self, x: Tensor) -> Tensor | None:
+        """x @ low_rank_down.T for x [..., K], to [..., R] in the dtype of x: the factor is rounded
+        to it, exactly but in fp16, and so is the result; None without a low-rank branch."""
+        down = self._buffers["low_rank_down"]
+        if down is None:
+            return None
+        with as_they_are(x.device):
+            return F.linear(x, down.view(BRANCH_DTYPE).to(x.dtype))
 
     def is_identity(self) -> bool:
         return self.scheme.rotation == "none" and self.channel_scale is None
@@ -247,8 +291,9 @@ class InputQuantizer(nn.Module):
             *self._quantize_arguments(),
         )[:2]
 
-    def forward(self, x: Tensor, alone: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Rotated x (act_bits 16) or its codes, computed once for all readers of the same x.
+    def forward(self, x: Tensor, alone: bool = False) -> Prepared:
+        """x rotated (act_bits 16) or its codes, and x projected, computed once for all readers of
+        the same x.
 
         The result is kept until every reader has had it. For inference tensors each reader computes
         its own. Under torch.compile too, and all with the buffers of the first: equal calls, which
@@ -265,13 +310,17 @@ class InputQuantizer(nn.Module):
             return self._prepare(x)
         return shared.read(x, self._prepare)
 
-    def _prepare(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        return self.rotate(x) if self.shared.act_bits == 16 else self.quantize(x)
+    def _prepare(self, x: Tensor) -> Prepared:
+        projected = self.project(x)
+        if self.shared.act_bits == 16:
+            return Prepared(self.rotate(x), None, projected)
+        return Prepared(*self.quantize(x), projected)
 
     def extra_repr(self) -> str:
         scheme = self.scheme
         block = "" if scheme.rotation == "none" else f", block_size={scheme.block_size}"
-        return f"act_bits={self.act_bits}, rotation={scheme.rotation}{block}"
+        branch = f", low_rank={self.low_rank}" if self.low_rank else ""
+        return f"act_bits={self.act_bits}, rotation={scheme.rotation}{block}{branch}"
 
 
 def set_act_bits(model: nn.Module, act_bits: int | None) -> None:

@@ -1,6 +1,6 @@
 """LRQLinear: a linear layer that holds only its packed weight.
 
-All buffers are integers. Floating data is kept as int32 views, so that model.to(bfloat16),
+All buffers are integers. Floating data is kept as views of integers, so that model.to(bfloat16),
 layerwise casting and loaders that cast floats cannot touch it.
 """
 
@@ -10,11 +10,12 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-from .input_quantizer import InputQuantizer, as_bits, own_copy, with_last_stride_1
-from .linear_state import LinearState
+from .input_quantizer import InputQuantizer, as_they_are, own_copy, with_last_stride_1
+from .linear_state import BRANCH_DTYPE, LinearState, as_bits
 from .placeholder import WeightPlaceholder
 from .scheme import INPUT_FIELDS
 
@@ -36,10 +37,17 @@ class LRQLinear(nn.Linear):
     """y = x @ W.T + bias with W as 2^b int8 levels per row, selected by b-bit codes.
 
     Buffers: packed_weight (int32, device layout of lrq::prepack), levels (int8 [N, 2^b]),
-    weight_scale and bias_bits (fp32 [N] as int32), and row_order (int32 [N]): which canonical row
-    each row is, None where they are in order (module row_order reorders them). x is [..., K] in
-    bf16, fp16 or fp32; y has x's dtype. act_bits 8 and 4 take two launches: rotate_quantize and
-    gemm. act_bits 16 rotates, then runs gemm_a16.
+    weight_scale and bias_bits (fp32 [N] as int32), low_rank_up (bf16 [N, R] as int16, None without
+    a low-rank branch), and row_order (int32 [N]): which canonical row each row is, None where they
+    are in order (module row_order reorders them). x is [..., K] in bf16, fp16 or fp32; y has x's
+    dtype. act_bits 8 and 4 take two launches: rotate_quantize and gemm. act_bits 16 rotates, then
+    runs gemm_a16.
+
+    With a low-rank branch W is the codes' weight + low_rank_up @ low_rank_down, and there are two
+    products by torch, in x's dtype: p = x @ low_rank_down.T of x before smoothing and rotation,
+    once for all linears that read x, and p @ low_rank_up.T. Both are rounded to x's dtype; act_bits
+    8 and 4 add the second inside the gemm, in fp32, act_bits 16 adds it to the rounded rest by
+    addmm.
 
     It is an nn.Linear, so that PEFT and offloading take it for one: weight is a placeholder without
     values, of the dtype that the model around it has (dtype), and bias is float32. state_dict holds
@@ -51,6 +59,7 @@ class LRQLinear(nn.Linear):
     levels: Tensor
     weight_scale: Tensor
     bias_bits: Tensor | None
+    low_rank_up: Tensor | None
     row_order: Tensor | None
     # Whether the linears in parts stand under one input in a checkpoint.
     parts_share_input = True
@@ -75,6 +84,13 @@ class LRQLinear(nn.Linear):
                 f"LRQLinear {name}: in_features must be {input_quantizer.in_features} as in the "
                 f"input it shares, got {state.in_features}"
             )
+        up = state.low_rank_up
+        rank = 0 if up is None else up.shape[1]
+        if input_quantizer.low_rank != rank:
+            raise ValueError(
+                f"LRQLinear {name}: low_rank_up must have rank {input_quantizer.low_rank} as the "
+                f"input it shares has, got {rank}"
+            )
         self.scheme = scheme
         self.in_features = state.in_features
         self.out_features = state.out_features
@@ -87,6 +103,7 @@ class LRQLinear(nn.Linear):
         self.register_buffer("levels", own_copy(state.levels))
         self.register_buffer("weight_scale", as_bits(state.weight_scale))
         self.register_buffer("bias_bits", None if state.bias is None else as_bits(state.bias))
+        self.register_buffer("low_rank_up", None if up is None else as_bits(up, BRANCH_DTYPE))
         self.register_buffer("row_order", None)
         self.input_quantizer = input_quantizer.join()
 
@@ -101,7 +118,11 @@ class LRQLinear(nn.Linear):
         """From the canonical form; without input_quantizer the state's own rotation makes one."""
         if input_quantizer is None:
             input_quantizer = InputQuantizer(
-                state.in_features, state.scheme, state.smooth_scale, state.rotation
+                state.in_features,
+                state.scheme,
+                state.smooth_scale,
+                state.rotation,
+                state.low_rank_down,
             )
         return cls(state, input_quantizer, name, dtype).to(state.codes.device)
 
@@ -134,7 +155,8 @@ class LRQLinear(nn.Linear):
         return self._canonical(ops.unprepack(self.packed_weight, *sizes))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight in the rotated domain, [N, K]."""
+        """The weight of the codes in the rotated domain, [N, K]: without a low-rank branch, which
+        is of the domain that x comes in."""
         weight = ops.dequantize(
             self.packed_weight,
             self.levels,
@@ -148,12 +170,17 @@ class LRQLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         refuse_gradients(x)
-        prepared = self.input_quantizer(x, alone=torch.compiler.is_compiling() and has_hooks(self))
-        if self.input_quantizer.act_bits == 16:
-            y = self._forward_a16(prepared.reshape(-1, self.in_features))
+        tokens, scale, projected = self.input_quantizer(
+            x, alone=torch.compiler.is_compiling() and has_hooks(self)
+        )
+        if scale is None:
+            y = self._forward_a16(tokens.reshape(-1, self.in_features), projected)
             return y.view(*x.shape[:-1], self.out_features)
-        x_q, x_scale = prepared
-        return self.from_quantized(x_q, x_scale, x.dtype)
+        branch = None
+        if projected is not None:
+            with as_they_are(x.device):
+                branch = F.linear(projected, self._branch_factor(x.dtype))
+        return self._gemm(tokens, scale, x.dtype, residual=branch)
 
     def from_quantized(
         self,
@@ -167,7 +194,32 @@ class LRQLinear(nn.Linear):
         """The linear of a quantized input, x_q int8 [..., K] and x_scale fp32 [...] as
         input_quantizer gives them, to [..., N]; then the activation ("gelu_tanh"), or
         residual [..., N] + gate [B, N] * y, where gate is one row for each of B equal parts of the
-        tokens. fp32 from the sum to the rounding at the end. See lrq::gemm for its errors."""
+        tokens. fp32 from the sum to the rounding at the end. See lrq::gemm for its errors. Raises
+        RuntimeError where there is a low-rank branch, which reads x itself: see has_low_rank."""
+        if self.has_low_rank:
+            raise RuntimeError(
+                f"LRQLinear.from_quantized: {self.parts[0][0] or 'the linear'} has a low-rank "
+                "branch, which a quantized input does not serve; call the linear"
+            )
+        return self._gemm(x_q, x_scale, out_dtype, activation, residual, gate)
+
+    @property
+    def has_low_rank(self) -> bool:
+        return self._buffers["low_rank_up"] is not None
+
+    def _branch_factor(self, dtype: torch.dtype) -> Tensor:
+        """[N, R]"""
+        return self._buffers["low_rank_up"].view(BRANCH_DTYPE).to(dtype)
+
+    def _gemm(
+        self,
+        x_q: Tensor,
+        x_scale: Tensor,
+        out_dtype: torch.dtype,
+        activation: str = "none",
+        residual: Tensor | None = None,
+        gate: Tensor | None = None,
+    ) -> Tensor:
         buffers, bias = self._buffers, self._buffers["bias_bits"]
         y = ops.gemm(
             x_q.view(-1, self.in_features),
@@ -185,9 +237,9 @@ class LRQLinear(nn.Linear):
         )
         return y.view(*x_q.shape[:-1], self.out_features)
 
-    def _forward_a16(self, rows: Tensor) -> Tensor:
+    def _forward_a16(self, rows: Tensor, projected: Tensor | None) -> Tensor:
         bias = self.bias_bits
-        return ops.gemm_a16(
+        y = ops.gemm_a16(
             with_last_stride_1(rows),
             self.packed_weight,
             self.levels,
@@ -196,12 +248,27 @@ class LRQLinear(nn.Linear):
             self.scheme.weight_bits,
             self.out_features,
         )
+        if projected is None:
+            return y
+        factor = self._branch_factor(y.dtype)
+        with as_they_are(y.device):
+            return torch.addmm(y, projected.reshape(-1, factor.shape[1]), factor.T)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight in the model's own domain, [N, K]: smoothing and rotation undone."""
+        """The weight in the model's own domain, [N, K]: smoothing and rotation undone, a low-rank
+        branch added."""
         dense = self.input_quantizer.rotation().inverse(self.dequantize())
         scale = self.input_quantizer.smooth_scale()
-        return (dense if scale is None else dense * scale).to(dtype or self.dtype)
+        dense = dense if scale is None else dense * scale
+        up, down = self._canonical_up(), self.input_quantizer.low_rank_factor()
+        if up is not None and down is not None:
+            dense = dense + up.float() @ down.float()
+        return dense.to(dtype or self.dtype)
+
+    def _canonical_up(self) -> Tensor | None:
+        """bf16 [N, R] in canonical order."""
+        up = self.low_rank_up
+        return None if up is None else self._canonical(up.view(BRANCH_DTYPE))
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:  # type: ignore[no-untyped-def]
         """The buffers, and weight: the LoRA loader of FLUX looks its shape up there."""
@@ -235,6 +302,8 @@ class LRQLinear(nn.Linear):
             out_features=self.out_features,
             smooth_scale=self.input_quantizer.smooth_scale(),
             rotation=self.input_quantizer.rotation(),
+            low_rank_down=self.input_quantizer.low_rank_factor(),
+            low_rank_up=self._canonical_up(),
         )
 
     def part_states(self) -> dict[str, LinearState]:
@@ -249,15 +318,17 @@ class LRQLinear(nn.Linear):
                 levels=whole.levels[rows],
                 weight_scale=whole.weight_scale[rows],
                 bias=None if whole.bias is None else whole.bias[rows],
+                low_rank_up=None if whole.low_rank_up is None else whole.low_rank_up[rows],
                 out_features=count,
             )
         return states
 
     def extra_repr(self) -> str:
         fused = "" if len(self.parts) == 1 else f", fused={[name for name, _ in self.parts]}"
+        branch = f", low_rank={self.input_quantizer.low_rank}" if self.has_low_rank else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"scheme={self.scheme.name}, bias={self.bias is not None}{fused}"
+            f"scheme={self.scheme.name}, bias={self.bias is not None}{branch}{fused}"
         )
 
 
@@ -281,12 +352,15 @@ def fuse_linears(linears: list[LRQLinear]) -> LRQLinear:
         raise ValueError("fuse_linears: a permutation is folded into the rows of a linear")
     states = [linear.to_state() for linear in linears]
     biases = [state.bias for state in states if state.bias is not None]
+    # All or none have a branch, as their input has.
+    ups = [state.low_rank_up for state in states if state.low_rank_up is not None]
     state = dataclasses.replace(
         states[0],
         codes=torch.cat([state.codes for state in states]),
         levels=torch.cat([state.levels for state in states]),
         weight_scale=torch.cat([state.weight_scale for state in states]),
         bias=torch.cat(biases) if biases else None,
+        low_rank_up=torch.cat(ups) if ups else None,
         out_features=sum(state.out_features for state in states),
     )
     fused = LRQLinear(state, first.input_quantizer, dtype=first.dtype)

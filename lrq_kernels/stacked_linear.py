@@ -32,7 +32,7 @@ _HALF_TYPES = (torch.bfloat16, torch.float16)
 def stacking_obstacle(linears: Sequence[LRQLinear]) -> str | None:
     """Why `linears` cannot be one StackedLinear, None where they can. They must be weight-only
     ones of one scheme, width, device and dtype, with an unrotated, unsmoothed input that nothing
-    else reads, and of whole tiles of channels."""
+    else reads, without a low-rank branch and of whole tiles of channels."""
     first = linears[0]
     for linear in linears:
         name = linear.parts[0][0] or "a linear"
@@ -43,6 +43,8 @@ def stacking_obstacle(linears: Sequence[LRQLinear]) -> str | None:
             return f"{name} rotates or smooths its input"
         if len(quantizer.shared.readers) > 1:
             return f"{name} shares its input"
+        if linear.has_low_rank:
+            return f"{name} has a low-rank branch"
         if linear.out_features % TILE:
             return f"{name} has {linear.out_features} channels, which are not whole tiles of {TILE}"
         mine, theirs = (
@@ -211,7 +213,7 @@ def _fill(linear: LRQLinear, like: LRQLinear, parts: list[tuple[str, int]], buff
     linear.scheme, linear.dtype, linear.training = like.scheme, like.dtype, like.training
     linear.in_features, linear.parts = like.in_features, parts
     linear.out_features = sum(count for _, count in parts)
-    for name, buffer in {**buffers, "row_order": None}.items():
+    for name, buffer in {**buffers, "low_rank_up": None, "row_order": None}.items():
         linear.register_buffer(name, buffer)
     plain = InputQuantizer(like.in_features, like.scheme, None, Rotation.none())
     linear.input_quantizer = plain.join()

@@ -36,6 +36,8 @@ def obstacle(block: nn.Module, quantized: tuple[str, ...]) -> str | None:
             return f"{name} is a {type(linear).__name__}"
         if linear.input_quantizer.act_bits == 16:
             return f"{name} runs with 16 bit activations"
+        if linear.has_low_rank:
+            return f"{name} has a low-rank branch"
     if block.training:
         return "it is in training mode"
     if torch.compiler.is_compiling():

@@ -23,7 +23,8 @@ class PendingLinear(nn.Module):
     def __init__(self, name: str, header: Header) -> None:
         super().__init__()
         facts = header.layers[name]
-        sizes = (facts["out_features"], facts["in_features"], facts["weight_bits"])
+        keys = ("out_features", "in_features", "weight_bits")
+        sizes = (*(facts[key] for key in keys), facts.get("low_rank", 0))
         for field in header.fields(name):
             spec = FIELDS[field]
             empty = torch.empty(spec.shape(*sizes), dtype=spec.dtype, device="meta")
