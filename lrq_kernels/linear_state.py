@@ -43,7 +43,7 @@ class Field(NamedTuple):
 # Of both factors of a low-rank branch.
 BRANCH_DTYPE = torch.bfloat16
 # Required, and allowed, where the description of a linear says low_rank.
-LOW_RANK = "low rank"
+LOW_RANK = "low-rank"
 
 
 FIELDS: dict[str, Field] = {
