@@ -34,7 +34,7 @@ from .error_feedback import codebook_nearest
 from .full_precision import full_precision
 from .input_makers import makers_by_name
 from .layer_statistics import ChannelSpread, WeightHistogram
-from .low_rank import LowRankBranch, input_moments, low_rank_branch
+from .low_rank import LowRankBranch, low_rank_branch
 from .model_stats import GramPasses, calibrate, check_stats, strided_sample
 from .quantized_input import QuantizedInput
 from .recipe import InputGroup, LinearPlan, QuantPlan, QuantRecipe
@@ -315,9 +315,9 @@ class _GroupJob:
         rank = self.recipe.low_rank_of(self.group)
         if rank == 0:
             return None
-        moments = None if self.stats is None else input_moments(self.stats)
+        rms = None if self.stats is None else self.stats.rms
         seed = name_seed(self.group.name, self.recipe.search.seed)
-        return low_rank_branch(weights, rank, moments, damping=self.recipe.damping, seed=seed)
+        return low_rank_branch(weights, rank, rms, seed=seed)
 
     def _members(self, weights: list[Tensor], rests: list[Tensor]) -> list[_Member]:
         biases = [
