@@ -24,7 +24,8 @@ from test_checkpoint import (
     rewrite,
     tensor,
 )
-from torch import Tensor
+from test_fusion import passed
+from torch import Tensor, nn
 
 from lrq_kernels import (
     CheckpointError,
@@ -412,6 +413,26 @@ def test_compiled_is_one_graph_and_equal(scheme: QuantScheme):
     expected = all_three(x)
     compiled = torch.compile(all_three, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_pass_under_compile_projects_x_once(dtype: torch.dtype):
+    """Of three readers one projection and one quantization are left, and three second products; no
+    epilogue is fused over the branch."""
+    _, linears = sharing(ALL["w4a8"])
+    x = tokens(2, 3, dtype=dtype)
+
+    class Readers(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (linear(x) for linear in linears)
+            return torch.cat([F.gelu(q, approximate="tanh"), x[..., :N] + k, v], dim=-1)
+
+    model = Readers()
+    compiled, found = passed(model)
+    with torch.no_grad():
+        got = compiled(x)
+        assert found == [{"shared_input": 2 + 2}]
+        assert relative_error(got, model(x).double()) < (1e-5 if dtype == F32 else 2e-2)
 
 
 def test_exported_program_holds_the_branch(tmp_path: Path):
