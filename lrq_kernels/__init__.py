@@ -11,8 +11,9 @@ from . import ops, reference
 from .checkpoint import CheckpointError, LinearState, load, save
 from .codebook import TwinLogCodebook
 from .cuda_graph import graph, ungraph
+from .input_quantizer import InputQuantizer, get_act_bits, set_act_bits
 from .library import cuda_library_status, load_cuda_library
-from .linear import InputQuantizer, LRQLinear, fuse_linears, get_act_bits, set_act_bits
+from .linear import LRQLinear, fuse_linears
 from .loader import load_quantized, model_states
 from .packing import pack_codes, unpack_codes
 from .rotation import Rotation

@@ -2,15 +2,18 @@
 
 Tensors of a quantized linear `name` are `name.<field>` for the fields below; everything else in
 the file is a dense parameter of the model under its own name. Floating data of a quantized linear
-is stored as int32 views, so that a loader that casts floats cannot touch it. Linears that share an
-input store its smoothing and rotation once, under the first of them; the others name it.
+is stored as views of integers, so that a loader that casts floats cannot touch it. Linears that
+share an input store its smoothing, its rotation and the first factor of its low-rank branch once,
+under the first of them; the others name it.
 
 A checkpoint is one file, or several (shards) listed in an index as diffusers writes it. Every file
 carries the metadata of the whole. Metadata (strings, as safetensors asks):
     format             "lrq"
-    version            "1"
+    version            "1", or "2" where a linear has a low-rank branch: the lowest that knows all
+                       fields in the file
     model_class        class name of the model
-    layers             JSON: name -> {scheme fields, in_features, out_features, shared_input?}
+    layers             JSON: name -> {scheme fields, in_features, out_features, shared_input?,
+                       low_rank?: rank of the branch}
     checksums          JSON: tensor name -> CRC-32 of "dtype shape" (as "int32 [64, 16]") and bytes
     metadata_checksum  CRC-32 of model_class, layers and checksums, joined by zero bytes
 """
@@ -20,10 +23,10 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -46,7 +49,7 @@ __all__ = [
     "FILE_NAME",
     "FORMAT",
     "INDEX_NAME",
-    "VERSION",
+    "VERSIONS",
     "Checkpoint",
     "CheckpointError",
     "Header",
@@ -62,10 +65,12 @@ __all__ = [
     "state_tensors",
     "stored_bits",
     "verify_files",
+    "version_with",
 ]
 
 FORMAT = "lrq"
-VERSION = 1
+# That this package reads; it writes the lowest that has what a file holds (version_with).
+VERSIONS = (1, 2)
 # diffusers looks for these names in a model folder.
 FILE_NAME = "diffusion_pytorch_model.safetensors"
 INDEX_NAME = f"{FILE_NAME}.index.json"
@@ -133,6 +138,12 @@ def checkpoint_files(path: str | os.PathLike) -> list[Path]:
     return [path / shard for shard in shards]
 
 
+def version_with(fields: Iterable[str]) -> int:
+    """The lowest format version that has these fields of linears: an older reader, which would be
+    wrong about them, refuses the file by it, and reads all others."""
+    return max((FIELDS[field].since for field in fields), default=VERSIONS[0])
+
+
 def encode(
     states: Mapping[str, LinearState], dense: Mapping[str, Tensor], model_class: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -143,6 +154,7 @@ def encode(
     """
     tensors: dict[str, Tensor] = {}
     layers: dict[str, dict[str, Any]] = {}
+    fields: set[str] = set()
     for name, state in states.items():
         owner = state.shared_input or name
         if owner not in states or states[owner].shared_input:
@@ -151,13 +163,16 @@ def encode(
             )
         own = state_tensors(state, with_input=True)
         sizes = (state.out_features, state.in_features)
-        state_from_tensors(own, state.scheme, *sizes, name)
+        state_from_tensors(own, state.scheme, *sizes, name, low_rank=state.low_rank)
         if owner != name:
             _check_same_input(name, state, owner, states[owner])
         layer = {**state.scheme.to_dict(), "out_features": sizes[0], "in_features": sizes[1]}
         if owner != name:
             layer["shared_input"] = owner
+        if state.low_rank:
+            layer["low_rank"] = state.low_rank
         layers[name] = layer
+        fields.update(own)
         for key, tensor in state_tensors(state, with_input=owner == name).items():
             tensors[f"{name}.{key}"] = tensor
     for name, tensor in dense.items():
@@ -170,7 +185,7 @@ def encode(
     checksums = {name: _crc32(tensor) for name, tensor in tensors.items()}
     metadata = {
         "format": FORMAT,
-        "version": str(VERSION),
+        "version": str(version_with(fields)),
         "model_class": model_class,
         "layers": json.dumps(layers),
         "checksums": json.dumps(checksums),
@@ -221,11 +236,20 @@ def _separate_on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return separate
 
 
+class _Facts(NamedTuple):
+    """What the description of a linear says."""
+
+    out_features: int
+    in_features: int
+    scheme: QuantScheme
+    low_rank: int
+
+
 def _check_same_input(name: str, state: LinearState, owner: str, owner_state: LinearState) -> None:
-    sizes = (owner_state.out_features, owner_state.in_features)
-    _check_same_input_scheme(
-        name, state.in_features, state.scheme, owner, sizes, owner_state.scheme
+    facts, owner_facts = (
+        _Facts(s.out_features, s.in_features, s.scheme, s.low_rank) for s in (state, owner_state)
     )
+    _check_same_input_facts(name, facts, owner, owner_facts)
     own = state_tensors(state, with_input=True)
     stored = state_tensors(owner_state, with_input=True)
     for key, spec in FIELDS.items():
@@ -239,21 +263,11 @@ def _check_same_input(name: str, state: LinearState, owner: str, owner_state: Li
             raise CheckpointError(f"{name}.{key} must equal that of {owner}, whose input it shares")
 
 
-def _check_same_input_scheme(
-    name: str,
-    in_features: int,
-    scheme: QuantScheme,
-    owner: str,
-    owner_sizes: tuple[int, int],
-    owner_scheme: QuantScheme,
-) -> None:
-    if in_features != owner_sizes[1]:
-        raise CheckpointError(
-            f"{name}: in_features must be {owner_sizes[1]} as in {owner}, whose input it "
-            f"shares, got {in_features}"
+def _check_same_input_facts(name: str, facts: _Facts, owner: str, owner_facts: _Facts) -> None:
+    for key in ("in_features", "low_rank", *INPUT_FIELDS):
+        mine, theirs = (
+            getattr(of.scheme if key in INPUT_FIELDS else of, key) for of in (facts, owner_facts)
         )
-    for key in INPUT_FIELDS:
-        mine, theirs = getattr(scheme, key), getattr(owner_scheme, key)
         if mine != theirs:
             raise CheckpointError(
                 f"{name}: {key} must be {theirs!r} as in {owner}, whose input it shares, "
@@ -319,9 +333,10 @@ def verify_files(header: Header) -> None:
 def _check_metadata(file: Path, raw: Mapping[str, str]) -> None:
     if raw.get("format") != FORMAT:
         raise CheckpointError(f"{file}: format must be {FORMAT!r}, got {raw.get('format')!r}")
-    if raw.get("version") != str(VERSION):
+    if raw.get("version") not in [str(version) for version in VERSIONS]:
+        known = " and ".join(map(str, VERSIONS))
         raise CheckpointError(
-            f"{file} has format version {raw.get('version')}; this package reads version {VERSION}"
+            f"{file} has format version {raw.get('version')}; this package reads versions {known}"
         )
     try:
         if raw["metadata_checksum"] != _metadata_crc32(raw):
@@ -373,36 +388,37 @@ def load(
 def layer_state(name: str, header: Header, tensors: Mapping[str, Tensor]) -> LinearState:
     """One linear from tensors by their names in the file, which must hold its own and those of the
     input it shares. Raises CheckpointError naming what does not fit."""
-    facts = dict(header.layers[name])
+    description = dict(header.layers[name])
     own = {key: tensors[full] for key, full in header.fields(name).items()}
-    owner = facts.pop("shared_input", None)
+    owner = description.pop("shared_input", None)
+    facts = _layer_facts(name, description)
     if owner is not None:
         if owner not in header.layers or "shared_input" in header.layers[owner]:
             raise CheckpointError(
                 f"{name}: shared_input must name a linear that stores it, got {owner!r}"
             )
+        _check_same_input_facts(name, facts, owner, _layer_facts(owner, header.layers[owner]))
         stored = header.fields(owner)
         for key, spec in FIELDS.items():
             if spec.per_input and key in own:
                 raise CheckpointError(f"{name}.{key} must be stored under {owner} alone")
             if spec.per_input and key in stored:
                 own[key] = tensors[stored[key]]
-    sizes, scheme = _layer_facts(name, facts)
-    state = state_from_tensors(own, scheme, *sizes, name, owner)
-    if owner is not None:
-        facts = {k: v for k, v in header.layers[owner].items() if k != "shared_input"}
-        _check_same_input_scheme(name, sizes[1], scheme, owner, *_layer_facts(owner, facts))
-    return state
+    sizes = (facts.out_features, facts.in_features)
+    return state_from_tensors(own, facts.scheme, *sizes, name, owner, facts.low_rank)
 
 
-def _layer_facts(name: str, facts: dict[str, Any]) -> tuple[tuple[int, int], QuantScheme]:
-    """((out_features, in_features), scheme) of a description."""
-    facts = dict(facts)
+def _layer_facts(name: str, description: Mapping[str, Any]) -> _Facts:
+    """Of a description without shared_input."""
+    rest = dict(description)
     try:
-        sizes = (facts.pop("out_features"), facts.pop("in_features"))
-        scheme = QuantScheme.from_dict(facts)
+        sizes = (rest.pop("out_features"), rest.pop("in_features"))
+        low_rank = rest.pop("low_rank", None)
+        scheme = QuantScheme.from_dict(rest)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{name}: damaged description: {error}") from error
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         raise CheckpointError(f"{name}: out_features, in_features must be positive, got {sizes}")
-    return sizes, scheme
+    if low_rank is not None and not (isinstance(low_rank, int) and low_rank > 0):
+        raise CheckpointError(f"{name}: low_rank must be positive, got {low_rank!r}")
+    return _Facts(*sizes, scheme, low_rank or 0)

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .linear import InputQuantizer, PreparedInput, exchanges_tokens, has_hooks
+from .input_quantizer import InputQuantizer, PreparedInput
+from .linear import exchanges_tokens, has_hooks
 
 
 def graph(

@@ -2,7 +2,7 @@
 a quantized linear to the ops that do it in one launch.
 
     pattern        found                                             becomes
-    shared_input   rotate_quantize(x) twice                          one of them
+    shared_input   rotate_quantize(x), x @ low_rank_down.T twice     one of them
     gemm_gelu      gelu_tanh(gemm(x_q))                              gemm(..., "gelu_tanh")
     norm_modulate  rotate_quantize(norm(x) * (1 + scale) + shift)    norm_modulate_rotate_quantize
     activation     rotate_quantize(act(x)), of act(gate) * x         activation_rotate_quantize
@@ -91,21 +91,40 @@ def _sources_of(graph: Graph, op: str) -> list[Node]:
     return list(graph.find_nodes(op="call_function", target=_lrq(op)))
 
 
+_RESHAPES = (aten.view.default, aten.reshape.default, aten.permute.default)
+_CONVERSIONS = (aten.view.dtype, torch.ops.prims.convert_element_type.default)
+
+
 def _origin(argument: Any) -> Any:
-    """What an argument is whichever node says it: views as another type of one tensor are equal."""
+    """What an argument is whichever node says it: views and conversions of one tensor are equal."""
+    if isinstance(argument, list | tuple):
+        return tuple(map(_origin, argument))
     if is_call(argument, aten.alias.default):
         return _origin(argument.args[0])
-    if is_call(argument, aten.view.dtype):
-        return (_origin(argument.args[0]), argument.args[1])
+    if is_call(argument, *_RESHAPES, *_CONVERSIONS):
+        return (argument.target, *map(_origin, argument.args))
     return argument
+
+
+def _branch_products(graph: Graph) -> list[Node]:
+    """Products with a factor of a low-rank branch, which is kept as int16."""
+    found = []
+    for product in graph.find_nodes(op="call_function", target=aten.mm.default):
+        factor = product.args[1]
+        while is_call(factor, aten.alias.default, *_RESHAPES, *_CONVERSIONS):
+            factor = factor.args[0]
+        if isinstance(factor, Node) and value_of(factor).dtype == torch.int16:
+            found.append(product)
+    return found
 
 
 def _share_inputs(graph: Graph) -> int:
     """Equal calls become the first of them: all ops are functional."""
     matched = 0
-    for op in ("rotate_quantize", "rotate"):
+    calls = [_sources_of(graph, op) for op in ("rotate_quantize", "rotate")]
+    for nodes in (*calls, _branch_products(graph)):
         first: dict[tuple, Node] = {}
-        for node in _sources_of(graph, op):
+        for node in nodes:
             key = tuple(map(_origin, node.args))
             earlier = first.setdefault(key, node)
             if earlier is node:

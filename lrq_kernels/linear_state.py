@@ -25,84 +25,119 @@ class CheckpointError(ValueError):
 
 
 class Field(NamedTuple):
-    """dtype: as stored. shape: of (N, K, bits). required: by the scheme. float_bits: an int32 view
-    of float32. per_input: belongs to the shared input, stored under its first linear."""
+    """dtype: as stored. shape: of (N, K, bits, R), R of the low-rank branch. required: "always",
+    "optional", by a rotation or, LOW_RANK, by a branch. float_dtype: of the floats that the
+    integers are a view of. per_input: belongs to the shared input, stored under its first linear.
+    since: the format version that has it."""
 
     dtype: torch.dtype
-    shape: Callable[[int, int, int], tuple[int, ...]]
+    shape: Callable[[int, int, int, int], tuple[int, ...]]
     shape_text: str
     required: str
-    float_bits: bool
+    float_dtype: torch.dtype | None
     per_input: bool
     meaning: str
+    since: int = 1
+
+
+# Of both factors of a low-rank branch.
+BRANCH_DTYPE = torch.bfloat16
+# Required, and allowed, where the description of a linear says low_rank.
+LOW_RANK = "low-rank"
 
 
 FIELDS: dict[str, Field] = {
     "codes": Field(
         torch.int32,
-        lambda n, k, b: (n, packed_words(k, b)),
+        lambda n, k, b, r: (n, packed_words(k, b)),
         "[N, ceil(K/32)*b]",
         "always",
-        False,
+        None,
         False,
         "b-bit codes, a little-endian bit stream along K",
     ),
     "levels": Field(
         torch.int8,
-        lambda n, k, b: (n, 1 << b),
+        lambda n, k, b, r: (n, 1 << b),
         "[N, 2^b]",
         "always",
-        False,
+        None,
         False,
         "int8 level of each code, per output row",
     ),
     "weight_scale": Field(
         torch.int32,
-        lambda n, k, b: (n,),
+        lambda n, k, b, r: (n,),
         "[N]",
         "always",
-        True,
+        torch.float32,
         False,
         "float32 scale of each output row",
     ),
     "bias": Field(
-        torch.int32, lambda n, k, b: (n,), "[N]", "optional", True, False, "float32 bias"
+        torch.int32,
+        lambda n, k, b, r: (n,),
+        "[N]",
+        "optional",
+        torch.float32,
+        False,
+        "float32 bias",
     ),
     "smooth_scale": Field(
         torch.int32,
-        lambda n, k, b: (k,),
+        lambda n, k, b, r: (k,),
         "[K]",
         "optional",
-        True,
+        torch.float32,
         True,
         "float32 factor on each input channel; the weight was divided by it",
     ),
     "signs": Field(
         torch.int8,
-        lambda n, k, b: (k,),
+        lambda n, k, b, r: (k,),
         "[K]",
         "hadamard",
-        False,
+        None,
         True,
         "+1 or -1 on each channel before the Hadamard transform",
     ),
     "permutation": Field(
         torch.int32,
-        lambda n, k, b: (k,),
+        lambda n, k, b, r: (k,),
         "[K]",
         "optional",
-        False,
+        None,
         True,
         "input channel at each position",
     ),
     "rotation_matrices": Field(
         torch.int32,
-        lambda n, k, b: (2, DUAL_BLOCK_SIZE, DUAL_BLOCK_SIZE),
+        lambda n, k, b, r: (2, DUAL_BLOCK_SIZE, DUAL_BLOCK_SIZE),
         "[2, 128, 128]",
         "dual",
-        True,
+        torch.float32,
         True,
         "float32 orthogonal pair around the permutation",
+    ),
+    "low_rank_down": Field(
+        torch.int16,
+        lambda n, k, b, r: (r, k),
+        "[R, K]",
+        LOW_RANK,
+        BRANCH_DTYPE,
+        True,
+        "bfloat16 first factor of the low-rank branch: of the input before smoothing and rotation",
+        since=2,
+    ),
+    "low_rank_up": Field(
+        torch.int16,
+        lambda n, k, b, r: (n, r),
+        "[N, R]",
+        LOW_RANK,
+        BRANCH_DTYPE,
+        False,
+        "bfloat16 second factor of the low-rank branch, per output row",
+        since=2,
     ),
 }
 
@@ -113,7 +148,12 @@ class LinearState:
 
     codes int32 [N, ceil(K/32)*b], levels int8 [N, 2^b], weight_scale fp32 [N], bias fp32 [N],
     smooth_scale fp32 [K], rotation of K channels. shared_input names the linear under which the
-    smoothing and rotation of this one are stored; None: under itself.
+    smoothing and rotation of this one are stored; None: under itself. low_rank_down bf16 [R, K],
+    shared with the input as they are, and low_rank_up bf16 [N, R]: a branch beside the codes,
+
+        y = quantized part + (x @ low_rank_down.T) @ low_rank_up.T
+
+    of x as it comes, before smoothing and rotation.
     """
 
     codes: Tensor
@@ -126,6 +166,15 @@ class LinearState:
     smooth_scale: Tensor | None = None
     rotation: Rotation = field(default_factory=Rotation.none)
     shared_input: str | None = None
+    low_rank_down: Tensor | None = None
+    low_rank_up: Tensor | None = None
+
+    @property
+    def low_rank(self) -> int:
+        """R of the low-rank branch, 0 without one."""
+        if self.low_rank_down is not None:
+            return self.low_rank_down.shape[0]
+        return 0 if self.low_rank_up is None else self.low_rank_up.shape[-1]
 
     def to(self, device: torch.device | str) -> LinearState:
         def move(tensor: Tensor | None) -> Tensor | None:
@@ -139,7 +188,16 @@ class LinearState:
             bias=move(self.bias),
             smooth_scale=move(self.smooth_scale),
             rotation=self.rotation.to(device),
+            low_rank_down=move(self.low_rank_down),
+            low_rank_up=move(self.low_rank_up),
         )
+
+
+def as_bits(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A copy in `dtype`, float32 or bfloat16, seen as integers of its size: the form in which
+    floats are kept, so that no cast of a model touches them."""
+    copy = tensor.detach().to(dtype).clone(memory_format=torch.contiguous_format)
+    return copy.view({torch.float32: torch.int32, torch.bfloat16: torch.int16}[dtype])
 
 
 def fields_table() -> str:
@@ -147,11 +205,13 @@ def fields_table() -> str:
     lines = ["| field | stored as | shape | present | meaning |", "|---|---|---|---|---|"]
     for name, spec in FIELDS.items():
         stored = str(spec.dtype).removeprefix("torch.")
-        if spec.float_bits:
-            stored += " view of float32"
+        if spec.float_dtype is not None:
+            stored += f" view of {str(spec.float_dtype).removeprefix('torch.')}"
         present = spec.required
         if present in ROTATIONS:
             present = f"rotation {present}"
+        elif present == LOW_RANK:
+            present = f"{present} branch (version {spec.since})"
         if spec.per_input:
             present += ", once per input"
         lines.append(f"| `{name}` | {stored} | {spec.shape_text} | {present} | {spec.meaning} |")
@@ -170,14 +230,16 @@ def state_tensors(state: LinearState, *, with_input: bool) -> dict[str, Tensor]:
         "signs": rotation.signs,
         "permutation": rotation.permutation,
         "rotation_matrices": rotation.matrices,
+        "low_rank_down": state.low_rank_down,
+        "low_rank_up": state.low_rank_up,
     }
     tensors = {}
     for name, value in values.items():
         spec = FIELDS[name]
         if value is None or (spec.per_input and not with_input):
             continue
-        if spec.float_bits:
-            value = value.detach().to(torch.float32).contiguous().view(torch.int32)
+        if spec.float_dtype is not None:
+            value = value.detach().to(spec.float_dtype).contiguous().view(spec.dtype)
         tensors[name] = value.contiguous()
     return tensors
 
@@ -189,27 +251,31 @@ def state_from_tensors(
     in_features: int,
     where: str,
     shared_input: str | None = None,
+    low_rank: int = 0,
 ) -> LinearState:
     """Inverse of state_tensors. Raises CheckpointError, naming `where`.field, unless every tensor
-    has the dtype, shape and values that FIELDS and the scheme ask for."""
+    has the dtype, shape and values that FIELDS, the scheme and the rank of the branch ask for."""
     for name in tensors:
         if name not in FIELDS:
             raise CheckpointError(f"{where}.{name} is not a field of the format: {list(FIELDS)}")
     values: dict[str, Tensor | None] = {}
+    needed = ["always", scheme.rotation, *([LOW_RANK] if low_rank else [])]
     for name, spec in FIELDS.items():
         tensor = tensors.get(name)
         if tensor is None:
-            if spec.required in ("always", scheme.rotation):
+            if spec.required in needed:
                 raise CheckpointError(f"{where}.{name} is missing")
             values[name] = None
             continue
-        shape = spec.shape(out_features, in_features, scheme.weight_bits)
+        if spec.required == LOW_RANK and not low_rank:
+            raise CheckpointError(f"{where}.{name} is there, and the linear has no low_rank")
+        shape = spec.shape(out_features, in_features, scheme.weight_bits, low_rank)
         if tensor.dtype != spec.dtype or tuple(tensor.shape) != shape:
             raise CheckpointError(
                 f"{where}.{name} must be {spec.dtype} {list(shape)}, "
                 f"got {tensor.dtype} {list(tensor.shape)}"
             )
-        values[name] = tensor.view(torch.float32) if spec.float_bits else tensor
+        values[name] = tensor if spec.float_dtype is None else tensor.view(spec.float_dtype)
     rotation = Rotation(
         scheme.rotation,
         scheme.block_size,
@@ -217,27 +283,31 @@ def state_from_tensors(
         values["permutation"],
         values["rotation_matrices"],
     )
-    smooth, bias = values["smooth_scale"], values["bias"]
+    smooth = values["smooth_scale"]
     try:
         rotation.validate(in_features)
         TwinLogCodebook(values["levels"], values["weight_scale"])
         if smooth is not None and not bool(((smooth > 0) & torch.isfinite(smooth)).all()):
             raise ValueError("smooth_scale must be positive and finite")
-        if bias is not None and not bool(torch.isfinite(bias).all()):
-            raise ValueError("bias must be finite")
+        for name in ("bias", "low_rank_down", "low_rank_up"):
+            value = values[name]
+            if value is not None and not bool(torch.isfinite(value).all()):
+                raise ValueError(f"{name} must be finite")
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: {error}") from error
     return LinearState(
         codes=values["codes"],
         levels=values["levels"],
         weight_scale=values["weight_scale"],
-        bias=bias,
+        bias=values["bias"],
         scheme=scheme,
         in_features=in_features,
         out_features=out_features,
         smooth_scale=smooth,
         rotation=rotation,
         shared_input=shared_input,
+        low_rank_down=values["low_rank_down"],
+        low_rank_up=values["low_rank_up"],
     )
 
 

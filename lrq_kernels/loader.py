@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .checkpoint import CheckpointError, LinearState
-from .linear import InputQuantizer, LRQLinear
+from .input_quantizer import InputQuantizer
+from .linear import LRQLinear
 
 
 def load_quantized(
@@ -59,7 +60,11 @@ def build_linears(states: Mapping[str, LinearState], dtype: torch.dtype) -> dict
         if owner not in inputs:
             first = states[owner]
             inputs[owner] = InputQuantizer(
-                first.in_features, first.scheme, first.smooth_scale, first.rotation
+                first.in_features,
+                first.scheme,
+                first.smooth_scale,
+                first.rotation,
+                first.low_rank_down,
             )
         linears[name] = LRQLinear.from_state(state, inputs[owner], name, dtype)
     return linears

@@ -4,7 +4,8 @@ Where an input is made by an activation that acts on each channel alone, its cha
 order of the rows that made them. With the rows in the order of the permutation, the reader gets its
 input permuted, and gathers nothing:
 
-    reader   InputQuantizer.permutation becomes folded_permutation, which is not applied
+    reader   InputQuantizer.permutation becomes folded_permutation, which is not applied; columns of
+             low_rank_down, which read x as it comes, are put in its order
     maker    LRQLinear.row_order says which canonical row each row is
 
 Both give the canonical form as before (to_state), and both can be undone without loss. The way
@@ -18,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .linear import InputQuantizer, LRQLinear
+from .input_quantizer import InputQuantizer
+from .linear import LRQLinear
 
-_BY_ROW = ("levels", "weight_scale", "bias_bits")
+_BY_ROW = ("levels", "weight_scale", "bias_bits", "low_rank_up")
 
 
 def order_rows(linear: LRQLinear, order: Tensor) -> None:
@@ -35,21 +37,24 @@ def restore_rows(linear: LRQLinear) -> None:
     """Undo order_rows, bit for bit; nothing where the rows are in their own order."""
     if linear.row_order is not None:
         for name, values in _taken(linear, linear.row_order.argsort()).items():
-            buffer = linear.get_buffer(name)
-            # A model loaded under inference_mode holds tensors that may be written there alone.
-            with torch.inference_mode(buffer.is_inference()):
-                buffer.copy_(values)
+            _write(linear.get_buffer(name), values)
         linear.row_order = None
 
 
 def fold_permutation(quantizer: InputQuantizer) -> None:
     """The input comes permuted from now on."""
     _move(quantizer, "permutation", "folded_permutation")
+    down, order = quantizer.low_rank_down, quantizer.folded_permutation
+    if down is not None and order is not None:
+        quantizer.low_rank_down = down[:, order.long()]
 
 
 def unfold_permutation(quantizer: InputQuantizer) -> None:
     """Undo fold_permutation; nothing where it was not folded."""
     if quantizer.folded_permutation is not None:
+        down = quantizer.low_rank_down
+        if down is not None:
+            _write(down, down[:, quantizer.folded_permutation.long().argsort()])
         _move(quantizer, "folded_permutation", "permutation")
 
 
@@ -81,6 +86,12 @@ def _taken(linear: LRQLinear, order: Tensor) -> dict[str, Tensor]:
         if buffer is not None:
             taken[name] = buffer[index]
     return taken
+
+
+def _write(buffer: Tensor, values: Tensor) -> None:
+    # A model loaded under inference_mode holds tensors that may be written there alone.
+    with torch.inference_mode(buffer.is_inference()):
+        buffer.copy_(values)
 
 
 def _move(quantizer: InputQuantizer, source: str, target: str) -> None:

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
-from .linear import InputQuantizer, LRQLinear, has_hooks, refuse_gradients
+from .input_quantizer import InputQuantizer
+from .linear import LRQLinear, has_hooks, refuse_gradients
 from .reference import TILE
 from .rotation import Rotation
 
@@ -31,7 +33,7 @@ _HALF_TYPES = (torch.bfloat16, torch.float16)
 def stacking_obstacle(linears: Sequence[LRQLinear]) -> str | None:
     """Why `linears` cannot be one StackedLinear, None where they can. They must be weight-only
     ones of one scheme, width, device and dtype, with an unrotated, unsmoothed input that nothing
-    else reads, and of whole tiles of channels."""
+    else reads, without a low-rank branch and of whole tiles of channels."""
     first = linears[0]
     for linear in linears:
         name = linear.parts[0][0] or "a linear"
@@ -42,6 +44,8 @@ def stacking_obstacle(linears: Sequence[LRQLinear]) -> str | None:
             return f"{name} rotates or smooths its input"
         if len(quantizer.shared.readers) > 1:
             return f"{name} shares its input"
+        if linear.has_low_rank:
+            return f"{name} has a low-rank branch"
         if linear.out_features % TILE:
             return f"{name} has {linear.out_features} channels, which are not whole tiles of {TILE}"
         mine, theirs = (
@@ -57,6 +61,15 @@ def stacking_obstacle(linears: Sequence[LRQLinear]) -> str | None:
         if mine != theirs:
             return f"{name} differs from others in scheme, width, bias, device or dtype"
     return None
+
+
+class _Kept(NamedTuple):
+    """Outputs of all linears for a vector, and which of them were given out."""
+
+    vector: Callable[[], Tensor | None]
+    version: int
+    outputs: tuple[Tensor, ...]
+    given: set[int]
 
 
 class StackedLinear(LRQLinear):
@@ -82,10 +95,7 @@ class StackedLinear(LRQLinear):
         self._forget()
 
     def _forget(self) -> None:
-        self._vector: Callable[[], Tensor | None] = _nothing
-        self._version = 0
-        self._outputs: tuple[Tensor, ...] = ()
-        self._given: set[int] = set()
+        self._kept: _Kept | None = None
         self._last: tuple[Tensor, tuple[Tensor, ...]] | None = None
 
     def read(self, index: int, vector: Tensor, prepare: Callable[[Tensor], Tensor]) -> Tensor:
@@ -96,15 +106,15 @@ class StackedLinear(LRQLinear):
         does not tell (an inference tensor has none, a CUDA graph does not count).
         """
         version = 0 if vector.is_inference() else vector._version
-        known = self._vector() is vector and self._version == version
-        if not known or index in self._given:
-            self._outputs = self(prepare(vector)).split(self._sizes, dim=-1)
-            self._vector, self._version, self._given = weakref.ref(vector), version, set()
-        output = self._outputs[index]
-        self._given.add(index)
-        if len(self._given) == len(self._sizes):
+        kept = self._kept  # looked at once: another thread may put what it reads there
+        known = kept is not None and kept.vector() is vector and kept.version == version
+        if kept is None or not known or index in kept.given:
+            outputs = self(prepare(vector)).split(self._sizes, dim=-1)
+            kept = self._kept = _Kept(weakref.ref(vector), version, outputs, set())
+        kept.given.add(index)
+        if len(kept.given) == len(self._sizes):
             self._forget()
-        return output
+        return kept.outputs[index]
 
     def by_value(self, index: int, x: Tensor) -> Tensor:
         """Linear `index` of x, computed for all linears unless x holds what the last one did: for a
@@ -117,12 +127,7 @@ class StackedLinear(LRQLinear):
 
     def __getstate__(self) -> dict:
         # As PreparedInput's: a weak reference cannot be pickled.
-        cached = {"_vector": _nothing, "_outputs": (), "_given": set(), "_last": None}
-        return {**self.__dict__, **cached}
-
-
-def _nothing() -> None:
-    return None
+        return {**self.__dict__, "_kept": None, "_last": None}
 
 
 class StackedRows(nn.Module):
@@ -210,7 +215,7 @@ def _fill(linear: LRQLinear, like: LRQLinear, parts: list[tuple[str, int]], buff
     linear.scheme, linear.dtype, linear.training = like.scheme, like.dtype, like.training
     linear.in_features, linear.parts = like.in_features, parts
     linear.out_features = sum(count for _, count in parts)
-    for name, buffer in {**buffers, "row_order": None}.items():
+    for name, buffer in {**buffers, "low_rank_up": None, "row_order": None}.items():
         linear.register_buffer(name, buffer)
     plain = InputQuantizer(like.in_features, like.scheme, None, Rotation.none())
     linear.input_quantizer = plain.join()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -150,6 +151,24 @@ def make_state(
         smooth_scale=smooth_scale,
         rotation=rotation,
         shared_input=owner,
+    )
+
+
+def with_low_rank(
+    state: LinearState,
+    rank: int,
+    *,
+    like: LinearState | None = None,
+    generator: torch.Generator | None = None,
+) -> LinearState:
+    """`state` with a random low-rank branch of about the size of its codes' weight; like: one that
+    has the same input, and so the same first factor."""
+    down = torch.randn(rank, state.in_features, generator=generator).bfloat16()
+    up = torch.randn(state.out_features, rank, generator=generator) * (0.1 / rank**0.5)
+    return dataclasses.replace(
+        state,
+        low_rank_down=down if like is None else like.low_rank_down,
+        low_rank_up=up.bfloat16(),
     )
 
 

@@ -54,6 +54,13 @@ def _parser() -> argparse.ArgumentParser:
         default="feedback",
         help="of calibrated weights: feedback runs the prompts again for second moments",
     )
+    add.add_argument(
+        "--low-rank",
+        type=int,
+        default=0,
+        metavar="R",
+        help="rank of a 16-bit branch beside the linears of each input; 0 for none",
+    )
     add.add_argument("--limit", type=int, help="use at most this many prompts")
     add.add_argument(
         "--pictures",
@@ -182,6 +189,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
         exclude=tuple(arguments.exclude),
         mode=arguments.mode,
         rounding=arguments.rounding,
+        low_rank=arguments.low_rank,
     )
     check_writable(arguments.out)
     dtype = getattr(torch, arguments.dtype)

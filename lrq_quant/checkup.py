@@ -23,6 +23,7 @@ from .folded_permutations import folded_permutations
 from .fused_blocks import fused_blocks
 from .fused_modulation import is_stacked, modulation_obstacle
 from .fused_projections import fusable_attentions, fused_projections
+from .fused_readiness import HAS_BRANCH
 from .info import MIN_CAPABILITY
 from .recipe import QuantRecipe
 
@@ -77,6 +78,9 @@ class _ModelCheck:
         schemes = Counter(linear.scheme.name for linear in self.quantized.values())
         kinds = ", ".join(f"{count} {scheme}" for scheme, count in schemes.items())
         self.lines.append(f"{title}: {len(self.quantized)} quantized linears ({kinds})")
+        ranks = [q.input_quantizer.low_rank for q in self.quantized.values() if q.has_low_rank]
+        if ranks:
+            self._say(f"{len(ranks)} of them have a low-rank branch, of rank {max(ranks)} at most")
         if (act_bits := get_act_bits(self.model)) is not None:
             self._say(f"activations run at {act_bits} bits for now (lrq_act_bits)")
         self._kernels()
@@ -137,6 +141,10 @@ class _ModelCheck:
         if not blocks:
             return
         left = {name: why for name, why in blocks.items() if why is not None}
+        branched = [f"{name}: {why}" for name, why in left.items() if why.endswith(HAS_BRANCH)]
+        if len(branched) == len(blocks):
+            self._say(f"{len(blocks)} blocks run unfused, by their own forward: {branched[0]}")
+            return
         if len(left) == len(blocks):
             self._say(f"{len(blocks)} blocks run unfused: lrq_quant.fuse_blocks(model)")
             return

@@ -16,7 +16,7 @@ from lrq_kernels.checkpoint import CheckpointError
 
 from .auto_family import family_by_names
 from .families import find_family
-from .recipe import QuantPlan, QuantRecipe
+from .recipe import QuantPlan, QuantRecipe, check_low_rank
 from .recipe_patterns import matching, schemes_by_name
 
 logger = logging.getLogger(__name__)
@@ -37,8 +37,9 @@ class LRQConfig(QuantizationConfigMixin):
     scheme: of attention and feed-forward linears, as "w4a8" or a QuantScheme; modulation: of the
     adaLN linears, None to keep them. modules_to_not_convert and the keys of overrides are fnmatch
     patterns on full module names; a pattern that matches a module holds for every linear in it.
-    overrides: pattern -> scheme, or None to keep; the first that matches wins. Of a checkpoint that
-    is quantized already this is a description: the file says what its linears are.
+    overrides: pattern -> scheme, or None to keep; the first that matches wins. low_rank: as in
+    QuantRecipe. Of a checkpoint that is quantized already this is a description: the file says what
+    its linears are. format_version: by default the one that such a checkpoint has.
 
     Raises TypeError for an unknown argument and ValueError for a bad scheme, CheckpointError for a
     format version that this package does not read.
@@ -51,18 +52,22 @@ class LRQConfig(QuantizationConfigMixin):
         modulation: Scheme = "w4a16",
         modules_to_not_convert: Sequence[str] | None = None,
         overrides: Mapping[str, Scheme] | None = None,
-        format_version: int = checkpoint.VERSION,
+        low_rank: int = 0,
+        format_version: int | None = None,
         quant_method: str = checkpoint.FORMAT,
     ) -> None:
         if quant_method != checkpoint.FORMAT:
             raise ValueError(
                 f"LRQConfig: quant_method must be {checkpoint.FORMAT!r}, got {quant_method!r}"
             )
-        if format_version != checkpoint.VERSION:
+        if format_version is None:
+            format_version = checkpoint.version_with(["low_rank_up"] if low_rank else [])
+        if format_version not in checkpoint.VERSIONS:
+            known = " and ".join(map(str, checkpoint.VERSIONS))
             raise CheckpointError(
-                f"LRQConfig: format version {format_version}; this package reads version "
-                f"{checkpoint.VERSION}"
+                f"LRQConfig: format version {format_version}; this package reads versions {known}"
             )
+        check_low_rank(low_rank, "LRQConfig")
         if isinstance(modules_to_not_convert, str):
             raise TypeError("LRQConfig: modules_to_not_convert must be a list of patterns")
         block = _scheme(scheme)
@@ -74,13 +79,14 @@ class LRQConfig(QuantizationConfigMixin):
         self.modulation = _scheme(modulation, rotation="none")
         self.modules_to_not_convert = list(modules_to_not_convert or ())
         self.overrides = {name: _scheme(value) for name, value in (overrides or {}).items()}
+        self.low_rank = low_rank
 
     @classmethod
     def from_dict(
         cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
         """Inverse of to_dict. A key that this version does not know is left out with a warning."""
-        known = set(cls().to_dict())
+        known = {*cls().to_dict(), "low_rank"}
         values = {**config_dict, **kwargs}
         unknown = {key: values.pop(key) for key in sorted(set(values) - known)}
         if unknown:
@@ -96,10 +102,13 @@ class LRQConfig(QuantizationConfigMixin):
             modulation=recipe["modulation"],
             modules_to_not_convert=list(recipe["exclude"]),
             overrides=dict(recipe["overrides"]),
+            low_rank=recipe.get("low_rank", 0),
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Plain JSON values. Without a low-rank branch its rank is left out: readers of format
+        version 1 do not know it."""
+        branch = {"low_rank": self.low_rank} if self.low_rank else {}
         return {
             "quant_method": self.quant_method.value,
             "format_version": self.format_version,
@@ -107,13 +116,14 @@ class LRQConfig(QuantizationConfigMixin):
             "modulation": _plain(self.modulation, rotation="none"),
             "modules_to_not_convert": list(self.modules_to_not_convert),
             "overrides": {name: _plain(scheme) for name, scheme in self.overrides.items()},
+            **branch,
         }
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What differs from the defaults; __repr__ and to_json_string of the base class use it."""
         default = LRQConfig().to_dict()
         values = self.to_dict().items()
-        return {k: v for k, v in values if k == "quant_method" or v != default[k]}
+        return {k: v for k, v in values if k == "quant_method" or v != default.get(k)}
 
     def recipe(self, model: nn.Module, keep: Iterable[str] = ()) -> QuantRecipe:
         """The recipe for `model`, patterns resolved to names. keep: names of modules, anywhere in
@@ -137,6 +147,7 @@ class LRQConfig(QuantizationConfigMixin):
             modulation=self.modulation,
             exclude=tuple(dict.fromkeys(exclude)),
             overrides=schemes_by_name(self.overrides, linears),
+            low_rank=self.low_rank,
             family=family,
         )
 

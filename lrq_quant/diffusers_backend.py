@@ -86,7 +86,7 @@ class LRQQuantizer(DiffusersQuantizer):
             recipe = self.quantization_config.recipe(model, keep_in_fp32_modules or ())
             plan = recipe.resolve(model)
             logger.info(plan.summary())
-            self._dense_loader = DenseLoader(plan, recipe.search.seed)
+            self._dense_loader = DenseLoader(plan, recipe)
         model.config.quantization_config = self.quantization_config
 
     def _expect(self, model: nn.Module, header: Header) -> None:

@@ -20,6 +20,8 @@ from torch import nn
 from lrq_kernels import LRQLinear
 from lrq_kernels.row_order import restore_order
 
+# Of a linear that reads its input as it comes, which a fused norm or gate never makes.
+HAS_BRANCH = "has a low-rank branch"
 # Attributes of diffusers' modules, other than modules, that decide how a block runs.
 _ATTRIBUTES = ("training", "processor", "_chunk_size")
 
@@ -36,6 +38,8 @@ def obstacle(block: nn.Module, quantized: tuple[str, ...]) -> str | None:
             return f"{name} is a {type(linear).__name__}"
         if linear.input_quantizer.act_bits == 16:
             return f"{name} runs with 16 bit activations"
+        if linear.has_low_rank:
+            return f"{name} {HAS_BRANCH}"
     if block.training:
         return "it is in training mode"
     if torch.compiler.is_compiling():

@@ -150,7 +150,7 @@ def _summary(report: QuantReport) -> Markup:
     mode = f"{report.recipe.get('mode', '?')}, rounding {report.recipe.get('rounding', '?')}"
     cards = [
         (", ".join(schemes) or "-", ", ".join(f"{n} x {s}" for s, n in schemes.items())),
-        (f"{report.weight_bits:.3f}", "bits per weight, codebooks, scales and rotations included"),
+        (f"{report.weight_bits:.3f}", f"bits per weight, {report.bits_include}"),
         (
             f"{report.coverage:.2%}",
             f"of linear weights quantized: {_count(report.weights)} in {len(report.linears)} "

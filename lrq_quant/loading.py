@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,10 @@ from lrq_kernels import InputQuantizer, LRQLinear
 from lrq_kernels.checkpoint import FIELDS, CheckpointError, Header, LinearState
 from lrq_kernels.loader import build_linears
 
+from .calibration import name_seed
+from .low_rank import low_rank_branch
 from .pipeline import quantize_linear
-from .recipe import InputGroup, LinearPlan, QuantPlan
+from .recipe import InputGroup, LinearPlan, QuantPlan, QuantRecipe
 from .rotation_search import RotationChoice, data_free_rotation
 
 
@@ -23,7 +26,8 @@ class PendingLinear(nn.Module):
     def __init__(self, name: str, header: Header) -> None:
         super().__init__()
         facts = header.layers[name]
-        sizes = (facts["out_features"], facts["in_features"], facts["weight_bits"])
+        keys = ("out_features", "in_features", "weight_bits")
+        sizes = (*(facts[key] for key in keys), facts.get("low_rank", 0))
         for field in header.fields(name):
             spec = FIELDS[field]
             empty = torch.empty(spec.shape(*sizes), dtype=spec.dtype, device="meta")
@@ -60,15 +64,21 @@ def dense_linear(linear: LRQLinear) -> nn.Linear:
 class DenseLoader:
     """Quantizes the linears of a plan one by one as their tensors are read.
 
-    Data-free: the rotation of a group follows from its name, so its members need not meet.
+    Data-free: the rotation of a group follows from its name, so its members need not meet. For a
+    low-rank branch, which is of all their weights, they wait for the last of them.
     """
 
-    def __init__(self, plan: QuantPlan, seed: int) -> None:
+    def __init__(self, plan: QuantPlan, recipe: QuantRecipe) -> None:
         self.linears: dict[str, tuple[InputGroup, LinearPlan]] = {
             linear.name: (group, linear) for group in plan.groups for linear in group.linears
         }
-        self._seed = seed
+        self._recipe = recipe
         self._inputs: dict[str, tuple[RotationChoice, InputQuantizer]] = {}
+
+    def together(self, name: str) -> list[LinearPlan]:
+        """The linears that are finished with linear `name`, itself included."""
+        group, linear = self.linears[name]
+        return list(group.linears) if self._recipe.low_rank_of(group) else [linear]
 
     def finish(
         self,
@@ -78,39 +88,57 @@ class DenseLoader:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """Replace linear `name` once its weight, and its bias if it has one, are in `arrived`."""
-        has_bias = model.get_submodule(name).bias is not None
-        names = [f"{name}.weight", f"{name}.bias"] if has_bias else [f"{name}.weight"]
-        if not all(n in arrived for n in names):
+        """Replace linear `name`, and those that are finished with it, once the weights of all, and
+        their biases where they have one, are in `arrived`."""
+        members, group = self.together(name), self.linears[name][0]
+        names = {member.name: _tensor_names(model, member.name) for member in members}
+        if not all(n in arrived for of_member in names.values() for n in of_member):
             return
-        weight, bias = arrived.pop(names[0]), arrived.pop(names[1]) if has_bias else None
-        group, linear = self.linears[name]
-        if tuple(weight.shape) != (linear.out_features, linear.in_features):
-            raise CheckpointError(
-                f"{name}.weight must be {[linear.out_features, linear.in_features]} as in the "
-                f"model, the checkpoint has {list(weight.shape)}"
-            )
         work = working_device(device)
-        choice, shared = self._input(group, device)
+        weights, biases = [], []
+        for member in members:
+            weight, *bias = (arrived.pop(n).to(work) for n in names[member.name])
+            if tuple(weight.shape) != (member.out_features, member.in_features):
+                raise CheckpointError(
+                    f"{member.name}.weight must be {[member.out_features, member.in_features]} as "
+                    f"in the model, the checkpoint has {list(weight.shape)}"
+                )
+            weights.append(weight)
+            biases.append(bias[0] if bias else None)
+        branch, rests = None, weights
+        if rank := self._recipe.low_rank_of(group):
+            seed = name_seed(group.name, self._recipe.search.seed)
+            try:
+                branch = low_rank_branch(weights, rank, seed=seed)
+            except ValueError as error:
+                raise ValueError(f"{', '.join(names)}: {error}") from error
+            rests = branch.rest(weights)
+        choice, shared = self._input(group, device, None if branch is None else branch.down)
         choice = choice.to(work)
-        try:
-            state = quantize_linear(
-                weight.to(work),
-                None if bias is None else bias.to(work),
-                choice.scheme(linear.scheme),
-                rotation=choice.rotation,
-            )
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        model.set_submodule(name, LRQLinear.from_state(state, shared, name, dtype).to(device))
+        for i, member in enumerate(members):
+            try:
+                state = quantize_linear(
+                    rests[i], biases[i], choice.scheme(member.scheme), rotation=choice.rotation
+                )
+            except ValueError as error:
+                raise ValueError(f"{member.name}: {error}") from error
+            if branch is not None:
+                state = replace(state, low_rank_down=branch.down, low_rank_up=branch.ups[i])
+            linear = LRQLinear.from_state(state, shared, member.name, dtype)
+            model.set_submodule(member.name, linear.to(device))
 
     def _input(
-        self, group: InputGroup, device: torch.device
+        self, group: InputGroup, device: torch.device, down: Tensor | None
     ) -> tuple[RotationChoice, InputQuantizer]:
         if group.name not in self._inputs:
-            first = group.linears[0]
-            choice = data_free_rotation(first.name, first.in_features, first.scheme, self._seed)
+            first, seed = group.linears[0], self._recipe.search.seed
+            choice = data_free_rotation(first.name, first.in_features, first.scheme, seed)
             scheme = choice.scheme(first.scheme)
-            shared = InputQuantizer(first.in_features, scheme, None, choice.rotation).to(device)
-            self._inputs[group.name] = (choice, shared)
+            shared = InputQuantizer(first.in_features, scheme, None, choice.rotation, down)
+            self._inputs[group.name] = (choice, shared.to(device))
         return self._inputs[group.name]
+
+
+def _tensor_names(model: nn.Module, name: str) -> list[str]:
+    has_bias = model.get_submodule(name).bias is not None
+    return [f"{name}.weight", f"{name}.bias"] if has_bias else [f"{name}.weight"]

@@ -25,7 +25,8 @@ from .recipe import QuantRecipe
 # Arguments of one forward of the model.
 Call = tuple[tuple, dict[str, Any]]
 Errors = dict[str, dict[int, float]]  # linear -> width -> error
-_SHARED_FIELDS = ("bias", "smooth_scale", "signs", "permutation", "rotation_matrices")
+# The same at every width, and not what a budget is about; a low-rank branch was chosen to be paid.
+_NOT_COUNTED = ("bias", "smooth_scale", "signs", "permutation", "rotation_matrices")
 
 
 @torch.no_grad()
@@ -85,11 +86,12 @@ def sensitivities(
 
 
 def code_costs(states: Mapping[int, Mapping[str, LinearState]]) -> dict[str, dict[int, int]]:
-    """Bits of codes, levels and scales of each varied linear at each width."""
+    """Bits of codes, levels, scales and low-rank branch (its first factor counts at the linear that
+    stores the input) of each varied linear at each width."""
     costs: dict[str, dict[int, int]] = {}
     for name in _varied_linears(states):
         costs[name] = {
-            width: sum(n for key, n in stored_bits(s[name]).items() if key not in _SHARED_FIELDS)
+            width: sum(n for key, n in stored_bits(s[name]).items() if key not in _NOT_COUNTED)
             for width, s in states.items()
         }
     return costs

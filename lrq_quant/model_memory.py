@@ -15,16 +15,19 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from lrq_kernels import InputQuantizer, LRQLinear
 
 PACKED, LEVELS, ROTATIONS = "packed weights", "levels, scales, biases", "smoothing and rotations"
+BRANCHES = "low-rank branches"
 _KIND_OF_BUFFER = {
     (LRQLinear, "packed_weight"): PACKED,
     (LRQLinear, "levels"): LEVELS,
     (LRQLinear, "weight_scale"): LEVELS,
     (LRQLinear, "bias_bits"): LEVELS,
+    (LRQLinear, "low_rank_up"): BRANCHES,
     (LRQLinear, "row_order"): ROTATIONS,
     (InputQuantizer, "channel_scale"): ROTATIONS,
     (InputQuantizer, "permutation"): ROTATIONS,
     (InputQuantizer, "folded_permutation"): ROTATIONS,
     (InputQuantizer, "matrices"): ROTATIONS,
+    (InputQuantizer, "low_rank_down"): BRANCHES,
 }
 
 
@@ -34,8 +37,8 @@ def tensor_bytes(model: nn.Module) -> int:
 
 
 def memory_by_kind(model: nn.Module) -> dict[str, int]:
-    """Kind -> bytes: of quantized linears packed weights, levels, rotations; all else by its dtype,
-    as "bfloat16"."""
+    """Kind -> bytes: of quantized linears packed weights, levels, rotations, low-rank branches; all
+    else by its dtype, as "bfloat16"."""
     kinds: dict[str, int] = {}
     seen: set[tuple[torch.device, int]] = set()
     for module, name, tensor in _own_tensors(model):

@@ -1,4 +1,5 @@
-"""Quantizing a linear and a model: statistics -> rotation -> twin-log fit -> codes -> checkpoint.
+"""Quantizing a linear and a model: statistics -> [low-rank branch ->] rotation -> twin-log fit ->
+codes -> checkpoint.
 
 Linears are handled one input group at a time on the device of their weight, so the working set is a
 few copies of one weight in fp32.  With a work folder every finished group, and the statistics, are
@@ -28,11 +29,12 @@ from lrq_kernels.rotation import Rotation
 from lrq_kernels.scheme import QuantScheme
 
 from .auto_family import with_family
-from .calibration import ActivationStats, Progress
+from .calibration import ActivationStats, Progress, name_seed
 from .error_feedback import codebook_nearest
 from .full_precision import full_precision
 from .input_makers import makers_by_name
 from .layer_statistics import ChannelSpread, WeightHistogram
+from .low_rank import LowRankBranch, low_rank_branch
 from .model_stats import GramPasses, calibrate, check_stats, strided_sample
 from .quantized_input import QuantizedInput
 from .recipe import InputGroup, LinearPlan, QuantPlan, QuantRecipe
@@ -110,10 +112,12 @@ def quantize_model(
 
     A model of an unknown family is watched for one forward of run (auto_family).
 
-    Raises before anything is written: ValueError for such a model without run, NaN or inf
-    weights and parameters on the meta device (naming the tensor), or missing statistics; OSError
+    Raises before anything is written: ValueError for such a model, or prompts, without run, NaN or
+    inf weights and parameters on the meta device (naming the tensor), or missing statistics; OSError
     for a work folder that cannot be written.  The model is not changed.
     """
+    if prompts and run is None:
+        raise ValueError("quantize_model: run must be given with prompts, it draws them, got None")
     recipe = recipe or QuantRecipe()
     started = time.perf_counter()
     with alone() if work_folder is None else processes() as shards:
@@ -232,8 +236,20 @@ class _Sample:
         return (self.quantized - self.exact).mean(0)
 
 
+@dataclass(frozen=True)
+class _Member:
+    """One linear of a group on the working device: weight and bias of the model, and what of the
+    weight is quantized: all of it, or what a low-rank branch leaves."""
+
+    plan: LinearPlan
+    weight: Tensor
+    rest: Tensor
+    bias: Tensor | None
+
+
 class _GroupJob:
-    """Everything about the linears of one input: choose the rotation, quantize, measure."""
+    """Everything about the linears of one input: take off the low-rank branch, choose the rotation,
+    quantize, measure."""
 
     def __init__(
         self,
@@ -271,35 +287,58 @@ class _GroupJob:
     @torch.no_grad()
     @full_precision()
     def run(self) -> tuple[dict[str, LinearState], list[LinearReport]]:
-        choice = self._choose().to(self.device)
+        weights = [module.weight.detach().to(self.device) for module in self.modules]
+        branch = self._branch(weights)
+        members = self._members(weights, weights if branch is None else branch.rest(weights))
+        choice = self._choose(members).to(self.device)
         sample = self._sampled_tokens(choice)
         quantized_input = self._quantized_input(choice)
         # One copy for all members, as they are stored.
         kept = choice.to("cpu")
+        down = None if branch is None else branch.down.cpu()
         states, reports = {}, []
-        for linear, module in zip(self.group.linears, self.modules, strict=True):
-            state, report = self._quantize(linear, module, choice, sample, quantized_input)
+        for i, member in enumerate(members):
+            state, measured = self._quantize(member, choice, sample, quantized_input)
             # The working device may be a GPU with no room for all results.
-            states[linear.name] = replace(
-                state.to("cpu"), smooth_scale=kept.smooth_scale, rotation=kept.rotation
+            state = replace(
+                state.to("cpu"),
+                smooth_scale=kept.smooth_scale,
+                rotation=kept.rotation,
+                low_rank_down=down,
+                low_rank_up=None if branch is None else branch.ups[i].cpu(),
             )
-            reports.append(report)
+            channels = None if self.stats is None else ChannelSpread.of(self.stats)
+            states[member.plan.name] = state
+            reports.append(LinearReport.of(member.plan, state, choice, measured, channels))
         logger.info("%s: %s (%s)", self.group.name, choice.label, choice.why)
         return states, reports
 
-    def _choose(self) -> RotationChoice:
+    def _branch(self, weights: list[Tensor]) -> LowRankBranch | None:
+        rank = self.recipe.low_rank_of(self.group)
+        if rank == 0:
+            return None
+        rms = None if self.stats is None else self.stats.rms
+        seed = name_seed(self.group.name, self.recipe.search.seed)
+        return low_rank_branch(weights, rank, rms, seed=seed)
+
+    def _members(self, weights: list[Tensor], rests: list[Tensor]) -> list[_Member]:
+        biases = [
+            None if module.bias is None else module.bias.detach().to(self.device)
+            for module in self.modules
+        ]
+        linears = self.group.linears
+        return [_Member(*of) for of in zip(linears, weights, rests, biases, strict=True)]
+
+    def _choose(self, members: list[_Member]) -> RotationChoice:
         first = self.group.linears[0]
         search = self.recipe.search
         if self.stats is None:
             return data_free_rotation(first.name, first.in_features, first.scheme, search.seed)
-        weights = [module.weight.detach().to(self.device) for module in self.modules]
         if self.recipe.mode == "paper":
-            return choose_rotation_paper(self.stats, weights, search)
+            return choose_rotation_paper(self.stats, [member.rest for member in members], search)
         linears = [
-            SearchedLinear(weight, linear.scheme, self._corrects(module))
-            for weight, linear, module in zip(
-                weights, self.group.linears, self.modules, strict=True
-            )
+            SearchedLinear(member.rest, member.plan.scheme, self._corrects(member))
+            for member in members
         ]
         return choose_rotation(self.stats, linears, search, first_made=self.first_made)
 
@@ -320,12 +359,12 @@ class _GroupJob:
             passes=recipe.refinement,
         )
 
-    def _corrects(self, module: nn.Linear) -> bool:
+    def _corrects(self, member: _Member) -> bool:
         return (
             self.recipe.bias_correction
             and self.recipe.mode == "default"
             and self.stats is not None
-            and module.bias is not None
+            and member.bias is not None
         )
 
     def _sampled_tokens(self, choice: RotationChoice) -> _Sample | None:
@@ -341,18 +380,17 @@ class _GroupJob:
 
     def _quantize(
         self,
-        linear: LinearPlan,
-        module: nn.Linear,
+        member: _Member,
         choice: RotationChoice,
         sample: _Sample | None,
         quantized_input: QuantizedInput | None,
-    ) -> tuple[LinearState, LinearReport]:
-        weight = module.weight.detach().to(self.device)
-        bias = None if module.bias is None else module.bias.detach().to(self.device)
+    ) -> tuple[LinearState, MeasuredLinear]:
+        """What is coded of the linear, without its branch."""
+        name = member.plan.name
         state = quantize_linear(
-            weight,
-            bias,
-            choice.scheme(linear.scheme),
+            member.rest,
+            member.bias,
+            choice.scheme(member.plan.scheme),
             smooth_scale=choice.smooth_scale,
             rotation=choice.rotation,
             quantized_input=quantized_input,
@@ -361,12 +399,10 @@ class _GroupJob:
         )
         if quantized_input is None and sample is not None and self.recipe.mode != "paper":
             state = replace(state, weight_scale=state.weight_scale / sample.kept_gain)
-        shared = None if linear.name == self.group.name else self.group.name
+        shared = None if name == self.group.name else self.group.name
         state = replace(state, shared_input=shared)
-        state, offset = self._corrected(state, module, weight, sample, quantized_input)
-        measured = self._measure(state, weight, sample, offset)
-        channels = None if self.stats is None else ChannelSpread.of(self.stats)
-        return state, LinearReport.of(linear, state, choice, measured, channels)
+        state, offset = self._corrected(state, member, sample, quantized_input)
+        return state, self._measure(state, member, sample, offset)
 
     def _importance(self, choice: RotationChoice, sample: _Sample | None) -> Tensor | None:
         """E[x_k^2] of the rotated input; exact over all tokens where nothing is rotated."""
@@ -380,20 +416,19 @@ class _GroupJob:
     def _corrected(
         self,
         state: LinearState,
-        module: nn.Linear,
-        weight: Tensor,
+        member: _Member,
         sample: _Sample | None,
         quantized_input: QuantizedInput | None,
     ) -> tuple[LinearState, Tensor | None]:
         """The state with its bias taking up the mean error, and what was added to it."""
-        if self.stats is None or sample is None or state.bias is None or not self._corrects(module):
+        if self.stats is None or sample is None or state.bias is None or not self._corrects(member):
             return state, None
-        rotated = _rotated_weight(weight, state.smooth_scale, state.rotation)
+        rotated = _rotated_weight(member.rest, state.smooth_scale, state.rotation)
         decoded = _decoded_weight(state)
         if quantized_input is not None:
             offset = quantized_input.bias_offset(rotated, decoded)
         else:
-            mean = self.stats.mean.to(weight.device)
+            mean = self.stats.mean.to(self.device)
             if state.smooth_scale is not None:
                 mean = mean * state.smooth_scale
             mean = state.rotation.apply(mean)
@@ -401,19 +436,24 @@ class _GroupJob:
         return replace(state, bias=state.bias + offset), offset
 
     def _measure(
-        self, state: LinearState, weight: Tensor, sample: _Sample | None, offset: Tensor | None
+        self, state: LinearState, member: _Member, sample: _Sample | None, offset: Tensor | None
     ) -> MeasuredLinear:
         """Weight SQNR in the rotated domain, in which the original one equals it when nothing is
-        smoothed; output SQNR on the sampled tokens, offset being what the bias took up."""
-        rotated = _rotated_weight(weight, state.smooth_scale, state.rotation)
+        smoothed; output SQNR on the sampled tokens, offset being what the bias took up.  A branch
+        makes no error: errors are those of the rest, powers those of the whole."""
+        rotated = _rotated_weight(member.rest, state.smooth_scale, state.rotation)
+        whole = rotated
+        if member.rest is not member.weight:
+            whole = _rotated_weight(member.weight, state.smooth_scale, state.rotation)
         decoded = _decoded_weight(state)
         error = rotated - decoded
-        weight_db = _decibel(rotated.double().square().sum(), error.double().square().sum())
+        weight_db = _decibel(whole.double().square().sum(), error.double().square().sum())
         histogram = WeightHistogram.of(rotated, state)
         if sample is None:
             return MeasuredLinear(weight_db, None, histogram)
-        exact = sample.exact[:_OUTPUT_ROWS] @ rotated.T
-        missing = exact - sample.quantized[:_OUTPUT_ROWS] @ decoded.T
+        tokens = sample.exact[:_OUTPUT_ROWS]
+        exact = tokens @ whole.T
+        missing = tokens @ rotated.T - sample.quantized[:_OUTPUT_ROWS] @ decoded.T
         if offset is not None:
             missing -= offset
         signal, noise = exact.double().square().sum(), missing.double().square().sum()

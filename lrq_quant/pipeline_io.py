@@ -212,6 +212,8 @@ def quantize_pipeline(
         run_key = _run_key(pipeline, names, call_options)
         recipe = replace(recipe, calibration=replace(recipe.calibration, run_key=run_key))
         drawn = list(prompts or ())[:pictures] if shards.rank == 0 else []
+        # Of an offloaded pipeline the GPU, where the weights are not.
+        device = getattr(pipeline, "_execution_device", None)
         comparison = PictureComparison(pipeline, names, drawn, call_options, progress)
         if drawn:
             comparison.draw_before()
@@ -222,6 +224,7 @@ def quantize_pipeline(
                 run=None if prompts is None else run,
                 prompts=prompts or (),
                 work_folder=_work_folder(out, name),
+                device=device,
                 progress=progress,
             )
             for name in names

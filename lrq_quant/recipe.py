@@ -25,6 +25,12 @@ ROUNDINGS = ("feedback", "nearest")
 K_MULTIPLE = 32
 
 
+def check_low_rank(low_rank: int, where: str) -> None:
+    """Raise ValueError, naming `where`, unless `low_rank` is a rank, or 0 for no branch."""
+    if not isinstance(low_rank, int) or isinstance(low_rank, bool) or low_rank < 0:
+        raise ValueError(f"{where}: low_rank must be a whole number from 0 on, got {low_rank!r}")
+
+
 @dataclass(frozen=True)
 class CalibrationOptions:
     """batch_size: prompts per run; sample_rows: token rows kept per input for the rotation search;
@@ -85,7 +91,9 @@ class QuantRecipe:
     (W - W^) E[x] to the bias of linears that have one (calibrated, mode "default" only).  rounding
     "feedback" rounds each weight with error feedback over its quantized input, damped by that share
     of the input's mean power, and refined in so many passes (calibrated, mode "default"); "nearest"
-    rounds each weight by itself.  family describes a model unknown to lrq_quant.families."""
+    rounds each weight by itself.  low_rank: rank of a 16-bit branch beside the linears of every
+    input but modulation (module low_rank), 0 for none; not in mode "paper".  family describes a
+    model unknown to lrq_quant.families."""
 
     block: QuantScheme = QuantScheme(weight_bits=4, act_bits=8)
     modulation: QuantScheme | None = QuantScheme(weight_bits=4, act_bits=16, rotation="none")
@@ -97,6 +105,7 @@ class QuantRecipe:
     rounding: str = "feedback"
     damping: float = 0.01
     refinement: int = 1
+    low_rank: int = 0
     family: Family | None = None
     search: SearchOptions = field(default_factory=SearchOptions)
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
@@ -112,6 +121,11 @@ class QuantRecipe:
             raise ValueError(
                 "QuantRecipe: damping and refinement must not be negative, "
                 f"got {self.damping} and {self.refinement}"
+            )
+        check_low_rank(self.low_rank, "QuantRecipe")
+        if self.low_rank and self.mode == "paper":
+            raise ValueError(
+                f"QuantRecipe: low_rank must be 0 in mode 'paper', got {self.low_rank}"
             )
         for argument in ("include", "exclude"):
             if isinstance(getattr(self, argument), str):
@@ -130,6 +144,12 @@ class QuantRecipe:
     def needs_gram(self) -> bool:
         """Whether a calibrated run needs the gram matrices of the inputs."""
         return self.mode == "default" and self.rounding == "feedback"
+
+    def low_rank_of(self, group: InputGroup) -> int:
+        """Rank of the branch of one input: no more than the stacked weights of its linears have."""
+        if group.linears[0].role == MODULATION:
+            return 0  # one row a sample: its launch decodes weights, a branch would be two more
+        return min(self.low_rank, group.in_features, group.weights // group.in_features)
 
     def resolve(self, model: nn.Module, family: Family | None = None) -> QuantPlan:
         """The plan for `model`; it may live on the meta device.  The family is the given one, the

@@ -18,11 +18,11 @@ from .rotation_search import PERMUTED, PERMUTED_PART, RotationChoice
 
 @dataclass(frozen=True)
 class LinearReport:
-    """One linear.  stored_bits: codes, levels and scales, and at the owner of a shared input its
-    smoothing and rotation; without the bias, which the model had before.  weight_sqnr_db is of the
-    rotated, smoothed weight; output_sqnr_db of sampled tokens, None without calibration.  channels
-    are those of the shared input, None without calibration; reports of older versions have neither
-    histogram nor channels."""
+    """One linear.  stored_bits: codes, levels and scales, its own factor of a low-rank branch, and
+    at the owner of a shared input its smoothing, rotation and factor; without the bias, which the
+    model had before.  weight_sqnr_db is of the rotated, smoothed weight; output_sqnr_db of sampled
+    tokens, None without calibration.  channels are those of the shared input, None without
+    calibration; reports of older versions have neither histogram nor channels."""
 
     name: str
     role: str
@@ -170,6 +170,13 @@ class QuantReport:
         return sum(linear.stored_bits for linear in self.linears) / max(1, self.weights)
 
     @property
+    def bits_include(self) -> str:
+        """What weight_bits holds beside codes, in words."""
+        rank = self.recipe.get("low_rank", 0)
+        branches = f", branches of rank {rank}" if rank else ""
+        return f"codebooks, scales{branches} and rotations included"
+
+    @property
     def gathered(self) -> tuple[str, ...]:
         """Shared inputs that a permutation in front of the block Hadamard reorders at run time: it
         cannot be folded into what makes them. ("dual" permutes between its factors.)"""
@@ -268,8 +275,8 @@ class QuantReport:
         kept = sum(linear.weights for linear in self.kept)
         return (
             f"{self.model_class}: {len(self.linears)} linears quantized, "
-            f"{self.weights / 1e6:.2f} M weights at {self.weight_bits:.3f} bits, codebooks, "
-            f"scales and rotations included; coverage {self.coverage:.2%} of linear weights; "
+            f"{self.weights / 1e6:.2f} M weights at {self.weight_bits:.3f} bits, "
+            f"{self.bits_include}; coverage {self.coverage:.2%} of linear weights; "
             f"{len(self.kept)} linears ({kept / 1e6:.2f} M) stay"
         )
 

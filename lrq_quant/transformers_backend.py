@@ -74,7 +74,7 @@ class LRQHfQuantizer(HfQuantizer):
         if not plan.linears:
             raise ValueError(f"lrq: nothing to quantize in {plan.summary()}")
         logger.info(plan.summary())
-        self._dense_loader = DenseLoader(plan, recipe.search.seed)
+        self._dense_loader = DenseLoader(plan, recipe)
         _never_initialize(model, self._dense_loader.linears)
 
     def _expect(self, model: Any, header: Header) -> None:
@@ -111,7 +111,8 @@ class LRQHfQuantizer(HfQuantizer):
         self._arrived[name] = value
         layer = name.rpartition(".")[0]
         self._dense_loader.finish(model, layer, self._arrived, value.device, self._dtype)
-        _never_initialize(model, [layer])
+        together = self._dense_loader.together(layer)
+        _never_initialize(model, [linear.name for linear in together])
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self._arrived:

@@ -264,8 +264,8 @@ def rewrite(file: Path, change: Callable[[Contents], None], *, forge: bool = Tru
 
 
 def test_a_newer_version_is_refused_and_both_are_named(file: Path):
-    rewrite(file, lambda c: c["metadata"].update(version="2", new="field"), forge=False)
-    with pytest.raises(CheckpointError, match="format version 2; this package reads version 1"):
+    rewrite(file, lambda c: c["metadata"].update(version="3", new="field"), forge=False)
+    with pytest.raises(CheckpointError, match="version 3; this package reads versions 1 and 2"):
         load(file)
 
 

@@ -26,6 +26,7 @@ from lrq_kernels import (
     unpack_codes,
 )
 from lrq_kernels import reference as R
+from lrq_kernels.input_quantizer import Prepared, PreparedInput
 from lrq_kernels.linear import split_linear
 from lrq_kernels.testing import assert_at_most_twice, make_state, relative_error
 
@@ -573,3 +574,26 @@ def test_shared_input_on_the_gpu(scheme: QuantScheme, prepared: list[weakref.ref
     prepared.clear()
     assert equal_lists([linear(x) for linear in linears], expected)
     assert len(prepared) == 1
+
+
+def test_a_reader_gets_its_own_input_whoever_reads_meanwhile():
+    """As where another thread runs the model between the computation and its use."""
+    shared = PreparedInput(8)
+
+    class Readers(list):
+        """Its length is asked for within a read."""
+
+        def __len__(self) -> int:
+            if self.other is not None:
+                x, self.other = self.other, None
+                assert shared.read(x, prepare).tokens is x
+            return 2
+
+    def prepare(x: torch.Tensor) -> Prepared:
+        return Prepared(x, None, None)
+
+    shared.readers = readers = Readers()
+    for _ in range(3):
+        x, readers.other = torch.randn(2), torch.randn(2)
+        assert shared.read(x, prepare).tokens is x
+        assert shared.read(x, prepare).tokens is x

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from tiny_models import flux_inputs, linears, tiny_flux, tiny_pipeline, tiny_pixart
 
 from lrq_kernels.checkpoint import CheckpointError
-from lrq_quant import QuantRecipe, check, quantize_model
+from lrq_quant import QuantRecipe, check, pipeline_io, quantize_model
 from lrq_quant.demo.pipeline import ShapesPipeline, prompt_generators
 from lrq_quant.model_stats import strided_sample
 from lrq_quant.pipeline_io import (
@@ -179,6 +179,22 @@ def test_a_pipeline_without_a_transformer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="ShapesPipeline must have a component 'transformer', got"):
         quantize_pipeline(pipeline, WEIGHTS_ONLY, None, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_offloaded_pipeline_is_quantized_where_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stopped(Exception): ...
+
+    def stop(*_: object, device: object, **__: object) -> None:
+        raise Stopped(device)
+
+    pipeline = tiny_pipeline()
+    gpu = property(lambda self: torch.device("cuda:1"))
+    monkeypatch.setattr(type(pipeline), "_execution_device", gpu)
+    monkeypatch.setattr(pipeline_io, "quantize_model", stop)
+    with pytest.raises(Stopped, match="cuda:1"):
+        quantize_pipeline(pipeline, WEIGHTS_ONLY, None, tmp_path / "out")
 
 
 def test_what_a_killed_save_left_goes_with_the_next(tmp_path: Path) -> None:
