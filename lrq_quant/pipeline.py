@@ -113,8 +113,8 @@ def quantize_model(
     A model of an unknown family is watched for one forward of run (auto_family).
 
     Raises before anything is written: ValueError for such a model, or prompts, without run, NaN or
-    inf weights and parameters on the meta device (naming the tensor), or missing statistics; OSError
-    for a work folder that cannot be written.  The model is not changed.
+    inf weights and parameters on the meta device (naming the tensor), or missing statistics;
+    OSError for a work folder that cannot be written.  The model is not changed.
     """
     if prompts and run is None:
         raise ValueError("quantize_model: run must be given with prompts, it draws them, got None")
