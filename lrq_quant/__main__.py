@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 DTYPES = ("bfloat16", "float16", "float32")
+# Of a video that is drawn; pipelines do not say it, Wan's models are made for this.
+FRAMES_A_SECOND = 16
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,7 +79,12 @@ def _parser() -> argparse.ArgumentParser:
     add = commands.add_parser("generate", help="draw pictures with a pipeline, quantized or not")
     add.add_argument("model", help="hub id or local folder")
     add.add_argument("--prompt", action="append", required=True, help="repeat for several pictures")
-    add.add_argument("--out", type=Path, required=True, help="a .png file, or a folder")
+    add.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="a .png file, or a folder; a video is an animated PNG",
+    )
     add.add_argument("--seed", type=int, default=0)
     _add_sampling(add)
     _add_device(add)
@@ -263,18 +271,20 @@ def _generate(arguments: argparse.Namespace) -> int:
 
     files = _output_files(arguments.out, len(arguments.prompt))
     device, dtype = _device(arguments), getattr(torch, arguments.dtype)
+    for file in files:
+        _check_file("--out", file)
     pipeline = load_pipeline(arguments.model, device=device, dtype=dtype)
-    generators = [
-        torch.Generator().manual_seed(arguments.seed + i) for i in range(len(arguments.prompt))
-    ]
-    start = time.perf_counter()
-    images = pipeline(arguments.prompt, generator=generators, **_call_options(arguments)).images
-    seconds = time.perf_counter() - start
-    for image, file in zip(images, files, strict=True):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.tmp")
-        image.save(temporary, format="PNG")
-        temporary.replace(file)
+    seconds = 0.0
+    # One by one: memory does not grow with the prompts, and what is drawn is on disk at once.
+    for i, (prompt, file) in enumerate(zip(arguments.prompt, files, strict=True)):
+        generator = torch.Generator().manual_seed(arguments.seed + i)
+        start = time.perf_counter()
+        # By name, since the first argument of some pipelines is a picture to edit.
+        drawn = pipeline(
+            prompt=prompt, generator=generator, output_type="pil", **_call_options(arguments)
+        )
+        seconds += time.perf_counter() - start
+        _save_png(drawn, file)
         print(file)
     print(f"{seconds / len(files):.2f} s a picture on {device}", file=sys.stderr)
     return 0
@@ -285,7 +295,48 @@ def _output_files(out: Path, count: int) -> list[Path]:
         if count > 1:
             raise ValueError(f"--out must be a folder for {count} prompts, got the file {out}")
         return [out]
+    # The suffix of a file, .jpg or .mp4, not what a version such as v1.0 ends with.
+    if count == 1 and out.suffix[1:2].isalpha() and not out.is_dir():
+        raise ValueError(f"--out must be a .png file or a folder, got {out}")
     return [out / f"{index:04d}.png" for index in range(count)]
+
+
+def _check_file(option: str, file: Path) -> None:
+    """Raise OSError, naming the option, unless `file` can be written, whether it exists or not."""
+    from .pipeline_io import check_writable
+
+    if file.is_dir():
+        raise IsADirectoryError(f"{option} must be a file, got the folder {file}")
+    try:
+        check_writable(_temporary(file))
+    except OSError as error:
+        raise OSError(
+            f"{option} must be a file that can be written, got {file}: {error}"
+        ) from error
+
+
+def _temporary(file: Path) -> Path:
+    return file.with_name(f".{file.name}.{os.getpid()}.tmp")
+
+
+def _save_png(drawn: Any, file: Path) -> None:
+    """The one picture of a pipeline's result, or its video as an animated PNG."""
+    images, videos = getattr(drawn, "images", None), getattr(drawn, "frames", None)
+    if images is not None:
+        first, others = images[0], []
+    elif videos is not None:
+        first, *others = videos[0]
+    else:
+        raise ValueError(f"the pipeline must give images or frames, got {type(drawn).__name__}")
+    temporary = _temporary(file)
+    first.save(
+        temporary,
+        format="PNG",
+        save_all=True,
+        append_images=others,
+        duration=1000 // FRAMES_A_SECOND,
+    )
+    temporary.replace(file)
 
 
 # ---- inspect, demo, info ------------------------------------------------------------------------

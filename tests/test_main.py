@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from PIL import Image
 
+from lrq_quant import pipeline_io
 from lrq_quant.__main__ import main
 from lrq_quant.demo import WEIGHTS_FOLDER
 
@@ -43,6 +46,84 @@ def test_generate_writes_one_file_a_prompt(quantized: Path, tmp_path: Path) -> N
     options = ["--steps", "1", "--device", "cpu"]
     assert main(["generate", str(quantized), *prompts, "--out", str(folder), *options]) == 0
     assert sorted(p.name for p in folder.iterdir()) == ["0000.png", "0001.png"]
+
+
+class _Editor:
+    """As the pipelines of FLUX.2 and Kontext: the first argument is a picture to edit."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int]] = []
+
+    def __call__(self, image=None, prompt=None, *, generator, output_type):
+        assert image is None and isinstance(prompt, str) and output_type == "pil"
+        self.calls.append((prompt, generator.initial_seed()))
+        return SimpleNamespace(images=[Image.new("RGB", (8, 8), "red")])
+
+
+def _generate_with(monkeypatch: pytest.MonkeyPatch, pipeline: Any, *arguments: object) -> int:
+    monkeypatch.setattr(pipeline_io, "load_pipeline", lambda *_, **__: pipeline)
+    prompts = ["--prompt", "a", "--device", "cpu"]
+    return main(["generate", str(WEIGHTS_FOLDER), *prompts, *map(str, arguments)])
+
+
+def test_generate_draws_prompt_after_prompt_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = _Editor()
+    arguments = ("--prompt", "b", "--seed", 7, "--out", tmp_path / "out")
+    assert _generate_with(monkeypatch, pipeline, *arguments) == 0
+    assert pipeline.calls == [("a", 7), ("b", 8)]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0000.png", "0001.png"]
+
+
+def test_generate_writes_a_video_as_an_animated_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
+    file = tmp_path / "clip.png"
+    video = SimpleNamespace(frames=[frames])  # as the pipelines of Wan: no images
+    assert _generate_with(monkeypatch, lambda **_: video, "--out", file) == 0
+    with Image.open(file) as image:
+        assert image.n_frames == 3 and image.info["duration"] == 62
+        image.seek(2)
+        assert image.convert("RGB").getpixel((0, 0)) == (0, 0, 255)
+
+
+class AudioOutput:
+    audios: list = []
+
+
+def test_generate_says_what_is_no_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert _generate_with(monkeypatch, lambda **_: AudioOutput(), "--out", tmp_path / "a.png") == 1
+    assert "must give images or frames, got AudioOutput" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "out, message",
+    [
+        ("taken", "--out must be a file that can be written, got"),
+        ("taken/a.png", "--out must be a file that can be written, got"),
+        ("folder.png", "--out must be a file, got the folder"),
+        ("fox.jpg", "--out must be a .png file or a folder, got"),
+        ("clip.mp4", "--out must be a .png file or a folder, got"),
+    ],
+)
+def test_generate_checks_out_before_it_loads(
+    out: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    (tmp_path / "taken").write_text("mine")
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.setattr(pipeline_io, "load_pipeline", lambda *_, **__: pytest.fail("loaded"))
+    arguments = ["--prompt", "a", "--device", "cpu", "--out", str(tmp_path / out)]
+    assert main(["generate", str(WEIGHTS_FOLDER), *arguments]) == 1
+    assert message in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder.png", "taken"]
 
 
 def test_inspect_prints_every_layer(quantized: Path, capsys: pytest.CaptureFixture) -> None:
