@@ -149,11 +149,24 @@ def _device(arguments: argparse.Namespace) -> str:
     import torch
 
     if arguments.device:
+        _check_device(arguments.device)
         return arguments.device
     if torch.cuda.is_available():
         return "cuda"
     print("no CUDA GPU: running the reference kernels on the CPU", file=sys.stderr)
     return "cpu"
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    kind, _, index = device.partition(":")
+    is_cuda = kind == "cuda" and (index.isdecimal() or device == "cuda")
+    if not is_cuda and device != "cpu":
+        raise ValueError(f"--device must be cuda, cuda:N or cpu, got {device!r}")
+    found = torch.cuda.device_count()
+    if is_cuda and int(index or 0) >= found:
+        raise ValueError(f"--device must be cpu or one of the {found} CUDA GPUs, got {device!r}")
 
 
 def _call_options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from lrq_quant import pipeline_io
@@ -176,3 +177,29 @@ def test_errors_are_one_line_and_write_nothing(
     assert error.startswith(f"lrq {arguments[0]}: error: ") and message in error
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
     assert (taken / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:x", "cpu:0", "cuda:", "cuda:99"])
+@pytest.mark.parametrize("command", ["quantize", "generate", "demo", "profile"])
+def test_an_unknown_device_is_named(
+    command: str, device: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = {
+        "quantize": [str(WEIGHTS_FOLDER), str(tmp_path / "out"), "--weights-only"],
+        "generate": [str(WEIGHTS_FOLDER), "--prompt", "a", "--out", str(tmp_path / "a.png")],
+        "demo": ["--out", str(tmp_path / "demo")],
+        "profile": ["tiny-flux"],
+    }[command]
+    assert main([command, *arguments, "--device", device]) == 1
+    error = capsys.readouterr().err
+    assert "--device must be" in error and f"got {device!r}" in error
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_gpu_must_be_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert main(["demo", "--out", str(tmp_path / "demo"), "--device", "cuda"]) == 1
+    message = "--device must be cpu or one of the 0 CUDA GPUs, got 'cuda'"
+    assert message in capsys.readouterr().err and not any(tmp_path.iterdir())
