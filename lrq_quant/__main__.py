@@ -44,8 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("model", help="hub id or local folder of a supported diffusers pipeline")
     add.add_argument("out", type=Path, help="folder to write; must not exist or be empty")
     add.add_argument("--scheme", default="w4a8", help="w{2,3,4}a{4,8,16} of the blocks")
-    add.add_argument("--prompts", type=Path, help="text file, one calibration prompt a line")
-    add.add_argument(
+    source = add.add_mutually_exclusive_group()
+    source.add_argument("--prompts", type=Path, help="text file, one calibration prompt a line")
+    source.add_argument(
         "--weights-only", action="store_true", help="no calibration: weights and signs alone"
     )
     add.add_argument("--modulation", default="w4a16", help="scheme of adaLN linears, or 'keep'")
@@ -64,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="R",
         help="rank of a 16-bit branch beside the linears of each input; 0 for none",
     )
-    add.add_argument("--limit", type=int, help="use at most this many prompts")
+    add.add_argument("--limit", type=_positive, help="use at most this many prompts")
     add.add_argument(
         "--pictures",
         type=int,
@@ -92,8 +93,9 @@ def _parser() -> argparse.ArgumentParser:
 
     add = commands.add_parser("inspect", help="what a quantized folder holds, layer by layer")
     add.add_argument("model", type=Path, help="quantized pipeline or transformer folder")
-    add.add_argument("--json", action="store_true", help="print the report as JSON")
-    add.add_argument("--html", type=Path, help="write the report, without pictures, to this file")
+    form = add.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print the report as JSON")
+    form.add_argument("--html", type=Path, help="write the report, without pictures, to this file")
     add.set_defaults(command=_inspect)
 
     add = commands.add_parser("card", help="write README.md, the model card, of a quantized folder")
@@ -103,7 +105,9 @@ def _parser() -> argparse.ArgumentParser:
 
     add = commands.add_parser("demo", help="quantize the bundled model and compare pictures")
     add.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results")
-    add.add_argument("--prompts", type=int, help="held-out captions; 32 on a CPU, 256 on a GPU")
+    add.add_argument(
+        "--prompts", type=_positive, help="held-out captions; 32 on a CPU, 256 on a GPU"
+    )
     add.add_argument("--schemes", nargs="+", default=["w4a8", "w4a4", "w3a4"])
     add.add_argument("--device", help="cuda or cpu; the GPU when there is one")
     add.set_defaults(command=_demo)
@@ -133,11 +137,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, help="denoising steps; the pipeline's own by default")
+    parser.add_argument(
+        "--steps", type=_positive, help="denoising steps; the pipeline's own by default"
+    )
     parser.add_argument("--guidance", type=float, help="guidance scale; the pipeline's own")
-    parser.add_argument("--height", type=int)
-    parser.add_argument("--width", type=int)
+    parser.add_argument("--height", type=_positive)
+    parser.add_argument("--width", type=_positive)
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
@@ -244,7 +256,13 @@ def _read_prompts(arguments: argparse.Namespace) -> list[str] | None:
         return None
     if arguments.prompts is None:
         raise ValueError("--prompts FILE is needed for calibration, or --weights-only without it")
-    lines = [line.strip() for line in arguments.prompts.read_text().splitlines()]
+    try:
+        text = arguments.prompts.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--prompts must be UTF-8 text, got {arguments.prompts}: {error}"
+        ) from error
+    lines = [line.strip() for line in text.splitlines()]
     prompts = [line for line in lines if line][: arguments.limit]
     if not prompts:
         raise ValueError(f"{arguments.prompts} holds no prompts")

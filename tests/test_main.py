@@ -203,3 +203,53 @@ def test_a_gpu_must_be_there(
     assert main(["demo", "--out", str(tmp_path / "demo"), "--device", "cuda"]) == 1
     message = "--device must be cpu or one of the 0 CUDA GPUs, got 'cuda'"
     assert message in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["quantize", "MODEL", "OUT", "--weights-only", "--prompts", "missing.txt"],
+            "argument --prompts: not allowed with argument --weights-only",
+        ),
+        (
+            ["quantize", "MODEL", "OUT", "--prompts", "p.txt", "--limit", "-1"],
+            "argument --limit: must be a whole number from 1 on, got '-1'",
+        ),
+        (
+            ["quantize", "MODEL", "OUT", "--prompts", "p.txt", "--limit", "0"],
+            "argument --limit: must be a whole number from 1 on, got '0'",
+        ),
+        (
+            ["generate", "MODEL", "--prompt", "a", "--out", "a.png", "--steps", "0"],
+            "argument --steps: must be a whole number from 1 on, got '0'",
+        ),
+        (["demo", "--prompts", "0"], "argument --prompts: must be a whole number from 1 on, got"),
+        (
+            ["inspect", "MODEL", "--json", "--html", "a.html"],
+            "argument --html: not allowed with argument --json",
+        ),
+    ],
+)
+def test_arguments_that_say_nothing_are_refused(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_status:
+        main(arguments)
+    assert exit_status.value.code == 2 and message in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_prompts_that_are_not_utf_8_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("un caf\xe9\n".encode("latin-1"))
+    out = str(tmp_path / "out")
+    assert main(["quantize", str(WEIGHTS_FOLDER), out, "--prompts", str(file)]) == 1
+    assert f"--prompts must be UTF-8 text, got {file}: " in capsys.readouterr().err
