@@ -203,7 +203,9 @@ def _quantize(arguments: argparse.Namespace) -> int:
     from . import QuantRecipe
     from .pipeline_io import (
         REPORT_PAGE,
+        TRANSFORMER,
         check_writable,
+        is_quantized,
         load_pipeline,
         load_report,
         quantize_pipeline,
@@ -224,10 +226,16 @@ def _quantize(arguments: argparse.Namespace) -> int:
         rounding=arguments.rounding,
         low_rank=arguments.low_rank,
     )
+    # Of a hub id only what is loaded tells.
+    if is_quantized(Path(arguments.model) / TRANSFORMER):
+        raise _already_quantized(arguments.model, TRANSFORMER)
     check_writable(arguments.out)
     dtype = getattr(torch, arguments.dtype)
     with launched(_device(arguments)) as device, processes() as shards:
         pipeline = load_pipeline(arguments.model, device=device, dtype=dtype)
+        for name in transformer_names(pipeline):
+            if getattr(getattr(pipeline, name), "is_quantized", False):
+                raise _already_quantized(arguments.model, name)
         recipe = recipe_for(pipeline, recipe, _call_options(arguments))
         if shards.rank == 0:
             print(recipe.resolve(pipeline.transformer).summary())
@@ -248,6 +256,10 @@ def _quantize(arguments: argparse.Namespace) -> int:
         print(f"report: {arguments.out / name / REPORT_PAGE}")
     print(f"written to {arguments.out}")
     return 0
+
+
+def _already_quantized(model: str, name: str) -> ValueError:
+    return ValueError(f"model must be dense, got {model}: its {name} is already quantized")
 
 
 def _read_prompts(arguments: argparse.Namespace) -> list[str] | None:

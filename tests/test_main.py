@@ -143,6 +143,29 @@ def test_info_says_what_runs_here(capsys: pytest.CaptureFixture) -> None:
     assert "torch" in text and "CUDA kernels:" in text and "GPU" in text
 
 
+@pytest.mark.parametrize("is_local", [True, False])
+def test_a_quantized_pipeline_is_not_quantized_again(
+    is_local: bool,
+    quantized: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    load = pipeline_io.load_pipeline
+
+    def load_from_hub(model: str, **options: Any) -> Any:
+        assert not is_local
+        return load(quantized, **options)
+
+    monkeypatch.setattr(pipeline_io, "load_pipeline", load_from_hub)
+    model = str(quantized) if is_local else "someone/shapes"
+    arguments = [model, str(tmp_path / "out"), "--weights-only", "--device", "cpu"]
+    assert main(["quantize", *arguments]) == 1
+    printed = capsys.readouterr()
+    assert f"got {model}: its transformer is already quantized" in printed.err
+    assert not printed.out and not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
