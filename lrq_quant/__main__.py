@@ -17,7 +17,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +65,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="R",
         help="rank of a 16-bit branch beside the linears of each input; 0 for none",
     )
-    add.add_argument("--limit", type=_positive, help="use at most this many prompts")
+    add.add_argument("--limit", type=_from(1), help="use at most this many prompts")
     add.add_argument(
         "--pictures",
-        type=int,
+        type=_from(0),
         default=2,
         metavar="N",
         help="prompts that are drawn before and after for the report, each twice; 0 for none",
@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     add = commands.add_parser("demo", help="quantize the bundled model and compare pictures")
     add.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results")
     add.add_argument(
-        "--prompts", type=_positive, help="held-out captions; 32 on a CPU, 256 on a GPU"
+        "--prompts", type=_from(1), help="held-out captions; 32 on a CPU, 256 on a GPU"
     )
     add.add_argument("--schemes", nargs="+", default=["w4a8", "w4a4", "w3a4"])
     add.add_argument("--device", help="cuda or cpu; the GPU when there is one")
@@ -137,19 +137,25 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
-    return int(text)
+def _from(least: int) -> Callable[[str], int]:
+    """Of an argument that counts something."""
+
+    def count(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            message = f"must be a whole number from {least} on, got {text!r}"
+            raise argparse.ArgumentTypeError(message)
+        return int(text)
+
+    return count
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--steps", type=_positive, help="denoising steps; the pipeline's own by default"
+        "--steps", type=_from(1), help="denoising steps; the pipeline's own by default"
     )
     parser.add_argument("--guidance", type=float, help="guidance scale; the pipeline's own")
-    parser.add_argument("--height", type=_positive)
-    parser.add_argument("--width", type=_positive)
+    parser.add_argument("--height", type=_from(1))
+    parser.add_argument("--width", type=_from(1))
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
@@ -411,8 +417,11 @@ def _card(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
+    from . import QuantRecipe
     from .demo.compare import run_demo, table
 
+    for scheme in arguments.schemes:
+        QuantRecipe.from_name(scheme)  # raises for what is no scheme
     device = _device(arguments)
     prompts = arguments.prompts or (256 if device.startswith("cuda") else 32)
     start = time.perf_counter()
@@ -438,6 +447,9 @@ def _profile(arguments: argparse.Namespace) -> int:
         trace=arguments.trace,
         limits=None if arguments.limits is None else Limits(*arguments.limits),
     )
+    for name in ("json", "trace", "plot"):
+        if (file := getattr(arguments, name)) is not None:
+            _check_file(f"--{name}", file)
     result = profile_model(options)
     print(result.table())
     if arguments.json:

@@ -180,6 +180,10 @@ def test_a_quantized_pipeline_is_not_quantized_again(
             ["quantize", str(WEIGHTS_FOLDER), "{tmp}/out", "--weights-only", "--exclude", "typo.*"],
             "'typo.*' matches no linear",
         ),
+        (
+            ["demo", "--out", "{tmp}/demo", "--device", "cpu", "--schemes", "w4a8", "w9a9"],
+            "weight_bits must be one of (2, 3, 4), got 9",
+        ),
         (["inspect", "{tmp}/taken"], "no lrq checkpoint"),
         (["inspect", str(WEIGHTS_FOLDER)], "format must be 'lrq'"),
         (
@@ -246,6 +250,10 @@ def test_a_gpu_must_be_there(
         (
             ["generate", "MODEL", "--prompt", "a", "--out", "a.png", "--steps", "0"],
             "argument --steps: must be a whole number from 1 on, got '0'",
+        ),
+        (
+            ["quantize", "MODEL", "OUT", "--prompts", "p.txt", "--pictures", "-1"],
+            "argument --pictures: must be a whole number from 0 on, got '-1'",
         ),
         (["demo", "--prompts", "0"], "argument --prompts: must be a whole number from 1 on, got"),
         (
