@@ -187,6 +187,28 @@ def _check_device(device: str) -> None:
         raise ValueError(f"--device must be cpu or one of the {found} CUDA GPUs, got {device!r}")
 
 
+def _check_model(model: str) -> None:
+    """Raise FileNotFoundError for a path that is no folder: a hub id is OWNER/NAME or NAME."""
+    is_path = model.startswith((".", "/", "~")) or model.count("/") > 1
+    if is_path and not Path(model).is_dir():
+        raise FileNotFoundError(f"model must be a hub id or a folder that exists, got {model!r}")
+
+
+def _load_pipeline(arguments: argparse.Namespace, device: str) -> Any:
+    import torch
+
+    from .pipeline_io import load_pipeline
+
+    model, dtype = arguments.model, getattr(torch, arguments.dtype)
+    try:
+        return load_pipeline(model, device=device, dtype=dtype)
+    except (OSError, ValueError) as error:
+        if Path(model).exists():
+            raise
+        # The hub speaks of its cache and of the network alone.
+        raise OSError(f"there is no local folder {model!r}, and as a hub id: {error}") from error
+
+
 def _call_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Arguments of the pipeline call; what was not given is left to the pipeline."""
     options = {
@@ -202,8 +224,6 @@ def _call_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _quantize(arguments: argparse.Namespace) -> int:
-    import torch
-
     from lrq_kernels import QuantScheme
 
     from . import QuantRecipe
@@ -212,7 +232,6 @@ def _quantize(arguments: argparse.Namespace) -> int:
         TRANSFORMER,
         check_writable,
         is_quantized,
-        load_pipeline,
         load_report,
         quantize_pipeline,
         recipe_for,
@@ -232,13 +251,13 @@ def _quantize(arguments: argparse.Namespace) -> int:
         rounding=arguments.rounding,
         low_rank=arguments.low_rank,
     )
+    _check_model(arguments.model)
     # Of a hub id only what is loaded tells.
     if is_quantized(Path(arguments.model) / TRANSFORMER):
         raise _already_quantized(arguments.model, TRANSFORMER)
     check_writable(arguments.out)
-    dtype = getattr(torch, arguments.dtype)
     with launched(_device(arguments)) as device, processes() as shards:
-        pipeline = load_pipeline(arguments.model, device=device, dtype=dtype)
+        pipeline = _load_pipeline(arguments, device)
         for name in transformer_names(pipeline):
             if getattr(getattr(pipeline, name), "is_quantized", False):
                 raise _already_quantized(arguments.model, name)
@@ -316,13 +335,12 @@ class ProgressBar:
 def _generate(arguments: argparse.Namespace) -> int:
     import torch
 
-    from .pipeline_io import load_pipeline
-
     files = _output_files(arguments.out, len(arguments.prompt))
-    device, dtype = _device(arguments), getattr(torch, arguments.dtype)
+    _check_model(arguments.model)
+    device = _device(arguments)
     for file in files:
         _check_file("--out", file)
-    pipeline = load_pipeline(arguments.model, device=device, dtype=dtype)
+    pipeline = _load_pipeline(arguments, device)
     seconds = 0.0
     # One by one: memory does not grow with the prompts, and what is drawn is on disk at once.
     for i, (prompt, file) in enumerate(zip(arguments.prompt, files, strict=True)):

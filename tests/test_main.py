@@ -206,6 +206,42 @@ def test_errors_are_one_line_and_write_nothing(
     assert (taken / "notes.txt").read_text() == "mine"
 
 
+COMMANDS = {
+    "quantize": ["{tmp}/out", "--weights-only"],
+    "generate": ["--prompt=a", "--out={tmp}/a.png"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("model", ["./tiny", "/models/tiny", "models/tiny/v2", "~/tiny"])
+def test_a_path_that_is_no_folder_is_not_looked_up(
+    model: str,
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr(pipeline_io, "load_pipeline", lambda *_, **__: pytest.fail("looked up"))
+    arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in COMMANDS[command]]
+    assert main([command, model, *arguments, "--device", "cpu"]) == 1
+    assert f"must be a hub id or a folder that exists, got {model!r}" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_failed_look_up_says_that_there_is_no_folder_either(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def look_up(*_: object, **__: object) -> None:
+        raise OSError("not in the cache")
+
+    monkeypatch.setattr(pipeline_io, "load_pipeline", look_up)
+    arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in COMMANDS[command]]
+    assert main([command, "modls/tiny", *arguments, "--device", "cpu"]) == 1
+    message = "there is no local folder 'modls/tiny', and as a hub id: not in the cache"
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("device", ["foo", "cuda:x", "cpu:0", "cuda:", "cuda:99"])
 @pytest.mark.parametrize("command", ["quantize", "generate", "demo", "profile"])
 def test_an_unknown_device_is_named(
