@@ -425,11 +425,12 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _card(arguments: argparse.Namespace) -> int:
     from .model_card import model_card
+    from .work_folder import write_text
 
     file = arguments.model / "README.md"
     if file.exists():
         raise FileExistsError(f"{file} exists already")
-    file.write_text(model_card(arguments.model, arguments.base))
+    write_text(file, model_card(arguments.model, arguments.base))
     print(file)
     return 0
 
@@ -453,6 +454,7 @@ def _profile(arguments: argparse.Namespace) -> int:
     from .machine_limits import Limits
     from .profiled_model import ProfileOptions, profile_model
     from .profiling import plot
+    from .work_folder import write_text
 
     options = ProfileOptions(
         model=arguments.model,
@@ -471,7 +473,7 @@ def _profile(arguments: argparse.Namespace) -> int:
     result = profile_model(options)
     print(result.table())
     if arguments.json:
-        arguments.json.write_text(json.dumps(result.to_dict(), indent=1) + "\n")
+        write_text(arguments.json, json.dumps(result.to_dict(), indent=1) + "\n")
     if arguments.plot:
         plot([result], arguments.plot)
     return 0

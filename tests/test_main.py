@@ -137,6 +137,23 @@ def test_inspect_prints_every_layer(quantized: Path, capsys: pytest.CaptureFixtu
     assert {linear["scheme"]["weight_bits"] for linear in report["linears"]} == {4}
 
 
+def test_what_cannot_be_written_whole_is_not_written(
+    quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_half(file: Path, text: str, **_: object) -> None:
+        file.write_bytes(text.encode()[: len(text) // 2])
+        raise OSError("no space left on device")
+
+    profile = tmp_path / "profile.json"
+    profile.write_text("{}")
+    monkeypatch.setattr(Path, "write_text", write_half)
+    assert main(["card", str(quantized), "--base", "someone/shapes"]) == 1
+    assert not (quantized / "README.md").exists()
+    options = ["--size", "64", "--steps", "1", "--scheme", "bf16", "--device", "cpu"]
+    assert main(["profile", "tiny-pixart", *options, "--json", str(profile)]) == 1
+    assert profile.read_text() == "{}"
+
+
 def test_info_says_what_runs_here(capsys: pytest.CaptureFixture) -> None:
     assert main(["info"]) == 0
     text = capsys.readouterr().out
