@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 DTYPES = ("bfloat16", "float16", "float32")
+# Of a video that is drawn; pipelines do not say it, Wan's models are made for this.
+FRAMES_A_SECOND = 16
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,8 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("model", help="hub id or local folder of a supported diffusers pipeline")
     add.add_argument("out", type=Path, help="folder to write; must not exist or be empty")
     add.add_argument("--scheme", default="w4a8", help="w{2,3,4}a{4,8,16} of the blocks")
-    add.add_argument("--prompts", type=Path, help="text file, one calibration prompt a line")
-    add.add_argument(
+    source = add.add_mutually_exclusive_group()
+    source.add_argument("--prompts", type=Path, help="text file, one calibration prompt a line")
+    source.add_argument(
         "--weights-only", action="store_true", help="no calibration: weights and signs alone"
     )
     add.add_argument("--modulation", default="w4a16", help="scheme of adaLN linears, or 'keep'")
@@ -61,10 +65,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="R",
         help="rank of a 16-bit branch beside the linears of each input; 0 for none",
     )
-    add.add_argument("--limit", type=int, help="use at most this many prompts")
+    add.add_argument("--limit", type=_from(1), help="use at most this many prompts")
     add.add_argument(
         "--pictures",
-        type=int,
+        type=_from(0),
         default=2,
         metavar="N",
         help="prompts that are drawn before and after for the report, each twice; 0 for none",
@@ -76,7 +80,12 @@ def _parser() -> argparse.ArgumentParser:
     add = commands.add_parser("generate", help="draw pictures with a pipeline, quantized or not")
     add.add_argument("model", help="hub id or local folder")
     add.add_argument("--prompt", action="append", required=True, help="repeat for several pictures")
-    add.add_argument("--out", type=Path, required=True, help="a .png file, or a folder")
+    add.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="a .png file, or a folder; a video is an animated PNG",
+    )
     add.add_argument("--seed", type=int, default=0)
     _add_sampling(add)
     _add_device(add)
@@ -84,8 +93,9 @@ def _parser() -> argparse.ArgumentParser:
 
     add = commands.add_parser("inspect", help="what a quantized folder holds, layer by layer")
     add.add_argument("model", type=Path, help="quantized pipeline or transformer folder")
-    add.add_argument("--json", action="store_true", help="print the report as JSON")
-    add.add_argument("--html", type=Path, help="write the report, without pictures, to this file")
+    form = add.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print the report as JSON")
+    form.add_argument("--html", type=Path, help="write the report, without pictures, to this file")
     add.set_defaults(command=_inspect)
 
     add = commands.add_parser("card", help="write README.md, the model card, of a quantized folder")
@@ -95,7 +105,9 @@ def _parser() -> argparse.ArgumentParser:
 
     add = commands.add_parser("demo", help="quantize the bundled model and compare pictures")
     add.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results")
-    add.add_argument("--prompts", type=int, help="held-out captions; 32 on a CPU, 256 on a GPU")
+    add.add_argument(
+        "--prompts", type=_from(1), help="held-out captions; 32 on a CPU, 256 on a GPU"
+    )
     add.add_argument("--schemes", nargs="+", default=["w4a8", "w4a4", "w3a4"])
     add.add_argument("--device", help="cuda or cpu; the GPU when there is one")
     add.set_defaults(command=_demo)
@@ -125,11 +137,25 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _from(least: int) -> Callable[[str], int]:
+    """Of an argument that counts something."""
+
+    def count(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            message = f"must be a whole number from {least} on, got {text!r}"
+            raise argparse.ArgumentTypeError(message)
+        return int(text)
+
+    return count
+
+
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, help="denoising steps; the pipeline's own by default")
+    parser.add_argument(
+        "--steps", type=_from(1), help="denoising steps; the pipeline's own by default"
+    )
     parser.add_argument("--guidance", type=float, help="guidance scale; the pipeline's own")
-    parser.add_argument("--height", type=int)
-    parser.add_argument("--width", type=int)
+    parser.add_argument("--height", type=_from(1))
+    parser.add_argument("--width", type=_from(1))
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
@@ -141,11 +167,46 @@ def _device(arguments: argparse.Namespace) -> str:
     import torch
 
     if arguments.device:
+        _check_device(arguments.device)
         return arguments.device
     if torch.cuda.is_available():
         return "cuda"
     print("no CUDA GPU: running the reference kernels on the CPU", file=sys.stderr)
     return "cpu"
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    kind, _, index = device.partition(":")
+    is_cuda = kind == "cuda" and (index.isdecimal() or device == "cuda")
+    if not is_cuda and device != "cpu":
+        raise ValueError(f"--device must be cuda, cuda:N or cpu, got {device!r}")
+    found = torch.cuda.device_count()
+    if is_cuda and int(index or 0) >= found:
+        raise ValueError(f"--device must be cpu or one of the {found} CUDA GPUs, got {device!r}")
+
+
+def _check_model(model: str) -> None:
+    """Raise FileNotFoundError for a path that is no folder: a hub id is OWNER/NAME or NAME."""
+    is_path = model.startswith((".", "/", "~")) or model.count("/") > 1
+    if is_path and not Path(model).is_dir():
+        raise FileNotFoundError(f"model must be a hub id or a folder that exists, got {model!r}")
+
+
+def _load_pipeline(arguments: argparse.Namespace, device: str) -> Any:
+    import torch
+
+    from .pipeline_io import load_pipeline
+
+    model, dtype = arguments.model, getattr(torch, arguments.dtype)
+    try:
+        return load_pipeline(model, device=device, dtype=dtype)
+    except (OSError, ValueError) as error:
+        if Path(model).exists():
+            raise
+        # The hub speaks of its cache and of the network alone.
+        raise OSError(f"there is no local folder {model!r}, and as a hub id: {error}") from error
 
 
 def _call_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -163,15 +224,14 @@ def _call_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _quantize(arguments: argparse.Namespace) -> int:
-    import torch
-
     from lrq_kernels import QuantScheme
 
     from . import QuantRecipe
     from .pipeline_io import (
         REPORT_PAGE,
+        TRANSFORMER,
         check_writable,
-        load_pipeline,
+        is_quantized,
         load_report,
         quantize_pipeline,
         recipe_for,
@@ -191,10 +251,16 @@ def _quantize(arguments: argparse.Namespace) -> int:
         rounding=arguments.rounding,
         low_rank=arguments.low_rank,
     )
+    _check_model(arguments.model)
+    # Of a hub id only what is loaded tells.
+    if is_quantized(Path(arguments.model) / TRANSFORMER):
+        raise _already_quantized(arguments.model, TRANSFORMER)
     check_writable(arguments.out)
-    dtype = getattr(torch, arguments.dtype)
     with launched(_device(arguments)) as device, processes() as shards:
-        pipeline = load_pipeline(arguments.model, device=device, dtype=dtype)
+        pipeline = _load_pipeline(arguments, device)
+        for name in transformer_names(pipeline):
+            if getattr(getattr(pipeline, name), "is_quantized", False):
+                raise _already_quantized(arguments.model, name)
         recipe = recipe_for(pipeline, recipe, _call_options(arguments))
         if shards.rank == 0:
             print(recipe.resolve(pipeline.transformer).summary())
@@ -217,13 +283,23 @@ def _quantize(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _already_quantized(model: str, name: str) -> ValueError:
+    return ValueError(f"model must be dense, got {model}: its {name} is already quantized")
+
+
 def _read_prompts(arguments: argparse.Namespace) -> list[str] | None:
     """Calibration prompts, or None for weights alone."""
     if arguments.weights_only:
         return None
     if arguments.prompts is None:
         raise ValueError("--prompts FILE is needed for calibration, or --weights-only without it")
-    lines = [line.strip() for line in arguments.prompts.read_text().splitlines()]
+    try:
+        text = arguments.prompts.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--prompts must be UTF-8 text, got {arguments.prompts}: {error}"
+        ) from error
+    lines = [line.strip() for line in text.splitlines()]
     prompts = [line for line in lines if line][: arguments.limit]
     if not prompts:
         raise ValueError(f"{arguments.prompts} holds no prompts")
@@ -259,22 +335,23 @@ class ProgressBar:
 def _generate(arguments: argparse.Namespace) -> int:
     import torch
 
-    from .pipeline_io import load_pipeline
-
     files = _output_files(arguments.out, len(arguments.prompt))
-    device, dtype = _device(arguments), getattr(torch, arguments.dtype)
-    pipeline = load_pipeline(arguments.model, device=device, dtype=dtype)
-    generators = [
-        torch.Generator().manual_seed(arguments.seed + i) for i in range(len(arguments.prompt))
-    ]
-    start = time.perf_counter()
-    images = pipeline(arguments.prompt, generator=generators, **_call_options(arguments)).images
-    seconds = time.perf_counter() - start
-    for image, file in zip(images, files, strict=True):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.tmp")
-        image.save(temporary, format="PNG")
-        temporary.replace(file)
+    _check_model(arguments.model)
+    device = _device(arguments)
+    for file in files:
+        _check_file("--out", file)
+    pipeline = _load_pipeline(arguments, device)
+    seconds = 0.0
+    # One by one: memory does not grow with the prompts, and what is drawn is on disk at once.
+    for i, (prompt, file) in enumerate(zip(arguments.prompt, files, strict=True)):
+        generator = torch.Generator().manual_seed(arguments.seed + i)
+        start = time.perf_counter()
+        # By name, since the first argument of some pipelines is a picture to edit.
+        drawn = pipeline(
+            prompt=prompt, generator=generator, output_type="pil", **_call_options(arguments)
+        )
+        seconds += time.perf_counter() - start
+        _save_png(drawn, file)
         print(file)
     print(f"{seconds / len(files):.2f} s a picture on {device}", file=sys.stderr)
     return 0
@@ -285,7 +362,48 @@ def _output_files(out: Path, count: int) -> list[Path]:
         if count > 1:
             raise ValueError(f"--out must be a folder for {count} prompts, got the file {out}")
         return [out]
+    # The suffix of a file, .jpg or .mp4, not what a version such as v1.0 ends with.
+    if count == 1 and out.suffix[1:2].isalpha() and not out.is_dir():
+        raise ValueError(f"--out must be a .png file or a folder, got {out}")
     return [out / f"{index:04d}.png" for index in range(count)]
+
+
+def _check_file(option: str, file: Path) -> None:
+    """Raise OSError, naming the option, unless `file` can be written, whether it exists or not."""
+    from .pipeline_io import check_writable
+
+    if file.is_dir():
+        raise IsADirectoryError(f"{option} must be a file, got the folder {file}")
+    try:
+        check_writable(_temporary(file))
+    except OSError as error:
+        raise OSError(
+            f"{option} must be a file that can be written, got {file}: {error}"
+        ) from error
+
+
+def _temporary(file: Path) -> Path:
+    return file.with_name(f".{file.name}.{os.getpid()}.tmp")
+
+
+def _save_png(drawn: Any, file: Path) -> None:
+    """The one picture of a pipeline's result, or its video as an animated PNG."""
+    images, videos = getattr(drawn, "images", None), getattr(drawn, "frames", None)
+    if images is not None:
+        first, others = images[0], []
+    elif videos is not None:
+        first, *others = videos[0]
+    else:
+        raise ValueError(f"the pipeline must give images or frames, got {type(drawn).__name__}")
+    temporary = _temporary(file)
+    first.save(
+        temporary,
+        format="PNG",
+        save_all=True,
+        append_images=others,
+        duration=1000 // FRAMES_A_SECOND,
+    )
+    temporary.replace(file)
 
 
 # ---- inspect, demo, info ------------------------------------------------------------------------
@@ -307,18 +425,22 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _card(arguments: argparse.Namespace) -> int:
     from .model_card import model_card
+    from .work_folder import write_text
 
     file = arguments.model / "README.md"
     if file.exists():
         raise FileExistsError(f"{file} exists already")
-    file.write_text(model_card(arguments.model, arguments.base))
+    write_text(file, model_card(arguments.model, arguments.base))
     print(file)
     return 0
 
 
 def _demo(arguments: argparse.Namespace) -> int:
+    from . import QuantRecipe
     from .demo.compare import run_demo, table
 
+    for scheme in arguments.schemes:
+        QuantRecipe.from_name(scheme)  # raises for what is no scheme
     device = _device(arguments)
     prompts = arguments.prompts or (256 if device.startswith("cuda") else 32)
     start = time.perf_counter()
@@ -332,6 +454,7 @@ def _profile(arguments: argparse.Namespace) -> int:
     from .machine_limits import Limits
     from .profiled_model import ProfileOptions, profile_model
     from .profiling import plot
+    from .work_folder import write_text
 
     options = ProfileOptions(
         model=arguments.model,
@@ -344,10 +467,13 @@ def _profile(arguments: argparse.Namespace) -> int:
         trace=arguments.trace,
         limits=None if arguments.limits is None else Limits(*arguments.limits),
     )
+    for name in ("json", "trace", "plot"):
+        if (file := getattr(arguments, name)) is not None:
+            _check_file(f"--{name}", file)
     result = profile_model(options)
     print(result.table())
     if arguments.json:
-        arguments.json.write_text(json.dumps(result.to_dict(), indent=1) + "\n")
+        write_text(arguments.json, json.dumps(result.to_dict(), indent=1) + "\n")
     if arguments.plot:
         plot([result], arguments.plot)
     return 0

@@ -19,12 +19,15 @@ def model_card(folder: str | os.PathLike, base_model: str) -> str:
     hub id of what it was quantized from. Raises what load_report raises."""
     path, report = Path(folder), load_report(folder)
     inner = path / TRANSFORMER
-    files = checkpoint_files(inner if inner.is_dir() else path)
+    is_pipeline = inner.is_dir()
+    files = checkpoint_files(inner if is_pipeline else path)
     template = resources.files("lrq_quant").joinpath("docs/model_card.md").read_text()
     return template.format(
         base_model=base_model,
         title=path.absolute().name,
         model_class=report.model_class,
+        loader="DiffusionPipeline" if is_pipeline else report.model_class,
+        loaded="pipeline" if is_pipeline else "transformer",
         schemes=_schemes(report),
         coverage=f"{report.coverage:.2%}",
         weight_bits=f"{report.weight_bits:.2f}",

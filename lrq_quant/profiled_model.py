@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import inspect
 import json
 import tempfile
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from .machine_limits import Limits, measure_limits
-from .model_shapes import make_model, model_inputs, names_with_inputs
+from .model_shapes import make_model, model_config, model_inputs, names_with_inputs
 from .op_work import Work, count_work
 from .pipeline import quantize_model
 from .pipeline_io import TRANSFORMER, is_quantized, load_transformer, save_transformer
@@ -45,6 +46,8 @@ class ProfileOptions:
             raise ValueError(f"mode must be one of {MODES}, got {self.mode!r}")
         if self.mode == "graph" and not self.device.startswith("cuda"):
             raise ValueError(f"mode graph needs a CUDA device, got {self.device}")
+        if self.steps < 1:
+            raise ValueError(f"steps must be positive, got {self.steps}")
         if self.scheme is not None and self.scheme != DENSE:
             QuantRecipe.from_name(self.scheme)  # raises for what is no scheme
 
@@ -55,6 +58,9 @@ def profile_model(options: ProfileOptions) -> Profile:
     Raises ValueError for an unknown model, class, size or scheme and a quantized folder with
     another scheme asked; FileNotFoundError for a folder without a model; what loading raises.
     """
+    class_name, config = _class_and_config(options)
+    # On no device: it raises for what does not fit before a model is made or loaded.
+    model_inputs(class_name, config, size=options.size, batch=options.batch, device="meta")
     model, scheme = _load(options)
     inputs = model_inputs(
         type(model).__name__,
@@ -105,19 +111,41 @@ def _work(
     return {kind: replace(w, bytes=0) for kind, w in work.items() if w.operations}
 
 
+def _class_and_config(options: ProfileOptions) -> tuple[str, dict[str, Any]]:
+    """Name of the model's class and all of its arguments."""
+    import diffusers
+
+    if options.model in names_with_inputs():
+        model_class, config = model_config(options.model)
+        return model_class.__name__, config
+    folder = _folder(options)
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"no config.json in {folder}")
+    held: dict[str, Any] = json.loads(file.read_text())
+    class_name = str(held.get("_class_name"))
+    # What the file does not say has its default.
+    parameters = inspect.signature(getattr(diffusers, class_name, object)).parameters.values()
+    return class_name, {**{p.name: p.default for p in parameters}, **held}
+
+
+def _folder(options: ProfileOptions) -> Path:
+    """Of the transformer."""
+    folder = Path(options.model)
+    if not folder.is_dir():
+        raise ValueError(
+            f"model must be a folder or one of {names_with_inputs()}, got {options.model!r}"
+        )
+    return folder / TRANSFORMER if (folder / TRANSFORMER).is_dir() else folder
+
+
 def _load(options: ProfileOptions) -> tuple[nn.Module, str]:
     """The model on its device, ready to run, and its scheme."""
     if options.model in names_with_inputs():
         scheme = options.scheme or "w4a8"
         model = make_model(options.model, options.device)
         return _quantized(model, scheme, options.device), scheme
-    folder = Path(options.model)
-    if not folder.is_dir():
-        raise ValueError(
-            f"model must be a folder or one of {names_with_inputs()}, got {options.model!r}"
-        )
-    if (folder / TRANSFORMER).is_dir():
-        folder = folder / TRANSFORMER
+    folder = _folder(options)
     if not is_quantized(folder):
         dense = load_transformer(folder, device=options.device, fuse=False)
         scheme = options.scheme or DENSE

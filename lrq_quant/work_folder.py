@@ -37,7 +37,7 @@ _STATS = "stats.safetensors"
 
 class WorkFolder:
     """Made when it is not there.  Raises OSError when nothing can be written into it, and
-    FileExistsError when it is a file or holds anything else."""
+    FileExistsError when it is a file or holds anything else that is not hidden."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -50,8 +50,8 @@ class WorkFolder:
             probe.unlink(missing_ok=True)
         except OSError as error:
             raise OSError(f"cannot write to the work folder {folder}: {error}") from error
-        # A probe is of another process that shares the folder.
-        own = ("group-", "stats.", "probe.")
+        # A probe is of another process that shares the folder, .DS_Store or .nfs123 of the system.
+        own = ("group-", "stats.", "probe.", ".")
         foreign = [file.name for file in folder.iterdir() if not file.name.startswith(own)]
         if foreign:
             raise FileExistsError(f"work folder {folder} holds other files: {sorted(foreign)[:5]}")

@@ -136,13 +136,22 @@ def test_model_card_of_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert f"| {report.coverage:.2%} |" in text and f"| {report.weight_bits:.2f} |" in text
     assert "| calibration | yes |" in text and "dB" in text and "last projection" in text
     assert "{" not in text
+    assert f'DiffusionPipeline.from_pretrained("{folder.name}"' in text
     # What a person wrote into it is not overwritten.
     assert main(["card", str(folder), "--base", "someone/shapes"]) == 1
     assert "exists already" in capsys.readouterr().err
 
 
-def test_model_card_of_a_transformer_without_calibration(tmp_path: Path):
-    quantized_folder("pixart", tmp_path)
-    text = model_card(tmp_path, "someone/pixart")
+def test_model_card_of_a_transformer_without_calibration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = quantized_folder("pixart", tmp_path / "transformer")
+    text = model_card(folder, "someone/pixart")
     assert "none, from the weights alone" in text and "not measured" in text
     assert type(tiny_pixart()).__name__ in text
+    # What it shows loads the folder.
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    names: dict = {}
+    exec(code.replace('"cuda"', '"cpu"'), names)
+    assert linears(names["transformer"])

@@ -28,6 +28,7 @@ from lrq_quant import (
 )
 from lrq_quant.rotation_search import dequantized_activation
 from lrq_quant.twin_log import sqnr_db
+from lrq_quant.work_folder import WorkFolder
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -520,6 +521,13 @@ def test_unusable_work_folders_are_refused(model: nn.Module, tmp_path: Path) -> 
         with pytest.raises(OSError, match="cannot write to the work folder"):
             quantize_model(model, work_folder=closed / "work")
     assert file.read_text() == "mine"
+
+
+def test_hidden_files_in_a_work_folder_stay(tmp_path: Path) -> None:
+    for name in (".DS_Store", ".nfs123"):
+        (tmp_path / name).write_text("of the system")
+    WorkFolder(tmp_path).remove()
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".DS_Store", ".nfs123"]
 
 
 def test_missing_statistics_are_named(model: nn.Module, stats: Stats) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import BF16, quantized_folder, tiny_pixart
 
-from lrq_quant import fuse_blocks, profiling
+from lrq_quant import fuse_blocks, profiled_model, profiling
 from lrq_quant.__main__ import main
 from lrq_quant.kernel_families import (
     COPY,
@@ -229,6 +229,57 @@ def test_errors_are_one_line(arguments: list[str], message: str, tmp_path: Path,
     assert main(["profile", *SMALL, *arguments]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("lrq profile: error: ") and message in error
+
+
+@pytest.mark.parametrize("model", ["tiny-flux", "dense", "quantized"])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--size", "65"], "size must be a multiple of"),
+        (["--batch", "0"], "batch must be positive, got 0"),
+        (["--steps", "0"], "steps must be positive, got 0"),
+        (["--json", "taken/p.json"], "--json must be a file that can be written, got taken/p.json"),
+        (["--trace", "taken/t.json"], "--trace must be a file that can be written, got taken/t"),
+        (["--plot", "."], "--plot must be a file, got the folder ."),
+    ],
+)
+def test_arguments_are_checked_before_a_model_is_made(
+    model: str, arguments: list[str], message: str, tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("taken").touch()
+    if model == "dense":
+        tiny_pixart().to(BF16).save_pretrained("dense")
+    if model == "quantized":
+        quantized_folder("pixart", Path("quantized"))
+    for name in ("make_model", "load_transformer"):
+        monkeypatch.setattr(profiled_model, name, lambda *_, **__: pytest.fail("made"))
+    assert main(["profile", model, *SMALL, *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({}, "size must be a multiple of 16 pixels, got 65"),  # the default patch_size is 2
+        ({"_class_name": "Nothing"}, "no inputs are known for Nothing"),
+    ],
+)
+def test_what_config_json_does_not_say(changes: dict, message: str, tmp_path: Path):
+    tiny_pixart().to(BF16).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    assert config.pop("patch_size") == 8
+    file.write_text(json.dumps({**config, **changes}))
+    options = ProfileOptions(str(tmp_path), size=65, device="cpu")
+    with pytest.raises(ValueError, match=message):
+        profile_model(options)
+
+
+def test_folders_of_outputs_are_made(tmp_path: Path):
+    file = tmp_path / "new" / "profile.json"
+    assert main(["profile", "tiny-pixart", *SMALL, "--json", str(file)]) == 0
+    assert json.loads(file.read_text())["families"]
 
 
 def test_plot(tmp_path: Path, monkeypatch, capsys):
