@@ -35,17 +35,20 @@ _EXCHANGING_HOOKS = frozenset({"ContextParallelSplitHook", "ContextParallelGathe
 def has_hooks(module: nn.Module) -> bool:
     """Whether hooks of diffusers or accelerate move or cast the tensors of this module, or do what
     is not known here. Those that exchanges_tokens tells of do not count."""
-    return bool(_hook_names(module) - _EXCHANGING_HOOKS) or hasattr(module, "_hf_hook")
+    registry = getattr(module, "_diffusers_hook", None)
+    if registry is not None and not all(map(_exchanges, registry.hooks.values())):
+        return True
+    return hasattr(module, "_hf_hook")
 
 
 def exchanges_tokens(module: nn.Module) -> bool:
     """Whether hooks of context parallelism split or gather what goes in or out among processes."""
-    return bool(_hook_names(module) & _EXCHANGING_HOOKS)
-
-
-def _hook_names(module: nn.Module) -> set[str]:
     registry = getattr(module, "_diffusers_hook", None)
-    return set() if registry is None else {type(hook).__name__ for hook in registry.hooks.values()}
+    return registry is not None and any(map(_exchanges, registry.hooks.values()))
+
+
+def _exchanges(hook: object) -> bool:
+    return type(hook).__name__ in _EXCHANGING_HOOKS
 
 
 class LRQLinear(nn.Linear):

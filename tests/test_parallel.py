@@ -19,8 +19,9 @@ from diffusers import ContextParallelConfig, TensorParallelConfig
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from tiny_families import forward
 from tiny_models import linears, load, quantized_folder
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import distributed, multiprocessing, nn
 from two_devices import cpu_and_two_gpus
+from ulysses_process import check_exchange
 
 from lrq_kernels import QuantScheme, graph
 from lrq_kernels.linear import LRQLinear, exchanges_tokens, has_hooks
@@ -137,37 +138,13 @@ def repeated(name: str, x: Any, batch: int) -> Any:
     return x if name.endswith("ids") else x.expand(batch, *x.shape[1:])
 
 
-def _exchange(rank: int, file: Path, processes: int) -> None:
-    """One of several processes, each with its part of the tokens; all drew the same whole."""
-    torch.set_num_threads(1)
-    store = distributed.FileStore(str(file), processes)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes)
-    generator = torch.Generator().manual_seed(int(file.stem))
-    for batch, tokens, heads in ((1, 5, processes), (3, 4, 2 * processes)):
-        shape = (3, batch, processes * tokens, heads, 8)
-        whole = torch.randn(shape, generator=generator, dtype=torch.float64)
-        mine = slice(rank * tokens, (rank + 1) * tokens)
-        exact = dense_attention(*whole).flatten(2)
-        by_part = whole[:, :, mine].unflatten(3, (processes, -1)).permute(3, 1, 2, 0, 4, 5)
-        got = ulysses.attention(by_part, dense_attention, distributed.group.WORLD)
-        torch.testing.assert_close(got, exact[:, mine], rtol=1e-12, atol=1e-12)
-    distributed.barrier()
-    distributed.destroy_process_group()
-
-
-def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Of [B, S, H, D], to the same."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, dim=-1).matmul(v).transpose(1, 2)
-
-
 @pytest.mark.slow
 def test_heads_are_exchanged_for_tokens(tmp_path: Path):
     processes = 3
     file = tmp_path / str(torch.randint(1 << 30, (1,)).item())
     get_context("forkserver").set_forkserver_preload(["lrq_quant", "torch.distributed"])
     options = {"nprocs": processes, "start_method": "forkserver"}
-    multiprocessing.start_processes(_exchange, (file, processes), **options)
+    multiprocessing.start_processes(check_exchange, (file, processes), **options)
 
 
 def test_who_exchanges_heads():
@@ -213,3 +190,16 @@ def test_context_parallelism(device: str, tmp_path: Path):
         method = "forkserver"
     options = {"nprocs": 2, "start_method": method}
     multiprocessing.start_processes(_work, (folder, port, device, True), **options)
+
+
+@pytest.mark.slow
+def test_hooks_are_seen_in_a_compiled_graph():
+    class GroupOffloadingHook: ...
+
+    linear = LRQLinear.from_state(make_state(48, 128, QuantScheme(4, 8)))
+    x = torch.randn(3, 128)
+    expected = linear(x)
+    linear._diffusers_hook = SimpleNamespace(hooks={"offload": GroupOffloadingHook()})
+    torch._dynamo.reset()
+    fast = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    assert torch.equal(fast(x), expected)
