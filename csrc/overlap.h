@@ -18,10 +18,10 @@ inline cudaLaunchAttribute overlap_attribute() {
   return attribute;
 }
 
-// Whether a portable kernel may overlap on `device`, the current one: where the code that runs there
-// was made for 9.0 or newer. What the driver translates from the PTX of an older one (10.0 with the
-// default build) has no wait in it, and before 9.0 the attribute is refused. Asked once: all portable
-// kernels are compiled for the same architectures.
+// Whether a portable kernel may overlap on `device`, the current one: where the code that runs
+// there was made for 9.0 or newer. What the driver translates from the PTX of an older one (10.0
+// with the default build) has no wait in it, and before 9.0 the attribute is refused. Asked once:
+// all portable kernels are compiled for the same architectures.
 template <typename Kernel>
 cudaError_t query_overlap(Kernel* kernel, int device, bool* can_overlap) {
   enum : char { kUnknown, kNo, kYes };

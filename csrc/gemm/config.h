@@ -86,7 +86,8 @@ inline constexpr int kGemmConfigCount = sizeof(kGemmConfigs) / sizeof(kGemmConfi
 constexpr bool tiles_have_one_number_of_stages() {
   for (const GemmConfig& a : kGemmConfigs) {
     for (const GemmConfig& b : kGemmConfigs) {
-      const bool same = a.arch == 90 && b.arch == 90 && a.tile_m == b.tile_m && a.tile_n == b.tile_n;
+      const bool same =
+          a.arch == 90 && b.arch == 90 && a.tile_m == b.tile_m && a.tile_n == b.tile_n;
       if (same && a.stages != b.stages) {
         return false;
       }
@@ -109,7 +110,8 @@ inline int config_index(const GemmConfig& config) {
 // Oldest compute capability with cp.async and mma.m16n8k32 on int8.
 inline constexpr int kOldestArch = 80;
 
-// Kernels count tokens, channels and inputs in int32, up to the end of the last tile, of at most 256.
+// Kernels count tokens, channels and inputs in int32, up to the end of the last tile, of at most
+// 256.
 inline constexpr int64_t kLargestSize = INT32_MAX - 255;
 
 // |x| and |level| are at most 128, so sums over more inputs could leave int32.

@@ -18,7 +18,8 @@ bool has_gemm_a16(const A16Args& args, int arch) {
   // TMA wants rows at multiples of 16 bytes.
   const bool aligned = reinterpret_cast<uintptr_t>(args.x) % 16 == 0 &&
                        (args.problem.m == 1 || args.x_stride % 8 == 0);
-  return kSm90Compiled && arch == 90 && aligned && args.problem.k >= 1 && is_weight_bits(args.problem.weight_bits);
+  return kSm90Compiled && arch == 90 && aligned && args.problem.k >= 1 &&
+         is_weight_bits(args.problem.weight_bits);
 }
 
 cudaError_t launch_gemm_a16(const A16Args& args, cudaStream_t stream) {

@@ -16,8 +16,8 @@ constexpr int kRegisters = !kNorm        ? 64
                                          : 72;
 
 template <typename T, RotateForm kForm, bool kShareWarps, bool kStays, int kMaxRegisters>
-cudaError_t launch_instance(const RotateRowsArgs& args, const RotateRowsPlan& plan,
-                            int device, cudaStream_t stream) {
+cudaError_t launch_instance(const RotateRowsArgs& args, const RotateRowsPlan& plan, int device,
+                            cudaStream_t stream) {
   const auto kernel = rotate_rows_kernel<T, kForm, kShareWarps, kStays, kMaxRegisters>;
   const int64_t rows = min_of(args.samples, kMaxGridRows);
   const dim3 grid(plan.blocks_per_sample, static_cast<unsigned>(rows),
@@ -63,11 +63,13 @@ cudaError_t launch_form(const RotateRowsArgs& args, cudaStream_t stream) {
   }
   if constexpr (kNorm) {
     if (shares) {
-      return launch_instance<T, kForm, true, false, kRegisters<true, true>>(args, plan, device, stream);
+      return launch_instance<T, kForm, true, false, kRegisters<true, true>>(args, plan, device,
+                                                                            stream);
     }
   }
   if constexpr (kForm != RotateForm::kModulated) {
-    return launch_instance<T, kForm, false, false, kRegisters<kNorm, false>>(args, plan, device, stream);
+    return launch_instance<T, kForm, false, false, kRegisters<kNorm, false>>(args, plan, device,
+                                                                             stream);
   }
 }
 
