@@ -198,7 +198,7 @@ class LRQLinear(nn.Linear):
         if projected is not None:
             with as_they_are(x.device):
                 branch = F.linear(projected, self._branch_factor(x.dtype))
-        return self._gemm(tokens, scale, x.dtype, residual=branch)
+        return self.from_quantized(tokens, scale, x.dtype, branch=branch)
 
     def from_quantized(
         self,
@@ -208,36 +208,22 @@ class LRQLinear(nn.Linear):
         activation: str = "none",
         residual: Tensor | None = None,
         gate: Tensor | None = None,
+        branch: Tensor | None = None,
     ) -> Tensor:
         """The linear of a quantized input, x_q int8 [..., K] and x_scale fp32 [...] as
         input_quantizer gives them, to [..., N]; then the activation ("gelu_tanh"), or
         residual [..., N] + gate [B, N] * y, where gate is one row for each of B equal parts of the
-        tokens. fp32 from the sum to the rounding at the end. See lrq::gemm for its errors. Raises
-        RuntimeError where there is a low-rank branch, which reads x itself: see has_low_rank."""
-        if self.has_low_rank:
+        tokens. fp32 from the sum to the rounding at the end. See lrq::gemm for its errors.
+
+        branch [..., N]: what forward computed of x by the low-rank branch, added as the residual
+        is, in place of one. Raises RuntimeError where there is a branch and it is not given: it
+        reads x itself, see has_low_rank."""
+        if self.has_low_rank and branch is None:
             raise RuntimeError(
                 f"LRQLinear.from_quantized: {self.parts[0][0] or 'the linear'} has a low-rank "
                 "branch, which a quantized input does not serve; call the linear"
             )
-        return self._gemm(x_q, x_scale, out_dtype, activation, residual, gate)
-
-    @property
-    def has_low_rank(self) -> bool:
-        return self._buffers["low_rank_up"] is not None
-
-    def _branch_factor(self, dtype: torch.dtype) -> Tensor:
-        """[N, R]"""
-        return self._buffers["low_rank_up"].view(BRANCH_DTYPE).to(dtype)
-
-    def _gemm(
-        self,
-        x_q: Tensor,
-        x_scale: Tensor,
-        out_dtype: torch.dtype,
-        activation: str = "none",
-        residual: Tensor | None = None,
-        gate: Tensor | None = None,
-    ) -> Tensor:
+        added = residual if branch is None else branch
         buffers, bias = self._buffers, self._buffers["bias_bits"]
         y = ops.gemm(
             x_q.view(-1, self.in_features),
@@ -246,7 +232,7 @@ class LRQLinear(nn.Linear):
             buffers["levels"],
             buffers["weight_scale"].view(torch.float32),
             None if bias is None else bias.view(torch.float32),
-            None if residual is None else residual.reshape(-1, self.out_features),
+            None if added is None else added.reshape(-1, self.out_features),
             gate,
             self.scheme.weight_bits,
             self.out_features,
@@ -254,6 +240,14 @@ class LRQLinear(nn.Linear):
             out_dtype,
         )
         return y.view(*x_q.shape[:-1], self.out_features)
+
+    @property
+    def has_low_rank(self) -> bool:
+        return self._buffers["low_rank_up"] is not None
+
+    def _branch_factor(self, dtype: torch.dtype) -> Tensor:
+        """[N, R]"""
+        return self._buffers["low_rank_up"].view(BRANCH_DTYPE).to(dtype)
 
     def _forward_a16(self, rows: Tensor, projected: Tensor | None) -> Tensor:
         bias = self.bias_bits

@@ -477,10 +477,7 @@ def train(
             "config": asdict(config),
         }
         (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
-        check_writable(out)
-        if out.exists():
-            out.rmdir()  # empty
-        os.replace(folder, out)
+        os.replace(folder, out)  # or an empty folder, as check_writable found
     state_file.unlink(missing_ok=True)
     print(f"wrote {out}, {report['bytes']} bytes of safetensors", flush=True)
     return report
