@@ -39,7 +39,10 @@ LATE = {
     "gemm_a16": "x",
     "_rotate_rows": "x",
     "qk_norm_rope": "q",
+    "qk_norm_rope_parts": "q",
 }
+# Here, so that a machine without a GPU sees an op that is missing.
+assert LATE.keys() == VALID.keys(), f"LATE lacks {VALID.keys() - LATE.keys()}"
 
 
 def make_linear(scheme: QuantScheme) -> LRQLinear:
