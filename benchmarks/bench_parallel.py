@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 -m benchmarks.bench_parallel --model flux-dev --json two.json
     torchrun --nproc-per-node 2 -m benchmarks.bench_parallel --ways ulysses ring \
-        --variants bf16-eager w4a8-eager w4a8-fused
+        --variants bf16-eager w4a8-eager w4a8-graph
 
 Every process times the whole model on its own GPU first, then its part of it together with the
 others. A row: way (ulysses: heads are exchanged around attention; ring: keys and values go round),
@@ -33,7 +33,7 @@ from lrq_kernels.testing import sqnr_db
 from lrq_quant.model_shapes import named_inputs
 
 WAYS = ("ulysses", "ring")
-DEFAULT_VARIANTS = ("bf16-eager", "w4a8-fused")
+DEFAULT_VARIANTS = ("bf16-eager", "w4a8-fused", "w4a8-graph")
 # The same in every process, which wait for each other in each forward.
 WARM_FORWARDS, TIMED_FORWARDS = 4, 12
 

@@ -11,9 +11,10 @@ activation bits, adapters and their strength, and the addresses of parameters an
 at in every call: where something is new, another graph is captured. What else Python decides by
 (the attention backend, a hook) is not: call model.forward.reset() after changing it.
 
-A model whose tokens several processes share (diffusers' enable_parallelism) is refused: on two H100
-a forward of FLUX captured with its exchanges through NCCL did not come back, as others found too
-(sgl-project/sglang, pull request 31852: both ranks hang in the replay).
+Of a model whose tokens several processes share (diffusers' enable_parallelism) all of them call it
+alike. diffusers' exchange of heads (Ulysses) is refused: on two H100 a forward of FLUX captured
+with it did not come back, as others found too (sgl-project/sglang, pull request 31852: both ranks
+hang in the replay). That of fused blocks did, and so did diffusers' rings.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .input_quantizer import InputQuantizer, PreparedInput
@@ -41,9 +43,9 @@ def graph(
     max_graphs: kept, the one not used for longest goes first; copy_outputs: False returns the
     graph's own output, which the next call overwrites.
 
-    Raises ValueError for a model with tensors off the GPU, moved by hooks or split over processes,
-    in the call for tensor arguments off the GPU, and RuntimeError from the call where gradients are
-    asked for.
+    Raises ValueError for a model with tensors off the GPU or moved by hooks, in the call for tensor
+    arguments off the GPU and heads that diffusers exchanges among processes, and RuntimeError from
+    the call where gradients are asked for.
     """
     if warmup < 1 or max_graphs < 1:
         raise ValueError(
@@ -52,11 +54,6 @@ def graph(
     for name, module in model.named_modules():
         if has_hooks(module):
             raise ValueError(f"graph: {name or 'the model'} is moved or cast by hooks")
-        if exchanges_tokens(module):
-            raise ValueError(
-                f"graph: {type(model).__name__} must have its tokens in one process, they are "
-                "split by context parallelism, whose exchange through NCCL hangs in a graph"
-            )
     device = None
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         device = device or tensor.device
@@ -67,7 +64,8 @@ def graph(
             )
     ungraph(model)
     device = device or torch.device("cuda", torch.cuda.current_device())
-    options = Options(warmup, max_graphs, copy_outputs, device)
+    exchanges = any(map(exchanges_tokens, model.modules()))
+    options = Options(warmup, max_graphs, copy_outputs, device, exchanges)
     model.forward = GraphedForward(model, _capture, options)
     return model
 
@@ -85,6 +83,19 @@ class Options(NamedTuple):
     max_graphs: int = 8
     copy_outputs: bool = True
     device: torch.device = torch.device("cuda")  # of the model and its inputs
+    exchanges: bool = False  # tokens with other processes
+
+
+class _RefuseAllToAll(TorchDispatchMode):
+    """Raises before the exchange whose replays do not come back."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is torch.ops._c10d_functional.all_to_all_single.default:
+            raise ValueError(
+                "graph: heads must be exchanged by fused blocks (lrq_quant.fuse_blocks, equal "
+                f"parts), got diffusers' own exchange ({func}), which hangs in a replay"
+            )
+        return func(*args, **(kwargs or {}))
 
 
 class Captured(NamedTuple):
@@ -185,7 +196,8 @@ class GraphedForward:
             filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             args, kwargs = tree_unflatten(filled, structure)
             run = type(self.model).forward.__get__(self.model) if self._own is None else self._own
-            return run(*args, **kwargs)
+            with _RefuseAllToAll() if self._options.exchanges else nullcontext():
+                return run(*args, **kwargs)
 
         while len(self._graphs) >= self._options.max_graphs:
             self._graphs.popitem(last=False)

@@ -159,6 +159,7 @@ def qk_norm_rope_kernel(
     k_out_ptr,
     v_out_ptr,
     part_stride,
+    part_offsets_ptr,  # int64 [PARTS], in elements, in place of part_stride, or None
     context_tokens,
     tokens,  # of the joint sequence
     eps,
@@ -209,7 +210,14 @@ def qk_norm_rope_kernel(
     else:
         LOCAL: tl.constexpr = HEADS // PARTS
         out = token.to(tl.int64) * (3 * LOCAL * D)
-        starts = (heads // LOCAL).to(tl.int64) * part_stride + (heads % LOCAL) * D
+        part = heads // LOCAL
+        if part_offsets_ptr is None:
+            starts = part.to(tl.int64) * part_stride
+        else:
+            # As far apart as allocations are, so stores are as wide as in one.
+            starts = tl.load(part_offsets_ptr + part, mask=part < PARTS, other=0)
+            starts = tl.multiple_of(starts, [16, 16])
+        starts += (heads % LOCAL) * D
     if v_ptr is not None:
         _store(v_out_ptr + out, starts, heads, 0, v, HEADS, GROUP, D)
     _norm_rope_store(
@@ -323,16 +331,29 @@ def qk_norm_rope_parts(*arguments: Any) -> Tensor:
     return out
 
 
+def write_parts(given: Sequence[Any], first: Tensor, parts: int, offsets: Tensor) -> None:
+    """As qk_norm_rope_parts of (*given, parts), each part to its own memory.
+
+    first [B, T, 3, H / parts, D], contiguous: any of the parts; offsets int64 [parts]: elements
+    from there to each part, multiples of 16. The others may be in memory of other GPUs."""
+    _run(given, first.unbind(2), parts, part_offsets=offsets)
+
+
 def _joint_tokens(arguments: Sequence[Any]) -> int:
     q, context_q = arguments[0], arguments[3]
     return q.shape[1] + (0 if context_q is None else context_q.shape[1])
 
 
 def _run(
-    arguments: Sequence[Any], outputs: Sequence[Tensor], parts: int, launch: Launch | None = None
+    arguments: Sequence[Any],
+    outputs: Sequence[Tensor],
+    parts: int,
+    launch: Launch | None = None,
+    part_offsets: Tensor | None = None,
 ) -> None:
     """arguments: of lrq::qk_norm_rope. outputs: q, k, v [B, T, H, D], or where there are several
-    parts [parts, B, T, H / parts, D], which lie as in one tensor [parts, B, T, 3, H / parts, D]."""
+    parts [parts, B, T, H / parts, D], which lie as in one tensor [parts, B, T, 3, H / parts, D].
+    part_offsets: see write_parts."""
     q, k, v, *of_context, heads, eps, norm, rope = arguments
     context, vectors = of_context[:3], of_context[3:]
     q_out, k_out, v_out = outputs
@@ -349,6 +370,7 @@ def _run(
             k_out,
             v_out,
             0 if parts == 1 else q_out.stride(0),
+            part_offsets,
             tokens - q.shape[1],
             tokens,
             eps,

@@ -163,8 +163,7 @@ def _attend(
     attend = functools.partial(dispatch_attention_fn, backend=backend)
     group = ulysses.group_of(config, attn.heads)
     if group is not None:
-        parts = ops.qk_norm_rope_parts(q, k, v, *streams, parts=group.size())
-        return ulysses.attention(parts, attend, group)
+        return ulysses.attention((q, k, v, *streams), attend, group)
     # Alone, v is what attention takes already.
     q, k, joint_v = ops.qk_norm_rope(q, k, v if context else None, *streams)
     v = joint_v if context else v.unflatten(-1, (attn.heads, -1))

@@ -10,7 +10,12 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-FILES = ("test_rotate_quantize.py", "test_fused_rotate_quantize.py", "test_qk_norm_rope.py")
+FILES = (
+    "test_rotate_quantize.py",
+    "test_fused_rotate_quantize.py",
+    "test_qk_norm_rope.py",
+    "test_peer_memory.py",
+)
 
 
 def test_kernels_in_interpreter() -> None:

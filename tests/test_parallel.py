@@ -23,10 +23,10 @@ from torch import distributed, multiprocessing, nn
 from two_devices import cpu_and_two_gpus
 from ulysses_process import check_exchange
 
-from lrq_kernels import QuantScheme, graph
+from lrq_kernels import QuantScheme, cuda_graph, graph, ungraph
 from lrq_kernels.linear import LRQLinear, exchanges_tokens, has_hooks
 from lrq_kernels.testing import make_state, relative_error
-from lrq_quant import fuse_blocks, fuse_projections, fused_blocks, ulysses
+from lrq_quant import fuse_blocks, fuse_projections, fused_blocks, ulysses, unfuse_blocks
 
 F32 = torch.float32
 
@@ -123,14 +123,40 @@ def _work(rank: int, folder: Path, port: int, device: str, fused: bool) -> None:
             outputs = forward(model, {n: repeated(n, x, batch) for n, x in given.items()})
             error = relative_error(outputs, expected.expand_as(outputs))
             assert error < 1e-2, (batch, error)
-    assert sent.call_count == 2 * 2 * 4  # there and back, in each of four blocks
-    with pytest.raises(ValueError, match="graph: .* tokens in one process"):
-        graph(model)
+    in_each = 2 * 2 * 4  # there and back, in each of four blocks, for both batches
+    if device == "cpu":
+        assert sent.call_count == in_each
+    else:
+        assert sent.call_count == 0
+        _check_memory_and_graph(model, given, outputs)
     if device == "cpu":
         fast = torch.compile(model, fullgraph=True, backend="aot_eager")
         assert torch.equal(forward(fast, given), outputs)
+    unfuse_blocks(model)
+    capture = cuda_graph._capture if device != "cpu" else lambda call, inputs, *_: call(inputs)
+    captured = cuda_graph.GraphedForward(
+        model, capture, cuda_graph.Options(device=torch.device(device), exchanges=True)
+    )
+    with torch.no_grad(), pytest.raises(ValueError, match="exchanged by fused blocks"):
+        captured(**given)
     distributed.barrier()
     distributed.destroy_process_group()
+
+
+def _check_memory_and_graph(model: Any, given: dict[str, Any], outputs: torch.Tensor) -> None:
+    """What went through memory of the other GPU is bit for bit what NCCL brings, in a graph too."""
+    from lrq_kernels import peer_memory
+
+    other = {n: x.roll(1, 1) if n == "hidden_states" else x for n, x in given.items()}
+    (group,) = peer_memory._available
+    with patch.dict(peer_memory._available, {group: "for comparison"}):
+        assert torch.equal(forward(model, given), outputs)
+        expected = forward(model, other)
+    graph(model)
+    for _ in range(3):
+        assert torch.equal(forward(model, given), outputs)
+        assert torch.equal(forward(model, other), expected)
+    ungraph(model)
 
 
 def repeated(name: str, x: Any, batch: int) -> Any:

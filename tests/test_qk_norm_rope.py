@@ -113,6 +113,20 @@ def check(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
         assert flips <= budget, f"{flips} of {difference.numel()} differ, over {budget:.0f}"
 
 
+def scattered(arguments: tuple[Any, ...], like: Tensor) -> Tensor:
+    """The parts, each written to a place of its own in any order."""
+    from lrq_kernels import qk_norm_rope as kernels
+
+    parts = like.shape[0]
+    size = (like[0].numel() + 15) // 16 * 16
+    memory = torch.empty(3 * parts, size, dtype=like.dtype, device=like.device)
+    places = torch.randperm(3 * parts)[:parts]
+    offsets = ((places - places[-1]) * size).to(like.device)
+    outs = [memory[int(place)][: like[0].numel()].view(like.shape[1:]) for place in places]
+    kernels.write_parts(arguments, outs[-1], parts, offsets)
+    return torch.stack(outs)
+
+
 def check_parts(device: str, dtype: torch.dtype) -> None:
     """q, k and v where qk_norm_rope has them, for groups of heads within a part and across parts,
     and for heads that go to one process each."""
@@ -131,6 +145,7 @@ def check_parts(device: str, dtype: torch.dtype) -> None:
         else:
             got = torch.ops.lrq.qk_norm_rope_parts(*arguments, parts)
         tokens, heads = case.tokens + (case.context_tokens or 0), case.heads // parts
+        assert torch.equal(scattered(arguments, got), got)
         assert got.shape == (parts, case.samples, tokens, 3, heads, case.head_dim)
         whole = launch(*arguments)
         for part, of_part in enumerate(got):

@@ -22,7 +22,7 @@ def check_exchange(rank: int, file: Path, processes: int) -> None:
         mine = slice(rank * tokens, (rank + 1) * tokens)
         exact = dense_attention(*whole).flatten(2)
         by_part = whole[:, :, mine].unflatten(3, (processes, -1)).permute(3, 1, 2, 0, 4, 5)
-        got = ulysses.attention(by_part, dense_attention, distributed.group.WORLD)
+        got = ulysses.attention_of_parts(by_part, dense_attention, distributed.group.WORLD)
         torch.testing.assert_close(got, exact[:, mine], rtol=1e-12, atol=1e-12)
     distributed.barrier()
     distributed.destroy_process_group()
