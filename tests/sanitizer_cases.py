@@ -1,9 +1,11 @@
 """Every CUDA and Triton kernel once, on the smallest ragged shapes, for compute-sanitizer:
 
     compute-sanitizer --tool memcheck python tests/sanitizer_cases.py
+    compute-sanitizer --tool racecheck python tests/sanitizer_cases.py gemvs rotated_rows
 
 Allocations are not cached, and operands end where their last element ends, so that an access past
-a tensor is one past an allocation. Prints "cases done" at the end.
+a tensor is one past an allocation. Prints each case as it starts,
+"cases done" at the end.
 """
 
 from __future__ import annotations
@@ -246,21 +248,25 @@ def rounded_blocks(bits: int) -> None:
             old = exact_rows(expected, columns)
 
 
-def main() -> None:
+BY_BITS = (layouts, gemms, gemvs, a16_gemms, rounded_blocks)
+OTHERS = (rotations, fused_rotations, rotated_rows)
+
+
+def main(names: list[str]) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("sanitizer_cases: needs a CUDA device")
-    for bits in BITS:
-        layouts(bits)
-        gemms(bits)
-        gemvs(bits)
-        a16_gemms(bits)
-        rounded_blocks(bits)
-    rotations()
-    fused_rotations()
-    rotated_rows()
-    torch.cuda.synchronize()
+    known = [case.__name__ for case in (*BY_BITS, *OTHERS)]
+    if unknown := set(names) - set(known):
+        raise SystemExit(f"sanitizer_cases: cases must be of {known}, got {sorted(unknown)}")
+    runs = [(case, (bits,)) for bits in BITS for case in BY_BITS]
+    runs += [(case, ()) for case in OTHERS]
+    for case, arguments in runs:
+        if case.__name__ in (names or known):
+            print(case.__name__, *arguments, flush=True)
+            case(*arguments)
+            torch.cuda.synchronize()
     print("cases done")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
