@@ -7,9 +7,10 @@ from functools import lru_cache
 
 GEMM, ATTENTION, QUANTIZATION = "gemm", "attention", "quantization"
 ELEMENTWISE, COPY, OTHER = "element-wise", "memory copy", "other"
+EXCHANGE = "exchange"  # with other GPUs, and waiting for them
 # Of a table: what the GPU does, and when it does nothing.
 LAUNCH_GAPS = "launch gaps"
-FAMILIES = (GEMM, ATTENTION, QUANTIZATION, ELEMENTWISE, COPY, OTHER)
+FAMILIES = (GEMM, ATTENTION, QUANTIZATION, ELEMENTWISE, COPY, EXCHANGE, OTHER)
 
 # The work of lrq's kernels that is counted (op_work), and the kernels that do it.
 OUR_GEMM, OUR_A16, OUR_QUANTIZATION = "lrq gemm", "lrq a16 gemm, gemv", "lrq rotate + quantize"
@@ -32,7 +33,11 @@ _RULES = (
         r"|^(row|activation|norm|block_dense|block_dense_quantize)_kernel$"
         r"|^lrq::(dequantize|prepack|unprepack)$",
     ),
-    (ELEMENTWISE, r"^qk_norm_rope_kernel$|^lrq::qk_norm_rope$"),
+    (ELEMENTWISE, r"^qk_norm_rope_kernel$|^lrq::qk_norm_rope(_parts)?$"),
+    (
+        EXCHANGE,
+        r"^write_tokens_kernel$|\bsymmetric_memory::|^ncclDevKernel|^_?c10d(_functional)?::",
+    ),
     # Inductor names a kernel after the ops whose work it took part in, so that one which prepares
     # or scales a product bears its name. Only templates multiply.
     (GEMM, r"^triton_tem_fused_.*mm"),

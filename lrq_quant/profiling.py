@@ -294,12 +294,29 @@ def _record_gpu(run: Callable[[], None]) -> list[Event]:
 
 
 def gpu_events(trace_events: Iterable[Mapping[str, Any]]) -> list[Event]:
-    """What ran on the GPU, of the events of a Chrome trace."""
-    return [
-        Event(event["name"], float(event["ts"]), float(event["dur"]))
+    """What ran on the GPU, of the events of a Chrome trace, in order of time.
+
+    A kernel that may start before the one that it follows has ended (programmatic dependent
+    launch) waits for it on the multiprocessors: its time counts from there, so that the times of a
+    stream add up to those in which it was busy."""
+    found = [
+        (float(event["ts"]), float(event["dur"]), event["name"], _stream(event))
         for event in trace_events
         if event.get("ph") == "X" and event.get("cat") in _GPU_CATEGORIES
     ]
+    events: list[Event] = []
+    ends: dict[Any, float] = {}
+    for start, duration, name, stream in sorted(found, key=lambda event: event[0]):
+        stop = start + duration
+        begin = max(start, ends.get(stream, start))
+        events.append(Event(name, begin, max(0.0, stop - begin)))
+        ends[stream] = max(stop, ends.get(stream, stop))
+    return events
+
+
+def _stream(event: Mapping[str, Any]) -> tuple[Any, Any]:
+    arguments = event.get("args", {})
+    return arguments.get("device"), arguments.get("stream")
 
 
 def _record_cpu(run: Callable[[], None]) -> tuple[list[Event], float]:

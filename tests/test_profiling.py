@@ -13,7 +13,10 @@ from tiny_models import BF16, quantized_folder, tiny_pixart
 from lrq_quant import fuse_blocks, profiled_model, profiling
 from lrq_quant.__main__ import main
 from lrq_quant.kernel_families import (
+    ATTENTION,
     COPY,
+    ELEMENTWISE,
+    EXCHANGE,
     FAMILIES,
     GEMM,
     LAUNCH_GAPS,
@@ -53,6 +56,8 @@ A cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128_
 C void at::native::(anonymous namespace)::CatArrayBatchedCopy_vectorized<at::native::(anon
 C void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda(at::Ten
 C Memset (Device)
+X c10d::symmetric_memory::barrier_kernel(unsigned int**, int, int, int, unsigned long)
+X write_tokens_kernel
 """
 # As the sources of torch, inductor, bitsandbytes and of lrq have them.
 FROM_SOURCES = """\
@@ -78,12 +83,15 @@ A triton_tem_fused_flex_attention_2
 A aten::scaled_dot_product_attention
 E void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, at::native::MeanOps
 E lrq::qk_norm_rope
+E lrq::qk_norm_rope_parts
+X ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)
+X _c10d_functional::all_to_all_single
 E aten::add_
 O aten::view
 O some_kernel_of_another_library
 """
-_FAMILY = {family[0].upper(): family for family in FAMILIES if family not in (COPY, OTHER)}
-_FAMILY |= {"C": COPY, "O": OTHER}
+_FAMILY = {"G": GEMM, "A": ATTENTION, "Q": QUANTIZATION, "E": ELEMENTWISE}
+_FAMILY |= {"C": COPY, "X": EXCHANGE, "O": OTHER}
 KERNELS = {line[2:]: _FAMILY[line[0]] for line in (RECORDED + FROM_SOURCES).splitlines()}
 
 
@@ -144,13 +152,27 @@ def test_gpu_events_of_a_trace():
         return {"ph": "X", "cat": category, "name": "n", "ts": 1, "dur": 2, **changes}
 
     trace = [
-        event("kernel"),
         event("gpu_memcpy", ts="3.5"),
+        event("kernel"),
         event("gpu_user_annotation"),
         event("cuda_runtime"),
         {"ph": "M", "name": "process_name"},
     ]
     assert profiling.gpu_events(trace) == [Event("n", 1.0, 2.0), Event("n", 3.5, 2.0)]
+
+
+def test_a_kernel_that_waits_for_the_one_before_counts_from_its_end():
+    def event(name: str, start: float, duration: float, stream: int = 7) -> dict:
+        where = {"device": 0, "stream": stream}
+        return {
+            "ph": "X", "cat": "kernel", "name": name, "ts": start, "dur": duration, "args": where
+        }  # fmt: skip
+
+    trace = [event("a", 0, 100), event("b", 60, 70), event("c", 90, 20), event("d", 128, 12)]
+    got = profiling.gpu_events([*trace, event("beside", 10, 100, stream=8)])
+    assert {e.name: e.duration for e in got} == {"a": 100, "b": 30, "c": 0, "d": 10, "beside": 100}
+    in_order = profiling.gpu_events(trace)
+    assert sum(e.duration for e in in_order) == profiling.busy_us(in_order) == 140
 
 
 def test_counted_work(tmp_path: Path):
