@@ -17,7 +17,7 @@ from lrq_kernels.checkpoint import CheckpointError
 from .auto_family import family_by_names
 from .families import find_family
 from .recipe import QuantPlan, QuantRecipe, check_low_rank
-from .recipe_patterns import matching, schemes_by_name
+from .recipe_patterns import check_patterns
 
 logger = logging.getLogger(__name__)
 
@@ -140,13 +140,13 @@ class LRQConfig(QuantizationConfigMixin):
             )
         kept = set(keep)
         exclude = [name for name in linears if kept & set(name.split("."))]
-        for pattern in self.modules_to_not_convert:
-            exclude += matching(pattern, linears, "modules_to_not_convert")
+        check_patterns(self.modules_to_not_convert, linears, "LRQConfig: modules_to_not_convert")
+        check_patterns(self.overrides, linears, "LRQConfig: overrides")
         return QuantRecipe(
             block=self.scheme,
             modulation=self.modulation,
-            exclude=tuple(dict.fromkeys(exclude)),
-            overrides=schemes_by_name(self.overrides, linears),
+            exclude=tuple(dict.fromkeys((*exclude, *self.modules_to_not_convert))),
+            overrides=tuple(self.overrides.items()),
             low_rank=self.low_rank,
             family=family,
         )

@@ -18,6 +18,7 @@ from torch import nn
 from lrq_kernels.scheme import BLOCK_SIZES, QuantScheme
 
 from .families import MODULATION, Family, family_of
+from .recipe_patterns import check_patterns, matches
 
 MODES = ("default", "paper")
 ROUNDINGS = ("feedback", "nearest")
@@ -83,17 +84,17 @@ class SearchOptions:
 @dataclass(frozen=True)
 class QuantRecipe:
     """block: scheme of attention and feed-forward linears; modulation: scheme of the adaLN linears,
-    None to keep them.  Patterns are fnmatch patterns on full module names: a linear is quantized if
-    include matches and exclude does not; overrides are (pattern, scheme or None) pairs, the first
-    that matches wins.  mode "paper" is the published method (method.md decision 2).  Of a scheme
-    the recipe fixes the bits; rotation and activation scale are searched per input when there is
-    calibration data and taken from the scheme when there is none.  bias_correction adds
-    (W - W^) E[x] to the bias of linears that have one (calibrated, mode "default" only).  rounding
-    "feedback" rounds each weight with error feedback over its quantized input, damped by that share
-    of the input's mean power, and refined in so many passes (calibrated, mode "default"); "nearest"
-    rounds each weight by itself.  low_rank: rank of a 16-bit branch beside the linears of every
-    input but modulation (module low_rank), 0 for none; not in mode "paper".  family describes a
-    model unknown to lrq_quant.families."""
+    None to keep them. Patterns are fnmatch patterns on full module names, and one that matches a
+    module holds for every linear in it: a linear is quantized if include matches and exclude does
+    not; overrides are (pattern, scheme or None) pairs, the first that matches wins. mode "paper" is
+    the published method (method.md decision 2). Of a scheme the recipe fixes the bits; rotation and
+    activation scale are searched per input when there is calibration data and taken from the scheme
+    when there is none. bias_correction adds (W - W^) E[x] to the bias of linears that have one
+    (calibrated, mode "default" only). rounding "feedback" rounds each weight with error feedback
+    over its quantized input, damped by that share of the input's mean power, and refined in so many
+    passes (calibrated, mode "default"); "nearest" rounds each weight by itself. low_rank: rank of a
+    16-bit branch beside the linears of every input but modulation (module low_rank), 0 for none;
+    not in mode "paper". family describes a model unknown to lrq_quant.families."""
 
     block: QuantScheme = QuantScheme(weight_bits=4, act_bits=8)
     modulation: QuantScheme | None = QuantScheme(weight_bits=4, act_bits=16, rotation="none")
@@ -200,7 +201,7 @@ class QuantRecipe:
         if linear.in_features % K_MULTIPLE:
             return None, f"in_features {linear.in_features} is not a multiple of {K_MULTIPLE}"
         for pattern, scheme in self.overrides:
-            if fnmatchcase(name, pattern):
+            if matches(pattern, name):
                 return scheme, f"kept by the override {pattern!r}"
         if role == MODULATION:
             return self.modulation, "the recipe keeps modulation"
@@ -208,9 +209,7 @@ class QuantRecipe:
 
     def _check_patterns(self, linears: dict[str, nn.Linear]) -> None:
         patterns = [*self.include, *self.exclude, *(pattern for pattern, _ in self.overrides)]
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in linears):
-                raise ValueError(f"QuantRecipe: pattern {pattern!r} matches no linear of the model")
+        check_patterns(patterns, linears, "QuantRecipe")
 
 
 @dataclass(frozen=True)
@@ -325,7 +324,7 @@ def _why_kept(family: Family, name: str) -> str:
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+    return any(matches(pattern, name) for pattern in patterns)
 
 
 def _kind(name: str) -> str:

@@ -162,7 +162,7 @@ def test_plan_is_printable_before_anything_is_loaded():
 @pytest.mark.parametrize("argument", ["modules_to_not_convert", "overrides"])
 def test_a_pattern_that_matches_nothing_is_named(argument: str):
     patterns = {"modules_to_not_convert": ["typo.*"], "overrides": {"typo.*": None}}[argument]
-    with pytest.raises(ValueError, match=rf"{argument}: 'typo\.\*' matches no linear"):
+    with pytest.raises(ValueError, match=rf"{argument}: pattern 'typo\.\*' matches no linear"):
         LRQConfig(**{argument: patterns}).plan(tiny_pixart())
 
 

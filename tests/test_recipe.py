@@ -87,6 +87,25 @@ def test_widths_that_do_not_pack_stay() -> None:
     assert any(kept.why == "in_features 72 is not a multiple of 32" for kept in plan.kept)
 
 
+def test_a_module_stands_for_the_linears_in_it(model: nn.Module) -> None:
+    three = QuantScheme(3, 8)
+    by_module = QuantRecipe(
+        include=("transformer_blocks",),
+        exclude=("*.to_v", "*.1.attn1.to_out"),
+        overrides=(("transformer_blocks.0", three),),
+    ).resolve(model)
+    by_linear = QuantRecipe(
+        include=("transformer_blocks.*",),
+        exclude=("*.to_v", "*.1.attn1.to_out.0"),
+        overrides=(("transformer_blocks.0.*", three),),
+    ).resolve(model)
+    assert groups(by_module) == groups(by_linear) and len(groups(by_module)) == 3
+    schemes = {linear.name: linear.scheme for linear in by_module.linears}
+    assert schemes == {linear.name: linear.scheme for linear in by_linear.linears}
+    assert {name.split(".")[1] for name, scheme in schemes.items() if scheme == three} == {"0"}
+    assert len(schemes) == 5
+
+
 def test_a_pattern_that_matches_nothing_is_an_error(model: nn.Module) -> None:
     for recipe in (
         QuantRecipe(exclude=("*.to_x",)),
