@@ -237,6 +237,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
         recipe_for,
         transformer_names,
     )
+    from .pipeline import check_dense
     from .sharding import launched, processes
 
     prompts = _read_prompts(arguments)
@@ -254,13 +255,14 @@ def _quantize(arguments: argparse.Namespace) -> int:
     _check_model(arguments.model)
     # Of a hub id only what is loaded tells.
     if is_quantized(Path(arguments.model) / TRANSFORMER):
-        raise _already_quantized(arguments.model, TRANSFORMER)
+        raise ValueError(
+            f"{arguments.model}: its {TRANSFORMER} must be dense, it is already quantized"
+        )
     check_writable(arguments.out)
     with launched(_device(arguments)) as device, processes() as shards:
         pipeline = _load_pipeline(arguments, device)
         for name in transformer_names(pipeline):
-            if getattr(getattr(pipeline, name), "is_quantized", False):
-                raise _already_quantized(arguments.model, name)
+            check_dense(getattr(pipeline, name), f"{arguments.model}: its {name}")
         recipe = recipe_for(pipeline, recipe, _call_options(arguments))
         if shards.rank == 0:
             print(recipe.resolve(pipeline.transformer).summary())
@@ -281,10 +283,6 @@ def _quantize(arguments: argparse.Namespace) -> int:
         print(f"report: {arguments.out / name / REPORT_PAGE}")
     print(f"written to {arguments.out}")
     return 0
-
-
-def _already_quantized(model: str, name: str) -> ValueError:
-    return ValueError(f"model must be dense, got {model}: its {name} is already quantized")
 
 
 def _read_prompts(arguments: argparse.Namespace) -> list[str] | None:

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lrq_kernels import checkpoint
+from lrq_kernels import LRQLinear, checkpoint
 from lrq_kernels.checkpoint import LinearState
 from lrq_kernels.codebook import TwinLogCodebook
 from lrq_kernels.packing import pack_codes, unpack_codes
@@ -112,12 +112,14 @@ def quantize_model(
 
     A model of an unknown family is watched for one forward of run (auto_family).
 
-    Raises before anything is written: ValueError for such a model, or prompts, without run, NaN or
-    inf weights and parameters on the meta device (naming the tensor), or missing statistics;
-    OSError for a work folder that cannot be written.  The model is not changed.
+    Raises before anything is written: ValueError for such a model, or prompts, without run, a model
+    that is quantized already, NaN or inf weights and parameters on the meta device (naming the
+    tensor), or missing statistics; OSError for a work folder that cannot be written.  The model is
+    not changed.
     """
     if prompts and run is None:
         raise ValueError("quantize_model: run must be given with prompts, it draws them, got None")
+    check_dense(model)
     recipe = recipe or QuantRecipe()
     started = time.perf_counter()
     with alone() if work_folder is None else processes() as shards:
@@ -574,6 +576,17 @@ def _check_same(
     facts = {"plan": repr(plan), "recipe": recipe.to_dict(), "prompts": list(prompts)}
     samples = [strided_sample(parameter) for parameter in model.parameters()]
     shards.agree("model, recipe and prompts", WorkFolder.fingerprint(facts, samples))
+
+
+def check_dense(model: nn.Module, name: str = "model") -> None:
+    """Raises ValueError where linears of the model, called `name`, are quantized already."""
+    quantized = [linear for linear, m in model.named_modules() if isinstance(m, LRQLinear)]
+    if quantized:
+        raise ValueError(
+            f"{name} must be dense, got {type(model).__name__} with {len(quantized)} linears that "
+            f"are already quantized, {quantized[0]} the first; the original checkpoint has dense "
+            "ones, and so has model.dequantize(), less exact"
+        )
 
 
 def _check_parameters(model: nn.Module) -> None:

@@ -28,7 +28,7 @@ from .config import LRQConfig
 from .fused_projections import fuse_projections
 from .html_report import html_page
 from .model_stats import strided_sample
-from .pipeline import QuantizedModel, quantize_model
+from .pipeline import QuantizedModel, check_dense, quantize_model
 from .recipe import QuantRecipe
 from .report import QuantReport
 from .report_pictures import DrawnPictures, PictureComparison, picture_seed
@@ -206,6 +206,8 @@ def quantize_pipeline(
             f"quantize_pipeline: {type(pipeline).__name__} must have a component {TRANSFORMER!r}, "
             f"got {', '.join(pipeline.components)}"
         )
+    for name in names:
+        check_dense(getattr(pipeline, name), name)
     with processes() as shards:
         run = _runner(pipeline, call_options)
         recipe = recipe_for(pipeline, recipe, call_options)

@@ -179,7 +179,7 @@ def test_a_quantized_pipeline_is_not_quantized_again(
     arguments = [model, str(tmp_path / "out"), "--weights-only", "--device", "cpu"]
     assert main(["quantize", *arguments]) == 1
     printed = capsys.readouterr()
-    assert f"got {model}: its transformer is already quantized" in printed.err
+    assert f"{model}: its transformer must be dense" in printed.err
     assert not printed.out and not any(tmp_path.iterdir())
 
 

@@ -181,6 +181,17 @@ def test_a_pipeline_without_a_transformer_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_quantized_pipeline_is_refused_before_it_draws(tmp_path: Path) -> None:
+    quantize_pipeline(tiny_pipeline(), WEIGHTS_ONLY, None, tmp_path / "once")
+    pipeline = load_pipeline(tmp_path / "once")
+    with patch.object(type(pipeline), "__call__", side_effect=AssertionError("it drew")):
+        with pytest.raises(ValueError, match="^transformer must be dense, got PixArt.* already"):
+            quantize_pipeline(pipeline, WEIGHTS_ONLY, ["a red circle"], tmp_path / "twice")
+    with pytest.raises(ValueError, match="^model must be dense, got PixArt"):
+        quantize_model(pipeline.transformer, WEIGHTS_ONLY)
+    assert [path.name for path in tmp_path.iterdir()] == ["once"]
+
+
 def test_an_offloaded_pipeline_is_quantized_where_it_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
