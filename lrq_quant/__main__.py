@@ -227,6 +227,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
     from lrq_kernels import QuantScheme
 
     from . import QuantRecipe
+    from .pipeline import check_dense
     from .pipeline_io import (
         REPORT_PAGE,
         TRANSFORMER,
@@ -237,7 +238,6 @@ def _quantize(arguments: argparse.Namespace) -> int:
         recipe_for,
         transformer_names,
     )
-    from .pipeline import check_dense
     from .sharding import launched, processes
 
     prompts = _read_prompts(arguments)
