@@ -59,6 +59,13 @@ def _parser() -> argparse.ArgumentParser:
         help="of calibrated weights: feedback runs the prompts again for second moments",
     )
     add.add_argument(
+        "--gram-gib",
+        type=_from(1),
+        default=16,
+        metavar="GIB",
+        help="of second moments held at once; the prompts run again for each such part (FLUX: 60)",
+    )
+    add.add_argument(
         "--low-rank",
         type=int,
         default=0,
@@ -226,7 +233,7 @@ def _call_options(arguments: argparse.Namespace) -> dict[str, Any]:
 def _quantize(arguments: argparse.Namespace) -> int:
     from lrq_kernels import QuantScheme
 
-    from . import QuantRecipe
+    from . import CalibrationOptions, QuantRecipe
     from .pipeline import check_dense
     from .pipeline_io import (
         REPORT_PAGE,
@@ -251,6 +258,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
         mode=arguments.mode,
         rounding=arguments.rounding,
         low_rank=arguments.low_rank,
+        calibration=CalibrationOptions(gram_bytes=arguments.gram_gib << 30),
     )
     _check_model(arguments.model)
     # Of a hub id only what is loaded tells.

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lrq_quant import pipeline_io
+from lrq_quant import QuantRecipe, pipeline_io
 from lrq_quant.__main__ import main
 from lrq_quant.demo import WEIGHTS_FOLDER
 
@@ -152,6 +152,23 @@ def test_what_cannot_be_written_whole_is_not_written(
     options = ["--size", "64", "--steps", "1", "--scheme", "bf16", "--device", "cpu"]
     assert main(["profile", "tiny-pixart", *options, "--json", str(profile)]) == 1
     assert profile.read_text() == "{}"
+
+
+def test_what_quantize_asks_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {}
+
+    def record(pipeline: Any, recipe: QuantRecipe, *rest: Any, **options: Any) -> None:
+        asked.update(recipe=recipe, **options)
+        raise ValueError("recorded")
+
+    monkeypatch.setattr(pipeline_io, "quantize_pipeline", record)
+    command = ["quantize", str(WEIGHTS_FOLDER), str(tmp_path / "out"), "--weights-only"]
+    options = ["--gram-gib", "3", "--low-rank", "8", "--exclude", "transformer_blocks.0"]
+    assert main([*command, *options, "--rounding", "nearest", "--steps", "5"]) == 1
+    recipe = asked["recipe"]
+    assert recipe.calibration.gram_bytes == 3 << 30 and recipe.low_rank == 8
+    assert recipe.exclude == ("transformer_blocks.0",) and recipe.rounding == "nearest"
+    assert asked["call_options"] == {"num_inference_steps": 5}
 
 
 def test_info_says_what_runs_here(capsys: pytest.CaptureFixture) -> None:
