@@ -12,9 +12,11 @@ at in every call: where something is new, another graph is captured. What else P
 (the attention backend, a hook) is not: call model.forward.reset() after changing it.
 
 Of a model whose tokens several processes share (diffusers' enable_parallelism) all of them call it
-alike. diffusers' exchange of heads (Ulysses) is refused: on two H100 a forward of FLUX captured
-with it did not come back, as others found too (sgl-project/sglang, pull request 31852: both ranks
-hang in the replay). That of fused blocks did, and so did diffusers' rings.
+alike, and capture in the same calls: after weights were replaced each calls model.forward.reset(),
+since a new tensor may be where the old one was in some processes alone. diffusers' exchange of
+heads (Ulysses) is refused: on two H100 a forward of FLUX captured with it did not come back, as
+others found too (sgl-project/sglang, pull request 31852: both ranks hang in the replay). That of
+fused blocks did, and so did diffusers' rings.
 """
 
 from __future__ import annotations
@@ -64,8 +66,7 @@ def graph(
             )
     ungraph(model)
     device = device or torch.device("cuda", torch.cuda.current_device())
-    exchanges = any(map(exchanges_tokens, model.modules()))
-    options = Options(warmup, max_graphs, copy_outputs, device, exchanges)
+    options = Options(warmup, max_graphs, copy_outputs, device)
     model.forward = GraphedForward(model, _capture, options)
     return model
 
@@ -83,17 +84,20 @@ class Options(NamedTuple):
     max_graphs: int = 8
     copy_outputs: bool = True
     device: torch.device = torch.device("cuda")  # of the model and its inputs
-    exchanges: bool = False  # tokens with other processes
 
 
 class _RefuseAllToAll(TorchDispatchMode):
     """Raises before the exchange whose replays do not come back."""
 
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        return True  # compiled blocks run compiled under it
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         if func is torch.ops._c10d_functional.all_to_all_single.default:
             raise ValueError(
-                "graph: heads must be exchanged by fused blocks (lrq_quant.fuse_blocks, equal "
-                f"parts), got diffusers' own exchange ({func}), which hangs in a replay"
+                "graph: heads must be exchanged by fused blocks (lrq_quant.fuse_blocks, not "
+                f"compiled, equal parts), got {func}, whose replays hang"
             )
         return func(*args, **(kwargs or {}))
 
@@ -191,12 +195,14 @@ class GraphedForward:
         return tree_unflatten(copies, shape)
 
     def _new(self, key: Hashable, leaves: list, structure: Any, tensors: list[Tensor]) -> Captured:
+        exchanges = any(map(exchanges_tokens, self.model.modules()))
+
         def call(inputs: list[Tensor]) -> Any:
             given = iter(inputs)
             filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             args, kwargs = tree_unflatten(filled, structure)
             run = type(self.model).forward.__get__(self.model) if self._own is None else self._own
-            with _RefuseAllToAll() if self._options.exchanges else nullcontext():
+            with _RefuseAllToAll() if exchanges else nullcontext():
                 return run(*args, **kwargs)
 
         while len(self._graphs) >= self._options.max_graphs:

@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import triton
@@ -24,10 +27,11 @@ from . import op_checks
 from .qk_norm_rope import write_parts
 
 _logger = logging.getLogger(__name__)
-# Anything but "0" or nothing: NCCL exchanges. For comparisons, and where this fails.
+# Anything but "0" or nothing: torch.distributed exchanges. For comparisons, and where this fails.
 OFF_VARIABLE = "LRQ_NO_PEER_MEMORY"
-_available: dict[Any, str | None] = {}
-_memories: dict[tuple[Any, str, int, torch.device], _Memory] = {}
+# As NCCL's: then the GPU that waits stops with an error, rather than for ever.
+WAIT_MS = 600_000
+_SMALLEST = 1 << 16
 
 
 class Inbox(NamedTuple):
@@ -39,64 +43,130 @@ class Inbox(NamedTuple):
     memory: _Memory
 
     def wait(self) -> None:
-        self.memory.handle.barrier()
+        self.memory.handle.barrier(timeout_ms=WAIT_MS)
 
 
 class _Memory:
-    """Memory of one size in each process of a group."""
+    """Memory of one size in each process of a group. All of them make it."""
 
     def __init__(self, group: Any, size: int, device: torch.device) -> None:
         from torch.distributed import _symmetric_memory as symmetric
 
-        buffer = symmetric.empty(size, dtype=torch.uint8, device=device)
-        self.handle = symmetric.rendezvous(buffer, group)
+        self.size = size
+        self._buffer = symmetric.empty(size, dtype=torch.uint8, device=device)
+        self.handle = symmetric.rendezvous(self._buffer, group)
         self._offsets: dict[int, Tensor] = {}
 
     def inbox(self, shape: tuple[int, ...], dtype: torch.dtype) -> Inbox:
-        handle = self.handle
-        if dtype.itemsize not in self._offsets:
-            peers = [handle.get_buffer(rank, shape, dtype) for rank in range(handle.world_size)]
-            mine = peers[handle.rank].data_ptr()
-            offsets = [(peer.data_ptr() - mine) // dtype.itemsize for peer in peers]
-            self._offsets[dtype.itemsize] = torch.tensor(offsets, device=peers[handle.rank].device)
-        mine = handle.get_buffer(handle.rank, shape, dtype)
-        return Inbox(mine, self._offsets[dtype.itemsize], self)
+        mine = self.handle.get_buffer(self.handle.rank, shape, dtype)
+        if mine.data_ptr() != self._buffer.data_ptr():
+            raise RuntimeError(
+                "peer_memory: torch put the buffer elsewhere than its peers write to"
+            )
+        offsets = self._offsets.get(dtype.itemsize)
+        if offsets is None:
+            offsets = self._offsets[dtype.itemsize] = self._to_peers(mine)
+        return Inbox(mine, offsets, self)
+
+    def _to_peers(self, mine: Tensor) -> Tensor:
+        ranks = range(self.handle.world_size)
+        peers = [self.handle.get_buffer(rank, mine.shape, mine.dtype) for rank in ranks]
+        apart = [peer.data_ptr() - mine.data_ptr() for peer in peers]
+        return torch.tensor([bytes_ // mine.itemsize for bytes_ in apart], device=mine.device)
 
 
-def obstacle(group: Any) -> str | None:
+class _Peers:
+    """What is known of a group, which it does not keep. obstacle: why its processes cannot write
+    into each other's memory."""
+
+    def __init__(self, group: Any, device: torch.device) -> None:
+        self.device = device
+        self._memories: dict[tuple[str, int], _Memory] = {}
+        self.obstacle = self._agreed(group, _own_obstacle(device))
+        if self.obstacle is None:
+            self.obstacle = self._agreed(group, self._probe(group))
+        if self.obstacle is not None:
+            _logger.warning("lrq exchanges through torch.distributed: %s", self.obstacle)
+
+    def memory(self, group: Any, use: str, size: int) -> _Memory:
+        if (use, size) not in self._memories:
+            self._memories[use, size] = _Memory(group, size, self.device)
+        return self._memories[use, size]
+
+    def allocated_bytes(self) -> int:
+        return sum(memory.size for memory in self._memories.values())
+
+    def _agreed(self, group: Any, mine: str | None) -> str | None:
+        """The first obstacle of any process: all decide alike."""
+        everyone: list[Any] = [None] * group.size()
+        with torch.cuda.device(self.device):
+            facts = (mine, _place(), self.device.index)
+            distributed.all_gather_object(everyone, facts, group=group)
+        obstacles, places, devices = zip(*everyone, strict=True)
+        if any(obstacles):
+            return str(next(filter(None, obstacles)))
+        if len(set(places)) > 1:
+            return "the processes are not on one host, or in several containers"
+        if len(set(devices)) < len(devices):  # torch tells GPUs apart by number
+            return f"each process must see all GPUs, the processes call theirs {list(devices)}"
+        return None
+
+    def _probe(self, group: Any) -> str | None:
+        try:
+            self.memory(group, "probe", _SMALLEST)
+        except RuntimeError as error:
+            return f"torch's symmetric memory: {str(error).splitlines()[0]}"
+        return None
+
+
+_peers: WeakKeyDictionary[Any, _Peers] = WeakKeyDictionary()
+
+
+def obstacle(group: Any, device: torch.device) -> str | None:
     """Why the processes of `group` cannot write into each other's memory, None where they can. All
-    of them call it; the first call communicates."""
-    if group not in _available:
-        host = Path("/proc/sys/kernel/random/boot_id")
-        mine = (host.read_text() if host.exists() else None, _own_obstacle())
-        all_of_them: list[Any] = [None] * group.size()
-        distributed.all_gather_object(all_of_them, mine, group=group)
-        hosts, obstacles = zip(*all_of_them, strict=True)
-        found = next(filter(None, obstacles), None)
-        if found is None and (None in hosts or len(set(hosts)) > 1):
-            found = "the processes are not on one host"
-        if found is not None:
-            _logger.warning("tokens are exchanged through NCCL: %s", found)
-        _available[group] = found
-    return _available[group]
+    of them call it, each with its GPU; the first call communicates."""
+    if group not in _peers:
+        _peers[group] = _Peers(group, device)
+    peers = _peers[group]
+    if peers.device != device:
+        raise ValueError(f"peer_memory: tensors must be on {peers.device}, as before, got {device}")
+    return peers.obstacle
 
 
-def _own_obstacle() -> str | None:
+def allocated_bytes() -> int:
+    """Of inboxes on this GPU, which torch.cuda's statistics do not count."""
+    return sum(peers.allocated_bytes() for peers in _peers.values())
+
+
+def _place() -> tuple[str, ...]:
+    """Alike for processes that can hand each other memory: torch sends handles through a socket in
+    the temporary folder."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    namespaces = [Path(f"/proc/self/ns/{kind}") for kind in ("mnt", "pid")]
+    names = [os.readlink(path) for path in namespaces if path.exists()]
+    host = boot.read_text().strip() if boot.exists() else socket.gethostname()
+    return (host, *names, tempfile.gettempdir())
+
+
+def _own_obstacle(device: torch.device) -> str | None:
+    from torch.distributed import _symmetric_memory as symmetric
+
     if os.environ.get(OFF_VARIABLE, "0") not in ("", "0"):
         return f"{OFF_VARIABLE} is set"
-    if not torch.cuda.is_available():
+    if device.type != "cuda":
         return "no GPU"
-    device = torch.cuda.current_device()
-    others = [other for other in range(torch.cuda.device_count()) if other != device]
+    others = [other for other in range(torch.cuda.device_count()) if other != device.index]
     if not all(torch.cuda.can_device_access_peer(device, other) for other in others):
-        return f"GPU {device} has no access to the memory of the others"
-    return None
+        return f"GPU {device.index} has no access to the memory of the others"
+    # Others may wait on the host, or not at all.
+    backend = symmetric.get_backend(device)
+    return None if backend in (None, "CUDA") else f"symmetric memory is of {backend}, not CUDA"
 
 
 def inbox(
     group: Any, use: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Inbox:
-    """Where messages for `use` arrive. All processes of `group` ask for the same.
+    """Where messages for `use` arrive. All processes of `group` ask for the same, after obstacle().
 
     The next message for the same use may overwrite it, whatever its shape. So between two of them
     there must be one for another use: its wait() tells the others that the first was read. That
@@ -104,11 +174,8 @@ def inbox(
     cannot be captured.
     """
     size = torch.Size(shape).numel() * dtype.itemsize
-    size = triton.next_power_of_2(max(size, 1 << 16))  # few sizes, one memory each
-    key = (group, use, size, device)
-    if key not in _memories:
-        _memories[key] = _Memory(group, size, device)
-    return _memories[key].inbox(shape, dtype)
+    size = triton.next_power_of_2(max(size, _SMALLEST))  # few sizes, one memory each
+    return _peers[group].memory(group, use, size).inbox(shape, dtype)
 
 
 def send_heads(group: Any, *arguments: Any) -> Inbox:

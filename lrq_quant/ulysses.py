@@ -62,7 +62,7 @@ def _peer_memory(q: Tensor, group: Any) -> Any:
         return None
     from lrq_kernels import peer_memory
 
-    return peer_memory if peer_memory.obstacle(group) is None else None
+    return peer_memory if peer_memory.obstacle(group, q.device) is None else None
 
 
 def attention_of_parts(qkv: Tensor, attend: Attend, group: Any) -> Tensor:

@@ -17,7 +17,14 @@ from two_devices import two_gpus
 
 import lrq_kernels
 from lrq_kernels import LRQLinear, QuantScheme, set_act_bits
-from lrq_kernels.cuda_graph import Captured, GraphedForward, Options, graph, ungraph
+from lrq_kernels.cuda_graph import (
+    Captured,
+    GraphedForward,
+    Options,
+    _RefuseAllToAll,
+    graph,
+    ungraph,
+)
 from lrq_kernels.testing import make_state
 from lrq_quant import fuse_blocks
 from lrq_quant.model_shapes import named_inputs
@@ -287,3 +294,21 @@ def test_resolutions_and_other_weights(kind: str, tmp_path):
         setattr(model, name, part)
     assert_equal(plain)
     assert len(model.forward._graphs) == 2
+
+
+def test_compiled_blocks_stay_compiled_where_exchanges_are_refused():
+    """dynamo leaves what runs under a dispatch mode of its user alone, then and later."""
+
+    class Block(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x + 1
+
+    block = Block()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    block.compile(fullgraph=True, backend="eager")
+    x = torch.randn(2, 4)
+    with _RefuseAllToAll(), torch.no_grad():
+        got = block(x)
+    assert torch.equal(got, 2 * x + 1)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

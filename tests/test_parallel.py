@@ -21,7 +21,7 @@ from tiny_families import forward
 from tiny_models import linears, load, quantized_folder
 from torch import distributed, multiprocessing, nn
 from two_devices import cpu_and_two_gpus
-from ulysses_process import check_exchange
+from ulysses_process import check_processes
 
 from lrq_kernels import QuantScheme, cuda_graph, graph, ungraph
 from lrq_kernels.linear import LRQLinear, exchanges_tokens, has_hooks
@@ -134,9 +134,8 @@ def _work(rank: int, folder: Path, port: int, device: str, fused: bool) -> None:
         assert torch.equal(forward(fast, given), outputs)
     unfuse_blocks(model)
     capture = cuda_graph._capture if device != "cpu" else lambda call, inputs, *_: call(inputs)
-    captured = cuda_graph.GraphedForward(
-        model, capture, cuda_graph.Options(device=torch.device(device), exchanges=True)
-    )
+    options = cuda_graph.Options(device=torch.device(device))
+    captured = cuda_graph.GraphedForward(model, capture, options)
     with torch.no_grad(), pytest.raises(ValueError, match="exchanged by fused blocks"):
         captured(**given)
     distributed.barrier()
@@ -148,8 +147,8 @@ def _check_memory_and_graph(model: Any, given: dict[str, Any], outputs: torch.Te
     from lrq_kernels import peer_memory
 
     other = {n: x.roll(1, 1) if n == "hidden_states" else x for n, x in given.items()}
-    (group,) = peer_memory._available
-    with patch.dict(peer_memory._available, {group: "for comparison"}):
+    (peers,) = peer_memory._peers.values()
+    with patch.object(peers, "obstacle", "for comparison"):
         assert torch.equal(forward(model, given), outputs)
         expected = forward(model, other)
     graph(model)
@@ -165,12 +164,12 @@ def repeated(name: str, x: Any, batch: int) -> Any:
 
 
 @pytest.mark.slow
-def test_heads_are_exchanged_for_tokens(tmp_path: Path):
+def test_what_processes_exchange(tmp_path: Path):
     processes = 3
     file = tmp_path / str(torch.randint(1 << 30, (1,)).item())
     get_context("forkserver").set_forkserver_preload(["lrq_quant", "torch.distributed"])
     options = {"nprocs": processes, "start_method": "forkserver"}
-    multiprocessing.start_processes(check_exchange, (file, processes), **options)
+    multiprocessing.start_processes(check_processes, (file, processes), **options)
 
 
 def test_who_exchanges_heads():
