@@ -33,7 +33,7 @@ from lrq_kernels.testing import sqnr_db
 from lrq_quant.model_shapes import named_inputs
 
 WAYS = ("ulysses", "ring")
-DEFAULT_VARIANTS = ("bf16-eager", "w4a8-fused", "w4a8-graph")
+DEFAULT_VARIANTS = ("bf16-eager", "w4a8-eager", "w4a8-graph")
 # The same in every process, which wait for each other in each forward.
 WARM_FORWARDS, TIMED_FORWARDS = 4, 12
 

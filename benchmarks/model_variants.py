@@ -4,9 +4,9 @@
     torchao-fp8-compiled     Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
     torchao-int8-compiled    Int8DynamicActivationInt8WeightConfig()
     nf4                      bitsandbytes' Linear4bit, multiplied in bf16
-    sdnq, sdnq-compiled      SDNQ's int8 weights and tokens
-    SCHEME-eager             lrq as loaded, q, k and v in one GEMM; SCHEME: w4a8, w4a4, w3a8, ...
-    SCHEME-fused             and lrq_quant.fuse_blocks
+    sdnq, sdnq-compiled      SDNQ's int8 weights and tokens, after its Hadamard transform
+    SCHEME-loaded            lrq as loaded, q, k and v in one GEMM; SCHEME: w4a8, w4a4, w3a8, ...
+    SCHEME-eager             and lrq_quant.fuse_blocks where the model has such blocks
     SCHEME-graph             and lrq_kernels.graph over that
     SCHEME-compiled          as loaded, under torch.compile with lrq's fusion pass
 
@@ -51,7 +51,11 @@ DEFAULT_VARIANTS = (
     "bf16-compiled",
     "torchao-fp8-compiled",
     "torchao-int8-compiled",
+    "nf4",
+    "sdnq-compiled",
     *(f"w4a8-{mode}" for mode in MODES),
+    "w4a4-graph",
+    "w3a8-graph",
 )
 FACTS_FILE = "bench_model.json"
 
@@ -74,7 +78,7 @@ class Variant:
         if mode in PEER_MODES.get(base, MODES if is_scheme else ()):
             return Variant(name, base, mode)
         raise ValueError(
-            f"a variant must be one of {peer_names()} or SCHEME-MODE as in w4a8-fused, with a mode "
+            f"a variant must be one of {peer_names()} or SCHEME-MODE as in w4a8-graph, with a mode "
             f"of {MODES}, got {name!r}"
         )
 
@@ -142,7 +146,9 @@ def _nf4(model: nn.Module) -> None:
 
 def _sdnq(model: nn.Module) -> None:
     module = package("sdnq")
-    config = module.SDNQConfig(weights_dtype="int8", group_size=-1, use_quantized_matmul=True)
+    config = module.SDNQConfig(
+        weights_dtype="int8", group_size=-1, use_quantized_matmul=True, use_hadamard=True
+    )
     for name in block_linears(model):
         dense = model.get_submodule(name)
         linear, _ = module.sdnq_quantize_layer(dense, config, torch_dtype=dense.weight.dtype)

@@ -50,12 +50,15 @@ def nf4(x: Tensor, weight: Tensor) -> Call:
 
 
 def sdnq(x: Tensor, weight: Tensor) -> Call:
-    """SDNQ's int8 path: weights and tokens to 8 bits by row; quantizing x is part of the call."""
+    """SDNQ's int8 path: weights and tokens to 8 bits by row, after a Hadamard transform as ours;
+    quantizing x is part of the call."""
     module = package("sdnq")
     n, k = weight.shape
     layer = torch.nn.Linear(k, n, bias=False, device=weight.device, dtype=weight.dtype)
     layer.weight.data.copy_(weight)
-    config = module.SDNQConfig(weights_dtype="int8", group_size=-1, use_quantized_matmul=True)
+    config = module.SDNQConfig(
+        weights_dtype="int8", group_size=-1, use_quantized_matmul=True, use_hadamard=True
+    )
     layer, _ = module.sdnq_quantize_layer(layer, config, torch_dtype=weight.dtype)
     if not layer.sdnq_dequantizer.use_quantized_matmul:
         raise PeerMissing(f"sdnq multiplies {n} x {k} in 16 bits")

@@ -125,7 +125,9 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--batch", type=int, default=1)
     add.add_argument("--steps", type=int, default=5, help="forwards that are recorded")
     add.add_argument("--scheme", help="w{2,3,4}a{4,8,16} or bf16; by default w4a8 or the folder's")
-    add.add_argument("--mode", default="eager", help="eager, fused, compiled or graph")
+    add.add_argument(
+        "--mode", default="eager", help="eager (fused blocks), loaded, compiled or graph"
+    )
     add.add_argument("--device", help="cuda or cpu; the GPU when there is one")
     add.add_argument("--json", type=Path, help="write the profile to this file")
     add.add_argument("--trace", type=Path, help="write a Chrome trace of one forward to this file")

@@ -102,8 +102,8 @@ def _work(
     model: nn.Module, inputs: dict[str, Any], mode: str, *, is_dense: bool
 ) -> dict[str, Work]:
     """Counted where Python calls the ops, which it does not in a compiled or captured model."""
-    if mode in ("fused", "graph") and not is_dense:
-        apply_mode(model, "fused")
+    if mode in ("eager", "graph") and not is_dense:
+        apply_mode(model, "eager")
     work = count_work(model, inputs)
     if mode != "compiled":
         return work

@@ -43,18 +43,18 @@ def run(tmp_path: Path, cache: Path, *names: str, model="tiny-flux") -> tuple[in
 
 @pytest.mark.parametrize("model", ["tiny-flux", "tiny-pixart"])
 def test_rows_of_variants(model: str, cache: Path, tmp_path: Path, capsys):
-    code, rows = run(tmp_path, cache, "bf16-eager", "w4a8-eager", "w4a8-fused", model=model)
+    code, rows = run(tmp_path, cache, "bf16-eager", "w4a8-loaded", "w4a8-eager", model=model)
     assert code == 0 and [row["variant"] for row in rows] == [
         "bf16-eager",
+        "w4a8-loaded",
         "w4a8-eager",
-        "w4a8-fused",
     ]
-    dense, eager, fused = rows
+    dense, loaded, eager = rows
     assert dense["weights_gb"] == pytest.approx(tensor_bytes(make_model(model, "cpu")) / 1e9)
-    assert eager["weights_gb"] < dense["weights_gb"] and 4 < eager["weight_bits"] < 6
-    assert 0.5 < eager["coverage"] < 1 and eager["quantize_s"] == fused["quantize_s"]
-    assert (eager["output_error"], eager["output_sqnr_db"]) == (0.0, None)
-    assert fused["output_sqnr_db"] > 35 and fused["fused_blocks"].startswith(("4 of 4", "2 of 2"))
+    assert loaded["weights_gb"] < dense["weights_gb"] and 4 < loaded["weight_bits"] < 6
+    assert 0.5 < loaded["coverage"] < 1 and loaded["quantize_s"] == eager["quantize_s"]
+    assert (loaded["output_error"], loaded["output_sqnr_db"]) == (0.0, None)
+    assert eager["output_sqnr_db"] > 35 and eager["fused_blocks"].startswith(("4 of 4", "2 of 2"))
     for row in rows:
         assert row["ms"] > 0 and row["forwards"] == 3 and row["model"] == model
         assert row["torch"] == torch.__version__ and row["gpu"] == "none, CPU" and row["date"]
@@ -76,6 +76,8 @@ def test_a_failing_variant_is_a_row_and_the_others_run(
     assert rows[0]["error"] == "PeerMissing: torchao.quantization is not installed"
     assert "CUDA" in rows[3]["error"] and "Traceback" in rows[3]["traceback"]
     assert "nf4                     failed: PeerMissing" in capsys.readouterr().out
+    code, rows = run(tmp_path, cache, "nf4", "bf16-eager")
+    assert code == 0 and ["missing" in row for row in rows] == [True, False]
 
 
 def test_rows_are_written_one_by_one(tmp_path: Path, monkeypatch):
@@ -101,13 +103,21 @@ def test_a_scheme_is_quantized_once(cache: Path, tmp_path: Path, monkeypatch):
 
 
 def test_names_of_variants():
-    for name in [*variants.peer_names(), *variants.DEFAULT_VARIANTS, "w2a8-graph", "w4a16-fused"]:
+    for name in [*variants.peer_names(), *variants.DEFAULT_VARIANTS, "w2a8-graph", "w4a16-loaded"]:
         assert Variant.parse(name).name == name
     assert Variant.parse("torchao-fp8-compiled") == Variant(
         "torchao-fp8-compiled", "torchao-fp8", "compiled"
     )
     assert Variant.parse("nf4").mode == "eager" and not Variant.parse("nf4").is_lrq
-    for name in ("w4a8", "w5a8-eager", "bf16-fused", "nf4-compiled", "w4a8-fast", "", "sdnq-graph"):
+    for name in (
+        "w4a8",
+        "w5a8-eager",
+        "bf16-loaded",
+        "nf4-compiled",
+        "w4a8-fast",
+        "",
+        "sdnq-graph",
+    ):
         with pytest.raises(ValueError, match="a variant must be one of"):
             Variant.parse(name)
 
