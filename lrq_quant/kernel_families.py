@@ -12,8 +12,10 @@ EXCHANGE = "exchange"  # with other GPUs, and waiting for them
 LAUNCH_GAPS = "launch gaps"
 FAMILIES = (GEMM, ATTENTION, QUANTIZATION, ELEMENTWISE, COPY, EXCHANGE, OTHER)
 
-# The work of lrq's kernels that is counted (op_work), and the kernels that do it.
+# The work that is counted (op_work), and the kernels of lrq that do it; what others do is told
+# apart by family.
 OUR_GEMM, OUR_A16, OUR_QUANTIZATION = "lrq gemm", "lrq a16 gemm, gemv", "lrq rotate + quantize"
+OUR_QK, OTHER_GEMM = "lrq qk norm + rope", "other gemm"
 _OURS = (
     (OUR_GEMM, r"lrq::.*\bgemm_sm(80|90)_kernel<"),
     (OUR_A16, r"lrq::.*\b(gemm_a16_sm90_kernel|gemv_kernel)<"),
@@ -22,6 +24,7 @@ _OURS = (
         r"lrq::.*\brotate_rows_kernel<"
         r"|^(row|activation|norm|block_dense|block_dense_quantize)_kernel$",
     ),
+    (OUR_QK, r"^qk_norm_rope_kernel$"),
 )
 
 # The first that is found in a name decides.
@@ -84,3 +87,11 @@ def family_of_kernel(name: str) -> str:
 def our_work(name: str) -> str | None:
     """Which counted work of lrq a GPU kernel does, None where it is not lrq's."""
     return next((work for work, rule in _COMPILED_OURS if rule.search(name)), None)
+
+
+def counted_work(name: str) -> str | None:
+    """Which counted work a GPU kernel does, lrq's or another's, None where that is not counted."""
+    ours = our_work(name)
+    if ours is not None or "lrq::" in name:
+        return ours
+    return {ATTENTION: ATTENTION, GEMM: OTHER_GEMM}.get(family_of_kernel(name))

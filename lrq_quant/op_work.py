@@ -1,4 +1,5 @@
-"""How much a forward asks of lrq's ops: operations and bytes, counted as the ops are called."""
+"""How much a forward asks of the ops of lrq, of attention and of other products: operations and
+bytes, counted as the ops are called."""
 
 from __future__ import annotations
 
@@ -10,8 +11,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
-from .kernel_families import OUR_A16, OUR_GEMM, OUR_QUANTIZATION
+from .kernel_families import (
+    ATTENTION,
+    OTHER_GEMM,
+    OUR_A16,
+    OUR_GEMM,
+    OUR_QK,
+    OUR_QUANTIZATION,
+)
 
 _KIND = {
     "gemm": OUR_GEMM,
@@ -22,6 +31,8 @@ _KIND = {
     "concat_rotate_quantize": OUR_QUANTIZATION,
     "activation_rotate_quantize": OUR_QUANTIZATION,
     "norm_modulate_rotate_quantize": OUR_QUANTIZATION,
+    "qk_norm_rope": OUR_QK,
+    "qk_norm_rope_parts": OUR_QK,
 }
 
 
@@ -38,7 +49,7 @@ class Work:
 class OpWork(TorchDispatchMode):
     """Counts while it is active. It sees calls from Python: nothing that is compiled or replayed.
 
-    work: kind (kernel_families.OUR_...) -> Work.
+    work: kind (kernel_families.counted_work) -> Work.
     """
 
     def __init__(self) -> None:
@@ -47,12 +58,21 @@ class OpWork(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        kind = _KIND.get(func._opname) if func.namespace == "lrq" else None
+        if not isinstance(func, torch._ops.OpOverload):  # a higher-order one, which has no schema
+            return result
+        given = dict(_named_arguments(func, args, kwargs or {}))
+        kind, operations = None, 0
+        if func.namespace == "lrq":
+            kind, operations = _KIND.get(func._opname), _operations(given)
+        elif "scaled_dot_product" in func._opname:
+            kind, operations = ATTENTION, _attention_operations(*args[:3])
+        elif func.overloadpacket in flop_registry:
+            count = flop_registry[func.overloadpacket]
+            kind, operations = OTHER_GEMM, count(*args, **(kwargs or {}), out_val=result)
         if kind is not None:
-            given = dict(_named_arguments(func, args, kwargs or {}))
             work = self.work.setdefault(kind, Work())
             work.calls += 1
-            work.operations += _operations(given)
+            work.operations += operations
             work.bytes += sum(_nbytes(leaf) for leaf in tree_leaves((given, result)))
         return result
 
@@ -68,6 +88,12 @@ def _operations(given: dict[str, Any]) -> int:
         return 0
     x = given["x_q"] if "x_q" in given else given["x"]
     return 2 * x.numel() * given["out_features"]
+
+
+def _attention_operations(query: Tensor, key: Tensor, value: Tensor) -> int:
+    """Of both products, [B, H, S, D] each; a mask leaves none out."""
+    rows = query.numel() // query.shape[-1]
+    return 2 * rows * key.shape[-2] * (query.shape[-1] + value.shape[-1])
 
 
 def _nbytes(leaf: Any) -> int:

@@ -23,10 +23,9 @@ from .kernel_families import (
     FAMILIES,
     LAUNCH_GAPS,
     OTHER,
-    OUR_A16,
-    OUR_QUANTIZATION,
+    OUR_GEMM,
+    counted_work,
     family_of_kernel,
-    our_work,
 )
 from .machine_limits import Limits
 from .model_memory import memory_by_kind
@@ -67,8 +66,8 @@ class Family:
 
 @dataclass
 class Reached:
-    """What the kernels of one kind of lrq's work reach; shares are of the limits, None where those
-    or the work are not known."""
+    """What the kernels of one kind of counted work reach; shares are of the limits, None where
+    those or the work are not known."""
 
     kind: str
     ms: float
@@ -110,7 +109,7 @@ class Profile:
         lines.append(f"{'family':24}{'ms':>10}{'share':>9}{'launches':>10}")
         lines += [f"{f.name:24}{f.ms:10.3f}{f.share:9.1%}{f.launches:10.0f}" for f in self.families]
         if self.reached:
-            lines.append(f"{'of lrq':24}{'ms':>10}{'launches':>10}{'TOPS':>14}{'TB/s':>14}")
+            lines.append(f"{'reached by':24}{'ms':>10}{'launches':>10}{'TOPS':>14}{'TB/s':>14}")
         for reached in self.reached:
             tops = _with_share(reached.tops, reached.tops_share, 0)
             tbps = _with_share(reached.tbps, reached.tbps_share, 2)
@@ -176,10 +175,10 @@ def families_of(kernels: Iterable[Kernel], wall_ms: float, gaps_ms: float) -> li
 def reached_of(
     kernels: Iterable[Kernel], work: Mapping[str, Work], limits: Limits
 ) -> list[Reached]:
-    """For each kind of lrq's work, of the kernels that do it."""
+    """For each kind of counted work, of the kernels that do it."""
     found: dict[str, Reached] = {}
     for kernel in kernels:
-        kind = our_work(kernel.name)
+        kind = counted_work(kernel.name)
         if kind is not None:
             reached = found.setdefault(kind, Reached(kind, 0.0, 0.0))
             reached.ms += kernel.ms
@@ -190,9 +189,9 @@ def reached_of(
         if work[kind].bytes:
             reached.tbps = work[kind].bytes / reached.ms / 1e9
             reached.tbps_share = _share(reached.tbps * 1e3, limits.copy_gbps)
-        if kind != OUR_QUANTIZATION:
+        if work[kind].operations:
             reached.tops = work[kind].operations / reached.ms / 1e9
-            limit = limits.tops_16 if kind == OUR_A16 else limits.tops_8
+            limit = limits.tops_8 if kind == OUR_GEMM else limits.tops_16
             reached.tops_share = _share(reached.tops, limit)
     return list(found.values())
 
@@ -215,7 +214,7 @@ def profile_forward(
     facts: dict[str, Any] | None = None,
 ) -> Profile:
     """Run `model` on `inputs` for a second, time `steps` forwards, record as many, on the device
-    of the inputs. work: what one forward asks of lrq's ops (op_work.count_work). trace: write a
+    of the inputs. work: what one forward asks of its ops (op_work.count_work). trace: write a
     Chrome trace of one more forward, operators and kernels, to this file.
 
     Raises ValueError for steps below 1, and RuntimeError where the profiler saw nothing.

@@ -21,10 +21,13 @@ from lrq_quant.kernel_families import (
     GEMM,
     LAUNCH_GAPS,
     OTHER,
+    OTHER_GEMM,
     OUR_A16,
     OUR_GEMM,
+    OUR_QK,
     OUR_QUANTIZATION,
     QUANTIZATION,
+    counted_work,
     family_of_kernel,
     our_work,
 )
@@ -102,7 +105,7 @@ def test_family_of_a_kernel(name: str):
 
 def test_kernels_whose_work_is_counted_are_ours_alone():
     kinds = {our_work(name) for name in KERNELS}
-    assert kinds == {None, OUR_GEMM, OUR_A16, OUR_QUANTIZATION}
+    assert kinds == {None, OUR_GEMM, OUR_A16, OUR_QUANTIZATION, OUR_QK}
     assert our_work("void lrq::gemm_a16_sm90_kernel<4, __half, 64>(CUtensorMap_st)") == OUR_A16
     for name in (
         "nvjet_sm90_tst_64x8",
@@ -110,6 +113,15 @@ def test_kernels_whose_work_is_counted_are_ours_alone():
         "triton_poi_fused_gemm_a16_silu_view_0",
     ):
         assert our_work(name) is None
+
+
+def test_kernels_of_others_count_by_family():
+    assert counted_work("void lrq::gemm_sm90_kernel<4, 256, 2, 4>(CUtensorMap_st)") == OUR_GEMM
+    assert counted_work("lrq::dequantize_kernel(lrq::DequantizeArgs)") is None
+    assert counted_work("lrq::gemm") is None  # an operator on a CPU
+    assert counted_work("nvjet_sm90_tst_64x8_64x16_4x1_v_bz_bias_TNT") == OTHER_GEMM
+    assert counted_work("cudnn_generated_fort_native_sdpa_sm90_flash_fprop") == ATTENTION
+    assert counted_work("vectorized_layer_norm_kernel") is None
 
 
 # ---- from events to a table ---------------------------------------------------------------------
@@ -186,6 +198,9 @@ def test_counted_work(tmp_path: Path):
     codes = 128 * (1 + 1 + 1 + 1 + 1 + 4) + 300 * 128
     scales = 4 * (6 + 300)
     assert eager[OUR_QUANTIZATION].bytes > 2 * (3 * codes + scales)
+    # Two products of 128 channels for each key: of itself and of the caption.
+    assert eager[ATTENTION].operations == 2 * 2 * 2 * 128 * (1 + 300)
+    assert eager[ATTENTION].calls == 4 and eager[OTHER_GEMM].operations > 0
     fused = count_work(fuse_blocks(model), inputs)
     assert fused[OUR_GEMM].operations == eager[OUR_GEMM].operations
     assert fused[OUR_GEMM].bytes > eager[OUR_GEMM].bytes  # residuals and gates
