@@ -167,8 +167,8 @@ class QuantRecipe:
         groups: list[InputGroup] = []
         kept: dict[str, str] = {}
         for role, names in family_groups(family, linears):
-            # What differs in more than the weight's width cannot share one quantized input.
-            by_input: dict[QuantScheme, list[LinearPlan]] = {}
+            # Members with another activation width cannot share one quantized input.
+            by_input: dict[int, list[LinearPlan]] = {}
             for name in names:
                 scheme, why = self._scheme(name, role, linears[name])
                 if scheme is None:
@@ -176,7 +176,7 @@ class QuantRecipe:
                     continue
                 shape = linears[name].weight.shape
                 plan = LinearPlan(name, role, scheme, shape[0], shape[1])
-                by_input.setdefault(_input_of(scheme), []).append(plan)
+                by_input.setdefault(scheme.act_bits, []).append(plan)
             groups += [InputGroup(tuple(plans)) for plans in by_input.values()]
         position = {name: i for i, name in enumerate(linears)}
         groups.sort(key=lambda group: position[group.name])
@@ -314,12 +314,6 @@ def family_groups(family: Family, linears: Iterable[str]) -> Iterator[tuple[str,
                 )
             ruled.update(names)
             yield rule.role, names
-
-
-def _input_of(scheme: QuantScheme) -> QuantScheme:
-    """Alike for schemes whose linears can read one quantized input."""
-    block_size = BLOCK_SIZES[0] if scheme.rotation == "none" else scheme.block_size
-    return dataclasses.replace(scheme, weight_bits=4, block_size=block_size)
 
 
 def _why_kept(family: Family, name: str) -> str:

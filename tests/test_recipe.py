@@ -80,20 +80,6 @@ def test_members_with_another_activation_width_form_their_own_group(model: nn.Mo
     assert first == [[f"{a}to_q", f"{a}to_k"], [f"{a}to_v"], [f"{a}to_out.0"]]
 
 
-def test_members_with_another_rotation_form_their_own_group(model: nn.Module) -> None:
-    """Without calibration a group has the rotation of its scheme."""
-    recipe = QuantRecipe(
-        overrides=(
-            ("*.to_v", QuantScheme(4, 8, "none", 256)),
-            ("*.to_k", QuantScheme(2, 8, "none")),
-            ("*.to_out.0", QuantScheme(4, 8, "hadamard", 256)),
-        )
-    )
-    plan = recipe.resolve(model)
-    a = "transformer_blocks.0.attn1."
-    assert groups(plan)[:3] == [[f"{a}to_q"], [f"{a}to_k", f"{a}to_v"], [f"{a}to_out.0"]]
-
-
 def test_widths_that_do_not_pack_stay() -> None:
     with torch.device("meta"):
         plan = QuantRecipe().resolve(PixArtTransformer2DModel(width=72))
