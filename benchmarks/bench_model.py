@@ -3,8 +3,9 @@
     python -m benchmarks.bench_model --model flux-dev --json flux.json --plot flux.png
     python -m benchmarks.bench_model --model pixart-sigma --batch 2 --variants bf16-eager w4a8-graph
 
-benchmarks.model_variants lists the variants. Weights are random, in bf16; ours are quantized from
-the weights alone, saved, loaded from the file and run.
+benchmarks.model_variants lists the variants. Weights are random, in bf16, or those of a folder;
+ours are quantized from the weights alone, saved, loaded from the file and run, or as a quantized
+folder has them.
 
 Each variant is timed on its own, after the same second of forwards: ms is the median of forwards
 that follow each other without a gap, between CUDA events; spread the distance of their quartiles
@@ -53,7 +54,8 @@ from benchmarks.model_variants import (
 from benchmarks.peers import PeerMissing
 from benchmarks.rows import error_text, write_json
 from lrq_kernels.testing import sqnr_db
-from lrq_quant.model_shapes import named_inputs, names_with_inputs
+from lrq_quant.model_shapes import names_with_inputs
+from lrq_quant.model_source import ModelSource
 from lrq_quant.run_modes import COMPILE_KINDS, remove_compiled_and_graph
 
 WARMUP_S, TIMED_S = 1.0, 1.5
@@ -241,7 +243,11 @@ def notes(row: dict[str, Any]) -> Iterator[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=names_with_inputs(), default="flux-dev")
+    parser.add_argument(
+        "--model",
+        default="flux-dev",
+        help=f"a folder of a pipeline or transformer, or one of {' '.join(names_with_inputs())}",
+    )
     parser.add_argument("--size", type=int, default=1024, help="pixels along a side")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument(
@@ -273,13 +279,12 @@ def main(argv: list[str] | None = None) -> int:
         variants = [Variant.parse(name) for name in arguments.variants]
         if arguments.device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError("needs a CUDA GPU")
-        inputs = named_inputs(
-            arguments.model,
+        inputs = ModelSource(arguments.model).inputs(
             size=arguments.size,
             batch=arguments.batch,
             device=arguments.device,
         )
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     facts |= machine(arguments.device)
     print(", ".join(f"{key} {value}" for key, value in facts.items()), HEADER, sep="\n", flush=True)

@@ -30,7 +30,6 @@ from benchmarks.model_variants import Models, Variant, free, prepare, weight_byt
 from benchmarks.rows import Row, cells, error_text, titles, write_json
 from lrq_kernels import ungraph
 from lrq_kernels.testing import sqnr_db
-from lrq_quant.model_shapes import named_inputs
 
 WAYS = ("ulysses", "ring")
 DEFAULT_VARIANTS = ("bf16-eager", "w4a8-eager", "w4a8-graph")
@@ -134,7 +133,7 @@ def line(row: Row) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="flux-dev", help="a name of lrq_quant.model_shapes")
+    parser.add_argument("--model", default="flux-dev", help="a published shape or a folder")
     parser.add_argument("--size", type=int, default=1024, help="pixels along a side")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["ulysses"])
@@ -151,7 +150,7 @@ def run(arguments: argparse.Namespace, folder: Path, device: str) -> list[dict[s
     variants = [Variant.parse(name) for name in arguments.variants]
     models = Models(arguments.model, device, folder)
     options = {"size": arguments.size, "batch": arguments.batch, "device": device}
-    inputs = named_inputs(arguments.model, **options)
+    inputs = models.source.inputs(**options)
     facts = {"model": arguments.model, "size": arguments.size, "batch": arguments.batch}
     facts |= {"gpus": distributed.get_world_size(), **machine(device)}
     make_checkpoints(models, variants)

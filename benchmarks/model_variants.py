@@ -34,7 +34,7 @@ from torch import nn
 import lrq_kernels.fusion
 from benchmarks.peers import PeerMissing, package
 from lrq_quant.model_memory import tensor_bytes
-from lrq_quant.model_shapes import make_model
+from lrq_quant.model_source import ModelSource
 from lrq_quant.run_modes import MODES, apply_mode
 
 PEER_MODES = {
@@ -183,10 +183,12 @@ def _state_bytes(state: Any) -> int:
 
 class Models:
     """Makes the models of one run on `device`: the bf16 model once for variants in a row that do
-    not change it, a quantized checkpoint once for each scheme, kept in `folder`."""
+    not change it, a quantized checkpoint once for each scheme, kept in `folder`. model: as of a
+    ModelSource, of which a quantized folder has variants of its scheme alone."""
 
-    def __init__(self, name: str, device: str, folder: Path) -> None:
-        self.name, self.device, self.folder = name, device, folder
+    def __init__(self, model: str, device: str, folder: Path) -> None:
+        self.source = ModelSource(model)
+        self.device, self.folder = device, folder
         self._dense: nn.Module | None = None
 
     def release(self) -> None:
@@ -196,13 +198,16 @@ class Models:
 
     def dense(self) -> nn.Module:
         if self._dense is None:
-            self._dense = make_model(self.name, self.device)
+            self._dense = self.source.dense(self.device)
         return self._dense
 
     def make(self, variant: Variant) -> tuple[nn.Module, dict[str, Any]]:
         """The model before it is fused, compiled or captured, and what making it took."""
         if variant.base == "bf16":
             return self.dense(), {"weight_bits": 16.0}
+        if variant.is_lrq and variant.base == self.source.held_scheme:
+            self.release()
+            return self._load(self.source.folder, {})
         if variant.is_lrq:
             folder, facts = self._checkpoint(variant.base)
             self.release()
@@ -229,7 +234,7 @@ class Models:
         from lrq_quant import QuantRecipe, quantize_model
         from lrq_quant.pipeline_io import save_transformer
 
-        folder = self.folder / f"{self.name}-{scheme}"
+        folder = self.folder / f"{self.source.label}-{scheme}"
         facts_file = folder / FACTS_FILE
         if facts_file.is_file():
             return folder, json.loads(facts_file.read_text())

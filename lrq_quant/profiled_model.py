@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import inspect
-import json
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +12,10 @@ import torch
 from torch import nn
 
 from .machine_limits import Limits, measure_limits
-from .model_shapes import make_model, model_config, model_inputs, names_with_inputs
+from .model_source import ModelSource
 from .op_work import Work, count_work
 from .pipeline import quantize_model
-from .pipeline_io import TRANSFORMER, is_quantized, load_transformer, save_transformer
+from .pipeline_io import TRANSFORMER, load_transformer, save_transformer
 from .profiling import Profile, profile_forward
 from .recipe import QuantRecipe
 from .run_modes import MODES, apply_mode
@@ -58,18 +56,12 @@ def profile_model(options: ProfileOptions) -> Profile:
     Raises ValueError for an unknown model, class, size or scheme and a quantized folder with
     another scheme asked; FileNotFoundError for a folder without a model; what loading raises.
     """
-    class_name, config = _class_and_config(options)
+    source = ModelSource(options.model)
+    shape = {"size": options.size, "batch": options.batch}
     # On no device: it raises for what does not fit before a model is made or loaded.
-    model_inputs(class_name, config, size=options.size, batch=options.batch, device="meta")
-    model, scheme = _load(options)
-    inputs = model_inputs(
-        type(model).__name__,
-        model.config,
-        size=options.size,
-        batch=options.batch,
-        device=options.device,
-        dtype=model.dtype,
-    )
+    source.inputs(**shape, device="meta")
+    model, scheme = _load(source, options)
+    inputs = source.inputs(**shape, device=options.device, dtype=model.dtype)
     work = _work(model, inputs, options.mode, is_dense=scheme == DENSE)
     done = apply_mode(model, options.mode)
     on_gpu = options.device.startswith("cuda")
@@ -111,54 +103,17 @@ def _work(
     return {kind: replace(w, bytes=0) for kind, w in work.items() if w.operations}
 
 
-def _class_and_config(options: ProfileOptions) -> tuple[str, dict[str, Any]]:
-    """Name of the model's class and all of its arguments."""
-    import diffusers
-
-    if options.model in names_with_inputs():
-        model_class, config = model_config(options.model)
-        return model_class.__name__, config
-    folder = _folder(options)
-    file = folder / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"no config.json in {folder}")
-    held: dict[str, Any] = json.loads(file.read_text())
-    class_name = str(held.get("_class_name"))
-    # What the file does not say has its default.
-    parameters = inspect.signature(getattr(diffusers, class_name, object)).parameters.values()
-    return class_name, {**{p.name: p.default for p in parameters}, **held}
-
-
-def _folder(options: ProfileOptions) -> Path:
-    """Of the transformer."""
-    folder = Path(options.model)
-    if not folder.is_dir():
-        raise ValueError(
-            f"model must be a folder or one of {names_with_inputs()}, got {options.model!r}"
-        )
-    return folder / TRANSFORMER if (folder / TRANSFORMER).is_dir() else folder
-
-
-def _load(options: ProfileOptions) -> tuple[nn.Module, str]:
+def _load(source: ModelSource, options: ProfileOptions) -> tuple[nn.Module, str]:
     """The model on its device, ready to run, and its scheme."""
-    if options.model in names_with_inputs():
-        scheme = options.scheme or "w4a8"
-        model = make_model(options.model, options.device)
-        return _quantized(model, scheme, options.device), scheme
-    folder = _folder(options)
-    if not is_quantized(folder):
-        dense = load_transformer(folder, device=options.device, fuse=False)
-        scheme = options.scheme or DENSE
-        return _quantized(dense.eval().requires_grad_(False), scheme, options.device), scheme
-    held = _scheme_of(folder)
+    held = source.held_scheme
+    if held is None:
+        scheme = options.scheme or ("w4a8" if source.is_published else DENSE)
+        return _quantized(source.dense(options.device), scheme, options.device), scheme
     if options.scheme not in (None, held):
-        raise ValueError(f"{folder} is quantized to {held}; --scheme {options.scheme} is another")
-    return load_transformer(folder, device=options.device).eval().requires_grad_(False), held
-
-
-def _scheme_of(folder: Path) -> str:
-    quantization: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    return str(quantization["quantization_config"]["scheme"])
+        raise ValueError(
+            f"{source.folder} is quantized to {held}; --scheme {options.scheme} is another"
+        )
+    return source.quantized(options.device), held
 
 
 def _quantized(model: nn.Module, scheme: str, device: str) -> nn.Module:

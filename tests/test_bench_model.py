@@ -16,6 +16,7 @@ from benchmarks import bench_model as bench
 from benchmarks import model_variants as variants
 from benchmarks.model_plot import plot
 from benchmarks.model_variants import Variant
+from lrq_kernels.testing import relative_error
 from lrq_quant.model_memory import memory_by_kind, tensor_bytes
 from lrq_quant.model_shapes import make_model, model_inputs, named_inputs, names_with_inputs
 
@@ -33,11 +34,13 @@ def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def run(tmp_path: Path, cache: Path, *names: str, model="tiny-flux") -> tuple[int, list[dict]]:
+def run(
+    tmp_path: Path, cache: Path, *names: str, model: object = "tiny-flux"
+) -> tuple[int, list[dict]]:
     file = tmp_path / "rows.json"
     options = ["--device", "cpu", "--size", "64", "--json", str(file), "--output-error"]
     options += ["--cache", str(cache)]
-    code = bench.main(["--model", model, *options, "--variants", *names])
+    code = bench.main(["--model", str(model), *options, "--variants", *names])
     return code, json.loads(file.read_text())
 
 
@@ -100,6 +103,24 @@ def test_a_scheme_is_quantized_once(cache: Path, tmp_path: Path, monkeypatch):
     _, (again,) = run(tmp_path, cache, "w4a8-eager")
     assert again["weight_bits"] == first["weight_bits"]
     assert again["quantize_s"] == first["quantize_s"]
+
+
+def test_a_folder_in_place_of_a_published_shape(tmp_path: Path):
+    """Dense, its weights; quantized, what it holds and nothing else."""
+    dense = make_model("tiny-flux", "cpu", seed=5)
+    dense.save_pretrained(tmp_path / "dense" / "transformer")
+    code, rows = run(tmp_path, tmp_path / "c", "bf16-eager", "w4a8-eager", model=tmp_path / "dense")
+    assert code == 0 and rows[0]["weights_gb"] == pytest.approx(tensor_bytes(dense) / 1e9)
+    (made,) = (tmp_path / "c").iterdir()
+    models = variants.Models(str(made), "cpu", tmp_path / "c2")
+    held, facts = models.make(Variant.parse("w4a8-loaded"))
+    assert "load_s" in facts and "quantize_s" not in facts
+    inputs = models.source.inputs(size=64, device="cpu")
+    error = relative_error(held(**inputs)[0], dense(**inputs)[0])
+    assert error < 0.3 and type(held) is type(dense)
+    for name in ("bf16-eager", "w3a8-eager"):
+        with pytest.raises(ValueError, match="must be dense, it is quantized to w4a8"):
+            models.make(Variant.parse(name))
 
 
 def test_names_of_variants():

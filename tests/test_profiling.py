@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import BF16, quantized_folder, tiny_pixart
 
-from lrq_quant import fuse_blocks, profiled_model, profiling
+from lrq_quant import fuse_blocks, model_source, profiling
 from lrq_quant.__main__ import main
 from lrq_quant.kernel_families import (
     ATTENTION,
@@ -290,7 +290,7 @@ def test_arguments_are_checked_before_a_model_is_made(
     if model == "quantized":
         quantized_folder("pixart", Path("quantized"))
     for name in ("make_model", "load_transformer"):
-        monkeypatch.setattr(profiled_model, name, lambda *_, **__: pytest.fail("made"))
+        monkeypatch.setattr(model_source, name, lambda *_, **__: pytest.fail("made"))
     assert main(["profile", model, *SMALL, *arguments]) == 1
     assert message in capsys.readouterr().err
 
