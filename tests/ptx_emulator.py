@@ -298,15 +298,20 @@ class _Run:
         for index, register in enumerate(_OPERAND.findall(registers.strip("{}"))):
             where = addresses + np.uint64(size * index)
             value = np.zeros(self._threads, kind) if loads else self._get(register, str(8 * size))
-            for thread in np.flatnonzero(active):
-                buffer = self._memory[int(where[thread]) >> 32]
-                start = int(where[thread]) & 0xFFFFFFFF
-                if start + size > buffer.size or start % size:
-                    raise IndexError(f"{'.'.join(opcode)}: byte {start} of {buffer.size}")
+            buffers, starts = where >> np.uint64(32), where & np.uint64(0xFFFFFFFF)
+            for number in np.unique(buffers[active]):
+                buffer = self._memory[int(number)]
+                threads = np.flatnonzero(active & (buffers == number))
+                start = starts[threads].astype(np.int64)
+                wrong = (start + size > buffer.size) | (start % size != 0)
+                if wrong.any():
+                    byte = start[wrong][0]
+                    raise IndexError(f"{'.'.join(opcode)}: byte {byte} of {buffer.size}")
+                elements = buffer[: buffer.size // size * size].view(kind)
                 if loads:
-                    value[thread] = buffer[start : start + size].view(kind)[0]
-                else:
-                    buffer[start : start + size] = value[thread : thread + 1].view(np.uint8)
+                    value[threads] = elements[start // size]
+                else:  # of threads that write to one place the last stays
+                    elements[start // size] = value[threads]
             if loads:
                 self._set(register, value, active)
 
