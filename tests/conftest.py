@@ -16,6 +16,10 @@ from collections.abc import Iterator
 # cores thousands of times slower; tests are small, so one thread is enough.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Processes that compile in the background cost the import of torch, and finding out which vector
+# instructions g++ knows twelve runs of it; inductor's loops on a CPU are not what is tested here.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 
 import numpy as np
 import pytest
