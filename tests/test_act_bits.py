@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import ModelMixin
 from test_lora import add, lora_of
-from tiny_models import TINY, assert_same_tensors, linears, load, quantized_folder, run
+from tiny_models import TINY, assert_same_tensors, linears, load, run, shared_folder
 from tiny_models import tiny_pipeline as dense_pipeline
 from torch import nn
 
@@ -25,13 +25,12 @@ every_model = pytest.mark.parametrize("kind", TINY)
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], nn.Module]:
+def loaded() -> Callable[[str], nn.Module]:
     done: dict[str, nn.Module] = {}
 
     def get(kind: str) -> nn.Module:
         if kind not in done:
-            folder = quantized_folder(kind, tmp_path_factory.mktemp(kind), F32)
-            done[kind] = load(kind, folder, torch_dtype=F32)
+            done[kind] = load(kind, shared_folder(kind, F32), torch_dtype=F32)
         return copy.deepcopy(done[kind])
 
     return get

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from tiny_models import BF16, flux_inputs, model_class, quantized_folder
+from tiny_models import BF16, flux_inputs, model_class, shared_folder
 
 from benchmarks import bench_load
 
 
 @pytest.mark.parametrize("row", [row for row in bench_load.ROWS if row != "compile"])
-def test_rows_run(row: str, tmp_path: Path):
-    folder = quantized_folder("flux", tmp_path)
+def test_rows_run(row: str):
+    folder = shared_folder("flux")
 
     def inputs() -> dict:
         return {name: x for name, x in flux_inputs(BF16).items() if name != "return_dict"}

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, SD3Transformer2DModel
 from peft import LoraConfig, inject_adapter_in_model
 from test_lora import lora_of
-from tiny_models import BF16, TINY, load, quantized_folder, tiny_pipeline, tiny_pixart
+from tiny_models import BF16, TINY, load, shared_folder, tiny_pipeline, tiny_pixart
 from torch import nn
 
 import lrq_kernels
@@ -20,13 +20,13 @@ from lrq_quant.pipeline_io import quantize_pipeline
 
 
 @pytest.fixture(params=TINY)
-def model(request: pytest.FixtureRequest, tmp_path: Path) -> nn.Module:
-    return load(request.param, quantized_folder(request.param, tmp_path))
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    return load(request.param, shared_folder(request.param))
 
 
 @pytest.fixture
-def flux(tmp_path: Path) -> nn.Module:
-    return load("flux", quantized_folder("flux", tmp_path))
+def flux() -> nn.Module:
+    return load("flux", shared_folder("flux"))
 
 
 def test_a_model_in_order(model: nn.Module):

@@ -9,9 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,9 +24,9 @@ from tiny_models import (
     linears,
     load,
     model_class,
-    quantized_folder,
     rewrite,
     run,
+    shared_folder,
     tiny_pipeline,
     tiny_pixart,
 )
@@ -48,33 +45,13 @@ ROOT = Path(__file__).resolve().parents[1]
 every_model = pytest.mark.parametrize("kind", TINY)
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+@pytest.fixture
+def folders() -> dict[str, Path]:
     """Quantized folders that tests only read."""
-    root = tmp_path_factory.mktemp("quantized")
-    return {kind: quantized_folder(kind, root / kind) for kind in TINY}
+    return {kind: shared_folder(kind) for kind in TINY}
 
 
 # ---- registration -------------------------------------------------------------------------------
-
-
-def test_an_import_after_that_of_diffusers_registers(folders: dict[str, Path]):
-    """Remedy: register() at import. diffusers knows nothing of plugins. (The other order is that of
-    test_wheel.py.)"""
-    code = (
-        "import diffusers, lrq_quant; from diffusers import PixArtTransformer2DModel as P;"
-        f"m = P.from_pretrained({str(folders['pixart'])!r}); print(m.is_quantized)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=os.environ, capture_output=True, text=True
-    )
-    assert done.stdout.strip() == "True", done.stderr
-
-
-def test_the_runtime_package_alone_registers_nothing():
-    code = "import lrq_kernels, sys; print('diffusers' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "False", done.stderr
 
 
 def test_both_tables_of_diffusers_know_it():
@@ -316,9 +293,11 @@ def test_saving_over_the_folder_it_came_from(folders: dict[str, Path], tmp_path:
 
 
 @every_model
-def test_reload_is_bit_identical_in_fp32_on_any_address(kind: str, tmp_path: Path):
+def test_reload_is_bit_identical_in_fp32_on_any_address(
+    kind: str, folders: dict[str, Path], tmp_path: Path
+):
     """Remedy: the same copy. MKL rounds by the alignment of its operands."""
-    model = load(kind, quantized_folder(kind, tmp_path / "q"), torch_dtype=torch.float32)
+    model = load(kind, folders[kind], torch_dtype=torch.float32)
     expected = run(model, kind, torch.float32)
     for pad in range(0, 64, 8):
         folder = tmp_path / str(pad)

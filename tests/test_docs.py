@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,21 +12,20 @@ from diffusers import FluxPipeline
 from test_auto_family import unknown_model
 from test_lora import lora_of
 from tiny_models import (
-    BF16,
     linears,
     load,
-    quantized_folder,
     run,
-    tiny_flux,
+    shared_dense,
+    shared_folder,
     tiny_pipeline,
     tiny_pixart,
 )
 
-from lrq_quant import QuantRecipe, quantize_model
+from lrq_quant import QuantRecipe
 from lrq_quant.__main__ import main
 from lrq_quant.families import FAMILIES
 from lrq_quant.model_card import model_card
-from lrq_quant.pipeline_io import quantize_pipeline, save_transformer
+from lrq_quant.pipeline_io import quantize_pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "lrq_quant" / "docs"
@@ -38,10 +38,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in which the names of the pages are tiny models."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lrq_quant.families.FAMILIES", dict(FAMILIES))  # a page registers one
-    flux = tiny_flux().to(BF16)
+    flux = shared_dense("flux")
     flux.save_pretrained("black-forest-labs/FLUX.1-dev/transformer")
     unknown_model().save_pretrained("fal/AuraFlow/transformer")
-    save_transformer(flux, quantize_model(flux, QuantRecipe.from_name("w4a8")), Path(QUANTIZED))
+    shutil.copytree(shared_folder("flux"), QUANTIZED)
     tensors = lora_of(flux)
     FluxPipeline.save_lora_weights("my-lora", transformer_lora_layers=tensors)
     return tmp_path
@@ -145,7 +145,7 @@ def test_model_card_of_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture)
 def test_model_card_of_a_transformer_without_calibration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    folder = quantized_folder("pixart", tmp_path / "transformer")
+    folder = shutil.copytree(shared_folder("pixart"), tmp_path / "transformer")
     text = model_card(folder, "someone/pixart")
     assert "none, from the weights alone" in text and "not measured" in text
     assert type(tiny_pixart()).__name__ in text

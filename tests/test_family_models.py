@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_families import TINY_FAMILIES, Tiny, forward
+from tiny_families import TINY_FAMILIES, Tiny, forward, quantized_family
 from tiny_models import all_tensors, assert_same_tensors, linears
 from torch import nn
 
 from lrq_kernels import load_quantized
 from lrq_kernels.testing import relative_error
-from lrq_quant import LRQConfig, QuantRecipe, check, collect_stats, quantize_model
+from lrq_quant import LRQConfig, QuantRecipe, check, collect_stats
 from lrq_quant.families import family_of
 
 RECIPE = QuantRecipe.from_name("w4a8")
@@ -21,11 +21,11 @@ RECIPE = QuantRecipe.from_name("w4a8")
 MAX_ERROR = 0.2
 
 
-@pytest.mark.parametrize("tiny", TINY_FAMILIES.values(), ids=list(TINY_FAMILIES))
-def test_quantize_save_load_forward(tiny: Tiny, tmp_path: Path) -> None:
-    model, inputs = tiny.make(), tiny.inputs()
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_quantize_save_load_forward(family: str, tmp_path: Path) -> None:
+    (model, quantized), inputs = quantized_family(family), TINY_FAMILIES[family].inputs()
     dense = forward(model, inputs)
-    path = quantize_model(model, RECIPE).save(tmp_path)
+    path = quantized.save(tmp_path)
     first = forward(load_quantized(copy.deepcopy(model), path), inputs)
     second = forward(load_quantized(copy.deepcopy(model), path), inputs)
     assert torch.equal(first, second)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from test_lora import lora_of
-from tiny_families import TINY_FAMILIES, forward
+from tiny_families import TINY_FAMILIES, forward, quantized_family
 from tiny_models import TINY, linears, load
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -222,10 +222,8 @@ FAMILIES = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family: str, tmp_path: Path):
     """GELU, gates in one linear and in two, experts."""
-    tiny = TINY_FAMILIES[family]
-    model = tiny.make()
     # Any permutation of the channels that are made will do: the search of calibration takes long.
-    quantized = quantize_model(model, QuantRecipe.from_name("w4a8"))
+    model, quantized = quantized_family(family)
     rows = {name: state.out_features for name, state in quantized.states.items()}
     for name, state in quantized.states.items():
         first = makers_by_name(name, rows, state.in_features)[1]
@@ -236,7 +234,7 @@ def test_every_family(family: str, tmp_path: Path):
             for other, reader in quantized.states.items():
                 if (reader.shared_input or other) == name:
                     quantized.states[other] = replace(reader, rotation=rotation)
-    given = tiny.inputs()
+    given = TINY_FAMILIES[family].inputs()
     model = load_quantized(model, quantized.save(tmp_path / "model.safetensors"))
     expected, before = gathers(model, given)
     fold_permutations(model)

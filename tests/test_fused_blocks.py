@@ -8,14 +8,13 @@ import pickle
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_lora import lora_of
 from tiny_families import forward
-from tiny_models import TINY, as_near, load, quantized_folder
+from tiny_models import TINY, as_near, load, shared_folder
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,14 +29,10 @@ KINDS = ("flux", "pixart")
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., nn.Module]:
-    folders: dict[str, Path] = {}
-
+@pytest.fixture
+def made() -> Callable[..., nn.Module]:
     def get(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-        if kind not in folders:
-            folders[kind] = quantized_folder(kind, tmp_path_factory.mktemp(kind), torch.float32)
-        return load(kind, folders[kind], torch_dtype=dtype)
+        return load(kind, shared_folder(kind, torch.float32), torch_dtype=dtype)
 
     return get
 
@@ -217,11 +212,11 @@ def test_fused_blocks_compile(kind: str, made: Callable):
     assert torch.equal(forward(fast, given), forward(model, given))
 
 
-def test_what_cannot_be_fused_is_said(made: Callable, tmp_path: Path):
+def test_what_cannot_be_fused_is_said(made: Callable):
     with pytest.raises(ValueError, match="fuse_blocks: .* has no quantized linear"):
         fuse_blocks(TINY["flux"][0]())
     with pytest.raises(ValueError, match="has none of the blocks"):
-        fuse_blocks(load("wan", quantized_folder("wan", tmp_path)))
+        fuse_blocks(load("wan", shared_folder("wan")))
     model = made("flux")
     assert "4 blocks run unfused" in str(lrq_quant.check(model))
     assert "4 of 4 blocks run fused" in str(lrq_quant.check(fuse_blocks(model)))

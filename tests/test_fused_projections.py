@@ -6,8 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_families import TINY_FAMILIES, forward
-from tiny_models import TINY, flux_inputs, linears, pixart_inputs, tiny_flux, tiny_pixart
+from tiny_families import TINY_FAMILIES, forward, quantized_family
+from tiny_models import (
+    TINY,
+    flux_inputs,
+    linears,
+    pixart_inputs,
+    shared_dense,
+    shared_folder,
+    tiny_flux,
+    tiny_pixart,
+)
 
 from lrq_kernels import LRQLinear, checkpoint, load_quantized, model_states
 from lrq_quant import (
@@ -35,17 +44,16 @@ def reader_counts(model: torch.nn.Module) -> dict[str, int]:
 
 
 # SD3's attention has no fused forward that normalizes queries and keys.
-WITH_FUSED = {kind: entry for kind, entry in TINY.items() if kind != "sd3"}
+WITH_FUSED = [kind for kind in TINY if kind != "sd3"]
 
 
-@pytest.mark.parametrize("make, inputs", WITH_FUSED.values(), ids=WITH_FUSED.keys())
+@pytest.mark.parametrize("kind", WITH_FUSED)
 @torch.no_grad()
-def test_fused_projections_are_lossless(make, inputs, tmp_path: Path) -> None:
-    model = make()
-    save_transformer(model, quantize_model(model, WEIGHTS_ONLY), tmp_path)
-    fused = load_transformer(tmp_path, dtype=torch.float32)
-    separate = load_transformer(tmp_path, dtype=torch.float32, fuse=False)
-    arguments = inputs(torch.float32)
+def test_fused_projections_are_lossless(kind: str) -> None:
+    model, folder = shared_dense(kind, torch.float32), shared_folder(kind, torch.float32)
+    fused = load_transformer(folder, dtype=torch.float32)
+    separate = load_transformer(folder, dtype=torch.float32, fuse=False)
+    arguments = TINY[kind][1](torch.float32)
     assert torch.equal(fused(**arguments)[0], separate(**arguments)[0])
     # Every self-attention is fused, and what was fused is held only once.
     names = fused_projections(fused)
@@ -67,9 +75,8 @@ FUSED = {"pixart": 4, "flux": 6, "flux2": 4, "chroma": 4, "wan": 2, "hunyuan-vid
 @pytest.mark.parametrize("family", TINY_FAMILIES)
 def test_every_family_is_fused_only_where_its_processors_use_it(family: str, tmp_path: Path):
     """Remedy: the processor's own code is asked. LTX's attention has the flag and no such code."""
-    tiny = TINY_FAMILIES[family]
-    model, given = tiny.make(), tiny.inputs()
-    model = load_quantized(model, quantize_model(model, WEIGHTS_ONLY).save(tmp_path))
+    (model, quantized), given = quantized_family(family), TINY_FAMILIES[family].inputs()
+    model = load_quantized(model, quantized.save(tmp_path))
     expected = forward(model, given)
     fuse_projections(model)
     assert len(fused_projections(model)) == FUSED.get(family, 0)
@@ -79,11 +86,9 @@ def test_every_family_is_fused_only_where_its_processors_use_it(family: str, tmp
 
 
 @torch.no_grad()
-def test_cross_attention_fuses_keys_and_values_only(tmp_path: Path) -> None:
+def test_cross_attention_fuses_keys_and_values_only() -> None:
     """Queries read the picture, keys and values the caption."""
-    model = tiny_pixart()
-    save_transformer(model, quantize_model(model, WEIGHTS_ONLY), tmp_path)
-    fused = fused_projections(load_transformer(tmp_path))
+    fused = fused_projections(load_transformer(shared_folder("pixart", torch.float32)))
     assert fused["transformer_blocks.1.attn2.to_kv"] == [
         "transformer_blocks.1.attn2.to_k",
         "transformer_blocks.1.attn2.to_v",
@@ -126,13 +131,12 @@ def test_mixed_bits_of_q_k_v_are_not_fused(tmp_path: Path) -> None:
     assert torch.isfinite(loaded(**pixart_inputs(torch.float32))[0]).all()
 
 
-@pytest.mark.parametrize("make, inputs", TINY.values(), ids=TINY.keys())
+@pytest.mark.parametrize("kind", TINY)
 @torch.no_grad()
-def test_unfusing_restores_every_linear(make, inputs, tmp_path: Path) -> None:
-    model = make()
-    save_transformer(model, quantize_model(model, WEIGHTS_ONLY), tmp_path)
-    separate = load_transformer(tmp_path, dtype=torch.float32, fuse=False)
-    model = load_transformer(tmp_path, dtype=torch.float32, fuse=True)
+def test_unfusing_restores_every_linear(kind: str) -> None:
+    folder = shared_folder(kind, torch.float32)
+    separate = load_transformer(folder, dtype=torch.float32, fuse=False)
+    model = load_transformer(folder, dtype=torch.float32, fuse=True)
     for _ in range(2):
         unfuse_projections(model)
         assert not fused_projections(model)
@@ -145,29 +149,25 @@ def test_unfusing_restores_every_linear(make, inputs, tmp_path: Path) -> None:
             type(getattr(m, "processor", None)) is order[n] for n, m in model.named_modules()
         )
         assert reader_counts(model) == reader_counts(separate)
-        arguments = inputs(torch.float32)
+        arguments = TINY[kind][1](torch.float32)
         assert torch.equal(model(**arguments)[0], separate(**arguments)[0])
         fuse_projections(model)
     unfuse_projections(separate)  # what is not fused stays
 
 
-@pytest.mark.parametrize("make", [tiny_flux, tiny_pixart])
-def test_diffusers_own_fusing_refuses(make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["flux", "pixart"])
+def test_diffusers_own_fusing_refuses(kind: str) -> None:
     """Remedy: WeightPlaceholder. diffusers would build a dense layer, of zeros or dequantized."""
-    model = make()
-    save_transformer(model, quantize_model(model, WEIGHTS_ONLY), tmp_path)
-    loaded = load_transformer(tmp_path, fuse=False)
+    loaded = load_transformer(shared_folder(kind, torch.float32), fuse=False)
     with pytest.raises(RuntimeError, match="lrq_quant.fuse_projections"):
         loaded.fuse_qkv_projections()
 
 
 @torch.no_grad()
-def test_diffusers_own_unfusing_does_no_harm(tmp_path: Path) -> None:
+def test_diffusers_own_unfusing_does_no_harm() -> None:
     """Remedy: _supports_qkv_fusion False on what is fused. diffusers would delete to_qkv, the only
     holder of the weights."""
-    model = tiny_flux()
-    save_transformer(model, quantize_model(model, WEIGHTS_ONLY), tmp_path)
-    fused = load_transformer(tmp_path, dtype=torch.float32, fuse=True)
+    fused = load_transformer(shared_folder("flux", torch.float32), dtype=torch.float32, fuse=True)
     arguments = flux_inputs(torch.float32)
     expected, names = fused(**arguments)[0], fused_projections(fused)
     fused.unfuse_qkv_projections()

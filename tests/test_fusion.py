@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_families import forward
-from tiny_models import TINY, as_near, load, quantized_folder
+from tiny_models import TINY, as_near, load, shared_folder
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -70,14 +70,10 @@ EXPECTED = {
 }
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, torch.dtype], nn.Module]:
-    folders: dict[str, Any] = {}
-
+@pytest.fixture
+def made() -> Callable[[str, torch.dtype], nn.Module]:
     def get(kind: str, dtype: torch.dtype) -> nn.Module:
-        if kind not in folders:
-            folders[kind] = quantized_folder(kind, tmp_path_factory.mktemp(kind), torch.float32)
-        return load(kind, folders[kind], torch_dtype=dtype)
+        return load(kind, shared_folder(kind, torch.float32), torch_dtype=dtype)
 
     return get
 

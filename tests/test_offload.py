@@ -15,7 +15,7 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_submodules
 from safetensors.torch import load_file
-from tiny_models import BF16, TINY, linears, load, quantized_folder, run, tiny_pipeline
+from tiny_models import BF16, TINY, linears, load, run, shared_folder, tiny_pipeline
 from torch import Tensor, nn
 
 from lrq_kernels import LRQLinear
@@ -29,12 +29,12 @@ GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], nn.Module]:
+def loaded() -> Callable[[str], nn.Module]:
     done: dict[str, nn.Module] = {}
 
     def get(kind: str) -> nn.Module:
         if kind not in done:
-            done[kind] = load(kind, quantized_folder(kind, tmp_path_factory.mktemp(kind)))
+            done[kind] = load(kind, shared_folder(kind))
         return copy.deepcopy(done[kind])
 
     return get

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import BF16, quantized_folder, tiny_pixart
+from tiny_models import BF16, shared_folder, tiny_pixart
 
 from lrq_quant import fuse_blocks, model_source, profiling
 from lrq_quant.__main__ import main
@@ -187,8 +187,8 @@ def test_a_kernel_that_waits_for_the_one_before_counts_from_its_end():
     assert sum(e.duration for e in in_order) == profiling.busy_us(in_order) == 140
 
 
-def test_counted_work(tmp_path: Path):
-    model = load_transformer(quantized_folder("pixart", tmp_path))
+def test_counted_work():
+    model = load_transformer(shared_folder("pixart"))
     inputs = named_inputs("tiny-pixart", size=64, device="cpu")
     eager = count_work(model, inputs)
     # One token: of two blocks qkv, out, q, out and the feed-forward, of 300 for the caption's k, v.
@@ -235,7 +235,7 @@ def test_profile_of_a_published_shape(mode: str, tmp_path: Path, capsys):
 
 
 def test_profile_of_folders(tmp_path: Path, capsys):
-    quantized = quantized_folder("pixart", tmp_path / "quantized")
+    quantized = shared_folder("pixart")
     assert main(["profile", str(quantized), *SMALL]) == 0
     assert "scheme w4a8" in capsys.readouterr().out
     tiny_pixart().to(BF16).save_pretrained(tmp_path / "dense")
@@ -261,7 +261,7 @@ def test_profile_of_folders(tmp_path: Path, capsys):
 )
 def test_errors_are_one_line(arguments: list[str], message: str, tmp_path: Path, capsys):
     if arguments[0] == "{tmp}/quantized":
-        quantized_folder("pixart", tmp_path / "quantized")
+        (tmp_path / "quantized").symlink_to(shared_folder("pixart"))
     arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
     assert main(["profile", *SMALL, *arguments]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -288,7 +288,7 @@ def test_arguments_are_checked_before_a_model_is_made(
     if model == "dense":
         tiny_pixart().to(BF16).save_pretrained("dense")
     if model == "quantized":
-        quantized_folder("pixart", Path("quantized"))
+        Path("quantized").symlink_to(shared_folder("pixart"))
     for name in ("make_model", "load_transformer"):
         monkeypatch.setattr(model_source, name, lambda *_, **__: pytest.fail("made"))
     assert main(["profile", model, *SMALL, *arguments]) == 1

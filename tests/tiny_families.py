@@ -5,14 +5,18 @@ Blocks are 64 or 128 wide and every optional part that has linears is on.
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import diffusers
 import torch
-from tiny_models import flux_inputs, pixart_inputs, tiny_flux, tiny_pixart
+from tiny_models import flux_inputs, of_the_run, pixart_inputs, tiny_flux, tiny_pixart
 from torch import nn
+
+from lrq_quant import QuantizedModel, QuantRecipe, quantize_model
 
 
 @dataclass(frozen=True)
@@ -390,3 +394,19 @@ def forward(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     with torch.no_grad():
         out = model(**{**inputs, "return_dict": False})[0]
     return torch.cat([item.flatten() for item in out]) if isinstance(out, list) else out
+
+
+@functools.cache
+def _quantized(family: str) -> tuple[nn.Module, QuantizedModel]:
+    with of_the_run(family):
+        model = TINY_FAMILIES[family].make()
+        return model, quantize_model(model, QuantRecipe.from_name("w4a8"))
+
+
+def quantized_family(family: str) -> tuple[nn.Module, QuantizedModel]:
+    """An instance and what it quantizes to at W4A8, made once a process, since it takes a second:
+    a copy of the model, and of the result the parts that may be replaced."""
+    model, quantized = _quantized(family)
+    return copy.deepcopy(model), replace(
+        quantized, states=dict(quantized.states), dense=dict(quantized.dense)
+    )

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -161,6 +165,37 @@ def quantized_folder(kind: str, folder: Path, dtype: torch.dtype = BF16) -> Path
     model = TINY[kind][0]().to(dtype)
     save_transformer(model, quantize_model(model, QuantRecipe.from_name("w4a8")), folder)
     return folder
+
+
+@contextmanager
+def of_the_run(name: str) -> Iterator[None]:
+    """Draws what the run's seed and `name` say, whichever test is the first to ask for it."""
+    from conftest import RUN_SEED
+
+    with torch.random.fork_rng():
+        torch.manual_seed((RUN_SEED + zlib.crc32(name.encode())) % 2**31)
+        yield
+
+
+@functools.cache
+def _shared(kind: str, dtype: torch.dtype) -> tuple[nn.Module, tempfile.TemporaryDirectory]:
+    folder = tempfile.TemporaryDirectory(prefix=f"lrq-{kind}-")
+    with of_the_run(f"{kind} {dtype}"):
+        model = TINY[kind][0]().to(dtype)
+        quantized = quantize_model(model, QuantRecipe.from_name("w4a8"))
+    save_transformer(model, quantized, Path(folder.name))
+    return model, folder
+
+
+def shared_folder(kind: str, dtype: torch.dtype = BF16) -> Path:
+    """What quantized_folder makes, made once a process, since it takes a second: tests read it and
+    change copies."""
+    return Path(_shared(kind, dtype)[1].name)
+
+
+def shared_dense(kind: str, dtype: torch.dtype = BF16) -> nn.Module:
+    """The dense model that shared_folder is of; tests do not change it."""
+    return _shared(kind, dtype)[0]
 
 
 def model_class(kind: str) -> type:
