@@ -39,6 +39,27 @@ SPREAD = (
     "test_rotate_quantize.py",
     "test_rotate_rows.py",
 )
+# Files that take long, first: the others then fill the time until every process is done.
+LONG = (
+    "test_interpreted_kernels.py",
+    "test_compile.py",
+    "test_folded_permutations.py",
+    "test_fused_projections.py",
+    "test_family_models.py",
+    "test_fusion.py",
+    "test_wheel.py",
+    "test_sharding.py",
+    "test_parallel.py",
+    "test_quality.py",
+    "test_diffusers_backend.py",
+    "test_compiled_ptx.py",
+    "test_pipeline.py",
+    "test_lora.py",
+    "test_low_rank.py",
+    "test_docs.py",
+)
+# These quantize every family, once in the process that has all of them.
+TOGETHER = ("test_folded_permutations.py", "test_fused_projections.py", "test_family_models.py")
 RUN_SEED = int(os.environ.get("LRQ_TEST_SEED") or random.SystemRandom().getrandbits(31))
 
 
@@ -61,10 +82,12 @@ def pytest_configure(config: pytest.Config) -> None:
 if LoadScopeScheduling is not None:
 
     class FileScheduling(LoadScopeScheduling):
-        """Like --dist loadfile, but for SPREAD."""
+        """Like --dist loadfile, but for SPREAD and TOGETHER."""
 
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::", 1)[0]
+            if file.endswith(TOGETHER):
+                return " ".join(TOGETHER)
             return nodeid if file.endswith(SPREAD) else file
 
     @pytest.hookimpl(optionalhook=True)
@@ -76,7 +99,16 @@ def pytest_report_header() -> str:
     return f"LRQ_TEST_SEED={RUN_SEED}"
 
 
+def _place(item: pytest.Item) -> int:
+    """Of its file: LONG, the others, SPREAD, each in their own order."""
+    name = item.path.name
+    if name in LONG:
+        return LONG.index(name)
+    return len(LONG) + (name in SPREAD)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_place)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and (reason := why_no_gpu()):
         for item in marked:
