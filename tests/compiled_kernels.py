@@ -203,6 +203,7 @@ def qk_kernel(
             ("context_q_weight_ptr", "context_k_weight_ptr"), weight if context else None
         ),
         **dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32" if rope else None),
+        "part_offsets_ptr": None,
         **dict.fromkeys((*strides, "part_stride", "context_tokens", "tokens"), "i32"),
         "eps": "fp32",
         "HEADS": heads,
