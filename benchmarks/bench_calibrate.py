@@ -29,7 +29,8 @@ from benchmarks.bench_load import GB, resident_gb
 from benchmarks.bench_model import machine
 from benchmarks.rows import Row, write_json
 from lrq_quant import QuantRecipe, quantize_model
-from lrq_quant.model_shapes import make_model, model_inputs, names_with_inputs
+from lrq_quant.model_inputs import model_inputs
+from lrq_quant.model_shapes import make_model, names_with_inputs
 from lrq_quant.recipe import CalibrationOptions
 
 

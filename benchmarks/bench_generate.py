@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from benchmarks.bench_model import Clock, machine
 from benchmarks.model_variants import Models, Variant, cold_compiles, free, prepare
 from benchmarks.rows import Row, cells, error_text, titles, write_json
-from lrq_quant.model_shapes import FLUX_TEXT_TOKENS, PIXART_TEXT_TOKENS
+from lrq_quant.model_inputs import FLUX_TEXT_TOKENS, PIXART_TEXT_TOKENS
 from lrq_quant.run_modes import remove_compiled_and_graph
 
 DEFAULT_VARIANTS = ("bf16-compiled", "w4a8-graph")

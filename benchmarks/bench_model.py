@@ -107,7 +107,8 @@ class Clock:
 
 
 def forward(run: Run, model: nn.Module) -> Tensor:
-    return model(**run.inputs, return_dict=False)[0]
+    output = model(**run.inputs, return_dict=False)[0]
+    return output if isinstance(output, Tensor) else torch.stack(list(output))  # Z-Image: a list
 
 
 def first_forward(run: Run, model: nn.Module) -> tuple[Tensor, float]:

@@ -1,4 +1,4 @@
-"""Diffusion transformers at their published shapes, with random weights, and inputs that fit them.
+"""Diffusion transformers at their published shapes, with random weights.
 
 For benchmarks and `lrq profile`: speed and memory depend on shapes, not on what was learned.
 """
@@ -6,11 +6,12 @@ For benchmarks and `lrq profile`: speed and memory depend on shapes, not on what
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from .model_inputs import classes_with_inputs, model_inputs
 
 # Arguments of the diffusers classes; what is not named is the class's default. Sources: the two of
 # benchmarks/dit_shapes.py and Qwen-Image are published config.json files; "script": what diffusers'
@@ -193,11 +194,6 @@ TINY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
-# Pixels along a side of one latent value, and text tokens that pipelines pass.
-VAE_SCALE = 8
-FLUX_TEXT_TOKENS, PIXART_TEXT_TOKENS, SD3_TEXT_TOKENS = 512, 300, 333
-
-
 # ---- models -------------------------------------------------------------------------------------
 
 
@@ -236,41 +232,6 @@ def make_model(
 
 # ---- inputs -------------------------------------------------------------------------------------
 
-Randn = Callable[..., Tensor]
-
-
-def model_inputs(
-    class_name: str,
-    config: Mapping[str, Any],
-    *,
-    size: int = 1024,
-    batch: int = 1,
-    device: torch.device | str = "cuda",
-    dtype: torch.dtype = torch.bfloat16,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Random arguments of one forward at `size` x `size` pixels, as the class's pipeline passes
-    them, the same for one seed. config: all arguments of the class, as in model.config.
-
-    Raises ValueError for a class without inputs here and for a size that does not fit it.
-    """
-    if class_name not in _INPUTS:
-        raise ValueError(f"no inputs are known for {class_name}, only for {sorted(_INPUTS)}")
-    # FLUX packs 2 x 2 latent values into a token, its patch_size of 1 notwithstanding.
-    step = VAE_SCALE * (2 if class_name.startswith("Flux") else config["patch_size"])
-    if size <= 0 or size % step:
-        raise ValueError(f"size must be a multiple of {step} pixels, got {size}")
-    if batch < 1:
-        raise ValueError(f"batch must be positive, got {batch}")
-    generator = torch.Generator().manual_seed(seed)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    inputs = _INPUTS[class_name](config, size // VAE_SCALE, batch, randn)
-    moved = {n: x.to(device, dtype) for n, x in inputs.items() if isinstance(x, Tensor)}
-    return {**inputs, **moved}
-
 
 def named_inputs(name: str, **options: Any) -> dict[str, Any]:
     """model_inputs of a name of MODEL_CONFIGS or TINY_CONFIGS."""
@@ -279,51 +240,5 @@ def named_inputs(name: str, **options: Any) -> dict[str, Any]:
 
 
 def names_with_inputs() -> list[str]:
-    known = {**MODEL_CONFIGS, **TINY_CONFIGS}
-    return [name for name, (class_name, _) in known.items() if class_name in _INPUTS]
-
-
-def _flux_inputs(
-    config: Mapping[str, Any], latent: int, batch: int, randn: Randn
-) -> dict[str, Any]:
-    side = latent // 2
-    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    ids = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1)
-    return {
-        "hidden_states": randn(batch, side**2, config["in_channels"]),
-        "encoder_hidden_states": randn(batch, FLUX_TEXT_TOKENS, config["joint_attention_dim"]),
-        "pooled_projections": randn(batch, config["pooled_projection_dim"]),
-        "timestep": torch.full((batch,), 0.5),
-        "guidance": torch.full((batch,), 3.5) if config["guidance_embeds"] else None,
-        "img_ids": ids.view(-1, 3),
-        "txt_ids": torch.zeros(FLUX_TEXT_TOKENS, 3),
-    }
-
-
-def _pixart_inputs(
-    config: Mapping[str, Any], latent: int, batch: int, randn: Randn
-) -> dict[str, Any]:
-    return {
-        "hidden_states": randn(batch, config["in_channels"], latent, latent),
-        "encoder_hidden_states": randn(batch, PIXART_TEXT_TOKENS, config["caption_channels"]),
-        "encoder_attention_mask": torch.ones(batch, PIXART_TEXT_TOKENS),
-        "timestep": torch.full((batch,), 500.0),
-        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-    }
-
-
-def _sd3_inputs(config: Mapping[str, Any], latent: int, batch: int, randn: Randn) -> dict[str, Any]:
-    return {
-        "hidden_states": randn(batch, config["in_channels"], latent, latent),
-        "encoder_hidden_states": randn(batch, SD3_TEXT_TOKENS, config["joint_attention_dim"]),
-        "pooled_projections": randn(batch, config["pooled_projection_dim"]),
-        "timestep": torch.full((batch,), 500.0),
-    }
-
-
-# Class -> arguments for (config, latent values along a side, batch, randn).
-_INPUTS: dict[str, Callable[[Mapping[str, Any], int, int, Randn], dict[str, Any]]] = {
-    "FluxTransformer2DModel": _flux_inputs,
-    "PixArtTransformer2DModel": _pixart_inputs,
-    "SD3Transformer2DModel": _sd3_inputs,
-}
+    known, classes = {**MODEL_CONFIGS, **TINY_CONFIGS}, classes_with_inputs()
+    return [name for name, (class_name, _) in known.items() if class_name in classes]

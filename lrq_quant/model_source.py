@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from .model_shapes import make_model, model_config, model_inputs, names_with_inputs
+from .model_inputs import model_inputs
+from .model_shapes import make_model, model_config, names_with_inputs
 from .pipeline_io import TRANSFORMER, is_quantized, load_transformer
 
 

@@ -11,14 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten
 
 from benchmarks import bench_model as bench
 from benchmarks import model_variants as variants
 from benchmarks.model_plot import plot
 from benchmarks.model_variants import Variant
 from lrq_kernels.testing import relative_error
+from lrq_quant.model_inputs import model_inputs
 from lrq_quant.model_memory import memory_by_kind, tensor_bytes
-from lrq_quant.model_shapes import make_model, model_inputs, named_inputs, names_with_inputs
+from lrq_quant.model_shapes import make_model, named_inputs, names_with_inputs
 
 
 @pytest.fixture(autouse=True)
@@ -146,10 +148,13 @@ def test_names_of_variants():
 @pytest.mark.parametrize("name", names_with_inputs())
 def test_inputs_are_the_same_in_every_call(name: str):
     first, second = (named_inputs(name, size=256, batch=2, device="cpu") for _ in range(2))
-    assert first.keys() == second.keys()
-    for key, value in first.items():
+    (leaves, structure), (others, same) = tree_flatten(first), tree_flatten(second)
+    assert structure == same
+    for value, other in zip(leaves, others, strict=True):
         if isinstance(value, torch.Tensor):
-            assert torch.equal(value, second[key]) and value.dtype == torch.bfloat16
+            assert torch.equal(value, other)
+        else:
+            assert value == other
 
 
 def test_inputs_that_do_not_fit():
