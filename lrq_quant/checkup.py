@@ -18,7 +18,8 @@ import lrq_kernels
 from lrq_kernels import LRQLinear, get_act_bits
 from lrq_kernels.linear import has_hooks
 
-from .families import find_family
+from .config import LRQConfig
+from .families import MODULATION, find_family
 from .folded_permutations import folded_permutations
 from .fused_blocks import fused_blocks
 from .fused_modulation import is_stacked, modulation_obstacle
@@ -59,6 +60,9 @@ def check(pipeline: Any) -> Checkup:
     if not any(isinstance(m, LRQLinear) for model in models.values() for m in model.modules()):
         problems.append("no component holds a quantized linear")
     return Checkup(tuple(lines), tuple(problems))
+
+
+_YET_DENSE = "part of the family's recipe, yet dense"
 
 
 class _ModelCheck:
@@ -117,15 +121,24 @@ class _ModelCheck:
         reasons = _reasons(self.model)
         excluded = _excluded(self.model, dense)
         counts: Counter[str] = Counter()
+        unexplained = []
         for name in dense:
-            why = reasons.get(name, "part of the family's recipe, yet dense")
+            why = reasons.get(name, _YET_DENSE)
             if name in excluded:
                 why = "excluded by the quantization config"
             elif name.endswith(".base_layer"):
                 why = "dense under an adapter"
             counts[why] += 1
+            unexplained += [name] if why == _YET_DENSE else []
         for why, count in counts.items():
             self._say(f"{count} dense linears: {why}")
+        # Without a configuration nobody knows whether it was meant.
+        if unexplained and _configuration(self.model) is not None:
+            more = "" if len(unexplained) <= 5 else f" and {len(unexplained) - 5} more"
+            self.problems.append(
+                f"{self.name}: dense, which the configuration does not say: "
+                f"{', '.join(unexplained[:5])}{more}"
+            )
 
     def _meta(self) -> None:
         if _is_offloaded(self.model):
@@ -195,10 +208,11 @@ class _ModelCheck:
             for adapter in sorted(loaded):
                 self.problems.append(f"{self.name}: adapter {adapter!r} is loaded and on no linear")
             return
-        found = sorted(loaded | {name for layer in layers.values() for name in layer.lora_A})
+        found = sorted(loaded.union(*map(_adapters_of, layers.values())))
         for adapter in found:
-            with_it = [layer for layer in layers.values() if adapter in layer.lora_A]
-            scales = sorted({round(float(layer.scaling[adapter]), 4) for layer in with_it})
+            with_it = [layer for layer in layers.values() if adapter in _adapters_of(layer)]
+            strengths = [getattr(layer, "scaling", {}).get(adapter, 1.0) for layer in with_it]
+            scales = sorted({round(float(strength), 4) for strength in strengths})
             active = [
                 layer
                 for layer in with_it
@@ -248,7 +262,7 @@ def _excluded(model: nn.Module, dense: Mapping[str, nn.Linear]) -> set[str]:
     """Dense linears that the configuration in config.json keeps, as far as it tells."""
     from .recipe_patterns import matches
 
-    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    config = _configuration(model)
     if config is None:
         return set()
     patterns = [*config.modules_to_not_convert]
@@ -256,13 +270,27 @@ def _excluded(model: nn.Module, dense: Mapping[str, nn.Linear]) -> set[str]:
     names = {name for name in dense if any(matches(pattern, name) for pattern in patterns)}
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     names |= {name for name in dense if kept & set(name.split("."))}
-    if config.modulation is None:
-        names |= {name for name in dense if "norm" in name or "adaln" in name}
+    if config.modulation is None and find_family(model) is not None:
+        linears = QuantRecipe().resolve(model).linears
+        names |= {linear.name for linear in linears if linear.role == MODULATION}
     return names
 
 
+def _configuration(model: nn.Module) -> LRQConfig | None:
+    """That of config.json, where the model was loaded or quantized by from_pretrained."""
+    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    return config if isinstance(config, LRQConfig) else None
+
+
 def _is_adapter_layer(module: nn.Module) -> bool:
-    return hasattr(module, "base_layer") and hasattr(module, "lora_A")
+    """A layer of PEFT, of any kind: LoRA, LoKr, ..."""
+    return hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names")
+
+
+def _adapters_of(layer: Any) -> set[str]:
+    """Names of the adapters that have weights on a layer."""
+    kinds = [getattr(layer, name, {}) for name in layer.adapter_layer_names]
+    return {adapter for kind in kinds for adapter in kind.keys()}  # noqa: SIM118
 
 
 def _is_offloaded(model: nn.Module) -> bool:

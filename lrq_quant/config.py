@@ -16,7 +16,7 @@ from lrq_kernels.checkpoint import CheckpointError
 
 from .auto_family import family_by_names
 from .families import find_family
-from .recipe import QuantPlan, QuantRecipe, check_low_rank
+from .recipe import EXCLUDED, KeptLinear, QuantPlan, QuantRecipe, check_low_rank
 from .recipe_patterns import check_patterns
 
 logger = logging.getLogger(__name__)
@@ -95,12 +95,16 @@ class LRQConfig(QuantizationConfigMixin):
         return (config, unknown) if return_unused_kwargs else config
 
     @classmethod
-    def from_recipe(cls, recipe: Mapping[str, Any]) -> LRQConfig:
-        """A description of what quantize_model was asked for; recipe as QuantRecipe.to_dict."""
+    def from_recipe(cls, recipe: Mapping[str, Any], kept: Iterable[KeptLinear] = ()) -> LRQConfig:
+        """A description of what quantize_model was asked for; recipe as QuantRecipe.to_dict; kept:
+        linears that stayed, since a configuration has no word for `include`."""
+        exclude = list(recipe["exclude"])
+        if tuple(recipe["include"]) != ("*",):
+            exclude += [linear.name for linear in kept if linear.why == EXCLUDED]
         return cls(
             recipe["block"],
             modulation=recipe["modulation"],
-            modules_to_not_convert=list(recipe["exclude"]),
+            modules_to_not_convert=exclude,
             overrides=dict(recipe["overrides"]),
             low_rank=recipe.get("low_rank", 0),
         )

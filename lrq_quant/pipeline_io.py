@@ -297,9 +297,10 @@ def save_transformer(model: nn.Module, quantized: QuantizedModel, folder: Path) 
     folder.mkdir(parents=True, exist_ok=True)
     quantized.save(folder)
     config = json.loads(model.to_json_string())
-    config["quantization_config"] = LRQConfig.from_recipe(quantized.report.recipe).to_dict()
+    report = quantized.report
+    config["quantization_config"] = LRQConfig.from_recipe(report.recipe, report.kept).to_dict()
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    save_report(quantized.report, folder)
+    save_report(report, folder)
 
 
 def save_report(

@@ -21,6 +21,7 @@ from .families import MODULATION, Family, family_of
 from .recipe_patterns import check_patterns, matches
 
 MODES = ("default", "paper")
+EXCLUDED = "excluded by the recipe"
 ROUNDINGS = ("feedback", "nearest")
 # The GEMM and the canonical packing take any K that is a multiple of this.
 K_MULTIPLE = 32
@@ -197,7 +198,7 @@ class QuantRecipe:
 
     def _scheme(self, name: str, role: str, linear: nn.Linear) -> tuple[QuantScheme | None, str]:
         if not _matches(name, self.include) or _matches(name, self.exclude):
-            return None, "excluded by the recipe"
+            return None, EXCLUDED
         if linear.in_features % K_MULTIPLE:
             return None, f"in_features {linear.in_features} is not a multiple of {K_MULTIPLE}"
         for pattern, scheme in self.overrides:

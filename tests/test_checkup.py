@@ -7,16 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline, SD3Transformer2DModel
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoKrConfig, LoraConfig, inject_adapter_in_model
 from test_lora import lora_of
+from tiny_families import TINY_FAMILIES
 from tiny_models import BF16, TINY, load, shared_folder, tiny_pipeline, tiny_pixart
 from torch import nn
 
 import lrq_kernels
-from lrq_quant import LRQConfig, QuantRecipe, check, fuse_projections
+from lrq_quant import LRQConfig, QuantRecipe, check, fuse_projections, quantize_model
 from lrq_quant.checkup import kernels_of
 from lrq_quant.demo.pipeline import ShapesPipeline
-from lrq_quant.pipeline_io import quantize_pipeline
+from lrq_quant.pipeline_io import quantize_pipeline, save_transformer
 
 
 @pytest.fixture(params=TINY)
@@ -57,9 +58,31 @@ def test_why_linears_are_dense(tmp_path: Path):
     tiny_pixart().save_pretrained(tmp_path)
     config = LRQConfig("w4a8", modulation=None, modules_to_not_convert=["transformer_blocks.0"])
     model = load("pixart", tmp_path, quantization_config=config)
-    assert "excluded by the quantization config" in str(check(model))
+    found = check(model)
+    assert "excluded by the quantization config" in str(found) and not found.problems
     model.transformer_blocks[1].attn1.to_q = nn.Linear(128, 128)
-    assert "1 dense linears: part of the family's recipe, yet dense" in str(check(model))
+    found = check(model)
+    assert "1 dense linears: part of the family's recipe, yet dense" in str(found)
+    assert found.problems == (
+        "model: dense, which the configuration does not say: transformer_blocks.1.attn1.to_q",
+    )
+
+
+def test_what_a_recipe_leaves_out_is_excluded(tmp_path: Path):
+    model = tiny_pixart()
+    recipe = QuantRecipe(include=("transformer_blocks.1",), exclude=("*.to_v",))
+    save_transformer(model, quantize_model(model, recipe), tmp_path)
+    found = check(load("pixart", tmp_path))
+    assert found.problems == () and "excluded by the quantization config" in str(found)
+
+
+@pytest.mark.parametrize("family", ["qwen-image", "chroma", "flux2", "z-image", "wan", "ltx-video"])
+def test_modulation_that_was_to_stay_is_excluded(family: str, tmp_path: Path):
+    model = TINY_FAMILIES[family].make()
+    model.save_pretrained(tmp_path)
+    config = LRQConfig("w4a8", modulation=None)
+    found = check(type(model).from_pretrained(tmp_path, quantization_config=config))
+    assert found.problems == () and "yet dense" not in str(found)
 
 
 def test_nothing_quantized_is_a_problem():
@@ -73,6 +96,14 @@ def test_a_lora_that_acts_is_none(flux: nn.Module):
     flux.load_lora_adapter(lora_of(flux), prefix=None, adapter_name="style")
     found = check(flux)
     assert found.problems == () and "adapter 'style': active on 18 of 18" in str(found)
+
+
+def test_adapters_of_other_kinds(flux: nn.Module):
+    flux.add_adapter(LoKrConfig(r=4, target_modules=["to_q", "to_k"], init_weights=False), "kron")
+    found = check(flux)
+    assert found.problems == () and "adapter 'kron': active on 8 of 8" in str(found)
+    flux.set_adapters(["kron"], [0.0])
+    assert check(flux).problems
 
 
 def test_a_lora_that_does_nothing_is_a_problem(flux: nn.Module):
