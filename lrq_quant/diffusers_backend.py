@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import ModelMixin
 from diffusers.quantizers import auto
@@ -30,6 +31,12 @@ from .fused_projections import unfuse_projections
 from .loading import DenseLoader, PendingLinear, build_linears_on, dense_linear
 
 logger = logging.getLogger(__name__)
+# What diffusers calls from 0.39 on, without which nothing of a checkpoint would be read right.
+_NEEDED_HOOKS = (
+    "maybe_update_loaded_keys",
+    "maybe_update_state_dict",
+    "get_state_dict_and_metadata",
+)
 
 
 def register() -> None:
@@ -58,6 +65,12 @@ class LRQQuantizer(DiffusersQuantizer):
     # -- before the weights
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        missing = [name for name in _NEEDED_HOOKS if not hasattr(DiffusersQuantizer, name)]
+        if missing:
+            raise ImportError(
+                f"lrq: diffusers must be 0.39 or newer, got {diffusers.__version__}, whose "
+                f"quantizers lack {', '.join(missing)}"
+            )
         dtype, device_map = kwargs.get("torch_dtype"), kwargs.get("device_map")
         if dtype not in DTYPES:
             raise ValueError(f"lrq: torch_dtype must be one of {DTYPES[1:]}, got {dtype}")

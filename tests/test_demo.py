@@ -14,9 +14,17 @@ import torch
 pytest.importorskip("diffusers")
 
 from diffusers import FlowMatchEulerDiscreteScheduler  # noqa: E402
+from PIL import Image  # noqa: E402
 from tiny_models import shared_folder  # noqa: E402
 
-from lrq_quant.demo import checker, compare, scenes, train  # noqa: E402
+from lrq_quant.demo import (  # noqa: E402
+    WEIGHTS_FOLDER,
+    checker,
+    compare,
+    load_demo_pipeline,
+    scenes,
+    train,
+)
 from lrq_quant.demo.pipeline import ShapesPipeline, load_pipeline, prompt_generators  # noqa: E402
 from lrq_quant.demo.text import CaptionEncoder  # noqa: E402
 
@@ -409,12 +417,58 @@ def test_a_run_without_an_end_is_an_error():
 
 
 def test_shipped_model_fits_its_budget():
-    """At most 8 MB of bf16 safetensors, and rotation blocks of 128 fit every width."""
-    model = train.Denoiser(train.ModelConfig())
-    assert sum(p.numel() for p in model.parameters()) * 2 < 7_900_000
-    for block in model.transformer.transformer_blocks:
+    """At most 8 MB of safetensors, and rotation blocks of 128 fit every width."""
+    files = [*WEIGHTS_FOLDER.rglob("*.safetensors")]
+    assert files and 5e6 < sum(file.stat().st_size for file in files) <= 8e6
+    for block in load_demo_pipeline("cpu").transformer.transformer_blocks:
         linears = [m for m in block.modules() if isinstance(m, torch.nn.Linear)]
-        assert all(m.in_features % 128 == 0 for m in linears)
+        assert linears and all(m.in_features % 128 == 0 for m in linears)
+
+
+KEYS = "psnr_db prompt_accuracy prompts weight_bits checkpoint_bytes seconds_per_image"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("device", "prompts"), [("cpu", 4), pytest.param("cuda", 256, marks=pytest.mark.gpu)]
+)
+def test_the_demo(device: str, prompts: int, tmp_path, monkeypatch):
+    """The shipped model draws what it is asked for, and as well at W4A8: the whole path. Fewer
+    captions to calibrate with on a CPU."""
+    if device == "cpu":
+        monkeypatch.setattr(compare, "CALIBRATION_CAPTIONS", 2)
+    report = compare.run_demo(tmp_path, device, prompts=prompts, schemes=("w4a8",))
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    bf16, w4a8 = report["bf16"], report["w4a8"]
+    assert set(bf16) == set(w4a8) == set(KEYS.split()) and bf16["psnr_db"] is None
+    assert bf16["prompts"] == w4a8["prompts"] == prompts
+    # Of four captions one may fail.
+    assert bf16["prompt_accuracy"] >= (0.9 if prompts == 256 else 0.75)
+    assert w4a8["prompt_accuracy"] >= bf16["prompt_accuracy"] - (0.02 if prompts == 256 else 0.25)
+    assert w4a8["psnr_db"] >= (40 if prompts == 256 else 30)
+    assert 4 < w4a8["weight_bits"] < 5 and bf16["weight_bits"] == 16
+    assert w4a8["checkpoint_bytes"] < 0.4 * bf16["checkpoint_bytes"]
+    with Image.open(tmp_path / "grid.png") as grid:
+        columns = np.asarray(grid.convert("L"))
+    assert columns.std() > 10 and "w4a8" in compare.table(report)
+
+
+def test_rows_of_the_demo(generator: torch.Generator):
+    """PSNR is the median over pictures, accuracy the share that is right."""
+    # Accepted but for one in two hundred: four that are.
+    drawn, captions = draw_scenes(12, generator)
+    right = [i for i in range(12) if checker.check(drawn[i], captions[i]).right][:4]
+    pictures = drawn[right].permute(0, 2, 3, 1).numpy()
+    captions = [captions[i] for i in right]
+    baseline = compare.Drawn(pictures, 1.0)
+    changed = pictures.copy()
+    changed[0] = 0  # neither near nor right
+    changed[1, 0, 0] = 1 - changed[1, 0, 0]
+    row = compare._row(compare.Drawn(changed, 2.0), baseline, captions)
+    decibels = compare.psnr_db(changed, pictures)
+    assert row["psnr_db"] == np.median(decibels) == (decibels[1] + 99.0) / 2
+    assert row["prompt_accuracy"] == 0.75 and row["seconds_per_image"] == 2.0
+    assert compare._row(baseline, baseline, captions)["prompt_accuracy"] == 1.0
 
 
 def test_the_demo_replaces_its_own_folders_alone(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
 from safetensors import safe_open
 from tiny_models import (
     BF16,
@@ -141,6 +142,13 @@ def test_a_pattern_that_matches_nothing_is_named(argument: str):
     patterns = {"modules_to_not_convert": ["typo.*"], "overrides": {"typo.*": None}}[argument]
     with pytest.raises(ValueError, match=rf"{argument}: pattern 'typo\.\*' matches no linear"):
         LRQConfig(**{argument: patterns}).plan(tiny_pixart())
+
+
+def test_a_diffusers_without_the_hooks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tiny_pixart().save_pretrained(tmp_path)
+    monkeypatch.delattr(DiffusersQuantizer, "maybe_update_state_dict")
+    with pytest.raises(ImportError, match=r"diffusers must be 0.39 .*lack maybe_update_state_dict"):
+        load("pixart", tmp_path, quantization_config=LRQConfig("w4a8"))
 
 
 # ---- a quantized folder -------------------------------------------------------------------------
