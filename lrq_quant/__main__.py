@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -99,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     add.set_defaults(command=_generate)
 
     add = commands.add_parser("inspect", help="what a quantized folder holds, layer by layer")
-    add.add_argument("model", type=Path, help="quantized pipeline or transformer folder")
+    add.add_argument("model", help="quantized pipeline or transformer: a folder or a hub id")
     form = add.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print the report as JSON")
     form.add_argument("--html", type=Path, help="write the report, without pictures, to this file")
@@ -419,10 +420,15 @@ def _save_png(drawn: Any, file: Path) -> None:
 
 def _inspect(arguments: argparse.Namespace) -> int:
     from .html_report import html_page
-    from .pipeline_io import load_report
+    from .pipeline_io import load_report, local_folder
     from .work_folder import write_text
 
-    report = load_report(arguments.model)
+    report = load_report(local_folder(arguments.model))
+    if arguments.html and any(math.isnan(linear.weight_sqnr_db) for linear in report.linears):
+        raise FileNotFoundError(
+            f"--html draws what a report holds, and {arguments.model} keeps none: lrq quantize "
+            "writes one, save_pretrained does not"
+        )
     if arguments.html:
         write_text(arguments.html, html_page(report))
         print(arguments.html)

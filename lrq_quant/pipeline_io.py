@@ -24,6 +24,7 @@ from lrq_kernels.checkpoint import CheckpointError
 
 from .auto_family import with_family
 from .calibration import Progress
+from .checkpoint_report import report_of_checkpoint
 from .config import LRQConfig
 from .fused_projections import fuse_projections
 from .html_report import html_page
@@ -38,6 +39,7 @@ from .work_folder import WorkFolder, write_text
 TRANSFORMER = "transformer"
 REPORT_FILE = "lrq_report.json"
 REPORT_PAGE = "report.html"
+_KINDS = ("json", "safetensors")
 # Pipelines of this package, which diffusers does not know by name.
 _OWN_PIPELINES = {"ShapesPipeline": "lrq_quant.demo.pipeline"}
 
@@ -314,15 +316,27 @@ def save_report(
 
 def load_report(path: str | os.PathLike) -> QuantReport:
     """What was done to a quantized pipeline or transformer folder; its checkpoint is checked to be
-    there and of a known version. Raises FileNotFoundError or CheckpointError."""
+    there and of a known version. Without a report, as save_pretrained leaves it, what the
+    checkpoint itself tells (checkpoint_report). Raises FileNotFoundError or CheckpointError."""
     folder = Path(path)
     if (folder / TRANSFORMER).is_dir():
         folder = folder / TRANSFORMER
     checkpoint.read_header(checkpoint.checkpoint_files(folder))
     file = folder / REPORT_FILE
     if not file.is_file():
-        raise FileNotFoundError(f"no {REPORT_FILE} in {folder}")
+        return report_of_checkpoint(folder)
     return QuantReport.from_dict(json.loads(file.read_text()))
+
+
+def local_folder(model: str) -> Path:
+    """The folder `model`, or, of a hub id, what report and card need of that repository: its
+    checkpoint and json files. Raises what huggingface_hub raises."""
+    if Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    patterns = [f"{folder}*.{kind}" for folder in ("", "transformer*/") for kind in _KINDS]
+    return Path(snapshot_download(model, allow_patterns=patterns))
 
 
 def check_writable(out: str | os.PathLike) -> Path:

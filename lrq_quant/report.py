@@ -20,9 +20,10 @@ from .rotation_search import PERMUTED, PERMUTED_PART, RotationChoice
 class LinearReport:
     """One linear.  stored_bits: codes, levels and scales, its own factor of a low-rank branch, and
     at the owner of a shared input its smoothing, rotation and factor; without the bias, which the
-    model had before.  weight_sqnr_db is of the rotated, smoothed weight; output_sqnr_db of sampled
-    tokens, None without calibration.  channels are those of the shared input, None without
-    calibration; reports of older versions have neither histogram nor channels."""
+    model had before.  weight_sqnr_db is of the rotated, smoothed weight, NaN where no report was
+    kept; output_sqnr_db of sampled tokens, None without calibration.  channels are those of the
+    shared input, None without calibration; reports of older versions have neither histogram nor
+    channels."""
 
     name: str
     role: str
@@ -282,7 +283,7 @@ class QuantReport:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+    return "-" if value is None or math.isnan(value) else f"{value:.2f}"
 
 
 def _json(value: Any) -> Any:

@@ -14,6 +14,7 @@ from PIL import Image
 from lrq_quant import QuantRecipe, pipeline_io
 from lrq_quant.__main__ import main
 from lrq_quant.demo import WEIGHTS_FOLDER
+from lrq_quant.pipeline_io import REPORT_FILE, load_pipeline, load_report
 
 PROMPT = "a red circle left of a blue square"
 
@@ -135,6 +136,49 @@ def test_inspect_prints_every_layer(quantized: Path, capsys: pytest.CaptureFixtu
     report = json.loads(capsys.readouterr().out)
     assert 4 < report["weight_bits"] < 5 and 0.9 < report["coverage"] < 1
     assert {linear["scheme"]["weight_bits"] for linear in report["linears"]} == {4}
+
+
+def test_inspect_without_a_report(
+    quantized: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """What save_pretrained writes: bits are those of the report, SQNR is not known."""
+    load_pipeline(quantized, fuse=False).save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "transformer" / REPORT_FILE).exists()
+    kept, found = load_report(quantized), load_report(tmp_path / "saved")
+    for attribute in ("parameters", "weight_bits", "model_class"):
+        assert getattr(found, attribute) == getattr(kept, attribute)
+    assert found.coverage == pytest.approx(kept.coverage, abs=0.05)
+    by_name = {linear.name: linear for linear in kept.linears}
+    for linear in found.linears:
+        other = by_name[linear.name]
+        assert (linear.stored_bits, linear.scheme) == (other.stored_bits, other.scheme)
+        assert (linear.shared_input, linear.weights) == (other.shared_input, other.weights)
+        assert linear.rotation_kind == other.rotation_kind.replace("permuted-part", "permuted")
+    assert len(found.linears) == len(by_name)
+    assert main(["inspect", str(tmp_path / "saved")]) == 0
+    assert "no report was kept" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "saved"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["linears"][0]["weight_sqnr_db"] is None
+    assert main(["inspect", str(tmp_path / "saved"), "--html", str(tmp_path / "x.html")]) == 1
+    assert "keeps none" in capsys.readouterr().err and not (tmp_path / "x.html").exists()
+    assert main(["card", str(tmp_path / "saved"), "--base", "a/b"]) == 0
+
+
+def test_inspect_of_a_hub_id(
+    quantized: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    asked: list[Any] = []
+
+    def snapshot_download(repo: str, allow_patterns: list[str]) -> str:
+        asked.append((repo, allow_patterns))
+        return str(quantized)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert main(["inspect", "someone/shapes"]) == 0
+    assert "hadamard" in capsys.readouterr().out
+    (repo, patterns) = asked.pop()
+    assert repo == "someone/shapes" and "transformer*/*.safetensors" in patterns
+    assert main(["inspect", "./someone/shapes"]) == 1 and not asked
 
 
 def test_what_cannot_be_written_whole_is_not_written(
