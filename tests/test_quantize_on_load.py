@@ -121,19 +121,52 @@ def test_a_bad_weight_is_named(tmp_path: Path):
         load("pixart", tmp_path, quantization_config=LRQConfig("w4a8"))
 
 
-def test_modules_kept_in_fp32_stay_so_and_dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("kind", TINY)
+def test_modules_kept_in_fp32_stay_so_and_dense(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Remedy: use_keep_in_fp32_modules, and the list is copied into the exclusions."""
-    cls = model_class("pixart")
-    names = ["proj_out", "ff"]
+    cls = model_class(kind)
+    names = ["proj_out", "ff", "ffn", *(cls._keep_in_fp32_modules or ())]
+    asked = [*names]
     monkeypatch.setattr(cls, "_keep_in_fp32_modules", names)
-    tiny_pixart().save_pretrained(tmp_path)
-    model = load("pixart", tmp_path, quantization_config=LRQConfig("w4a8"))
-    assert names == ["proj_out", "ff"]
-    assert model.proj_out.weight.dtype == torch.float32 and model.dtype == BF16
-    assert not any(".ff." in name for name in linears(model))
-    assert model.transformer_blocks[0].ff.net[2].weight.dtype == torch.float32
-    model.save_pretrained(tmp_path / "again")
-    assert load("pixart", tmp_path / "again").proj_out.weight.dtype == torch.float32
+    TINY[kind][0]().save_pretrained(tmp_path)
+    model = load(kind, tmp_path, quantization_config=LRQConfig("w4a8"))
+    again = tmp_path / "again"
+    model.save_pretrained(again)
+    for found in (model, load(kind, again)):
+        assert names == asked and linears(found)
+        dense = {n: p for n, p in found.named_parameters() if {*names} & {*n.split(".")}}
+        assert {"proj_out.weight"} < {*dense} and any(".ff" in name for name in dense)
+        assert {parameter.dtype for parameter in dense.values()} == {torch.float32}
+        assert not any({*names} & {*name.split(".")} for name in linears(found))
+        others = {p.dtype for n, p in found.named_parameters() if n not in dense}
+        assert others == {BF16}
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_modules_to_not_convert_stay(kind: str, tmp_path: Path):
+    TINY[kind][0]().to(BF16).save_pretrained(tmp_path)
+    patterns = ["*blocks.0", "*.to_v"]
+    whole = load(kind, tmp_path, quantization_config=LRQConfig("w4a8"))
+    config = LRQConfig("w4a8", modules_to_not_convert=patterns)
+    model = load(kind, tmp_path, quantization_config=config)
+    stay = {n for n in linears(whole) if n.endswith(".to_v") or "blocks.0." in n}
+    assert stay and linears(model).keys() == linears(whole).keys() - stay
+    again = tmp_path / "again"
+    model.save_pretrained(again)
+    assert torch.equal(run(load(kind, again), kind), run(model, kind))
+
+
+def test_a_single_file(tmp_path: Path):
+    """Remedy: pre_quantized is found out, since from_single_file does not say it."""
+    dense = tiny_flux().to(BF16)
+    dense.save_pretrained(tmp_path)
+    options = {"config": str(tmp_path), "quantization_config": LRQConfig("w4a8")}
+    model = type(dense).from_single_file(str(tmp_path / FILE_NAME), torch_dtype=BF16, **options)
+    expected = load("flux", tmp_path, quantization_config=LRQConfig("w4a8"))
+    assert linears(model).keys() == linears(expected).keys()
+    assert torch.equal(run(model, "flux"), run(expected, "flux"))
 
 
 def pictures(pipeline: DiffusionPipeline) -> torch.Tensor:
