@@ -138,12 +138,20 @@ def _chroma(config: Config, shape: Shape) -> dict[str, Any]:
 
 def _pixart(config: Config, shape: Shape) -> dict[str, Any]:
     text = (shape.batch, PIXART_TEXT_TOKENS, config["caption_channels"])
+    # PixArt-alpha at 1024 pixels is told the size, as its pipeline does.
+    is_told = config["use_additional_conditions"]
+    size = None
+    if is_told or (is_told is None and config["sample_size"] == 128):
+        size = torch.full((shape.batch, 2), 8.0 * shape.side)
     return {
         "hidden_states": shape.randn(shape.batch, config["in_channels"], shape.side, shape.side),
         "encoder_hidden_states": shape.randn(*text),
         "encoder_attention_mask": torch.ones(shape.batch, PIXART_TEXT_TOKENS),
         "timestep": shape.times(500.0),
-        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        "added_cond_kwargs": {
+            "resolution": size,
+            "aspect_ratio": None if size is None else torch.ones(shape.batch, 1),
+        },
     }
 
 

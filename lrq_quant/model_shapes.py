@@ -48,6 +48,29 @@ MODEL_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "caption_channels": 4096,
         },
     ),
+    # From memory, as sd3-medium; parameters agree with what their cards say (0.6 and 2 billion).
+    "pixart-alpha": (
+        "PixArtTransformer2DModel",
+        dict(
+            num_attention_heads=16,
+            attention_head_dim=72,
+            out_channels=8,
+            cross_attention_dim=1152,
+            sample_size=128,
+            patch_size=2,
+            interpolation_scale=2,
+            caption_channels=4096,
+        ),
+    ),
+    "sd3-medium": (
+        "SD3Transformer2DModel",
+        dict(
+            num_layers=24,
+            num_attention_heads=24,
+            caption_projection_dim=1536,
+            pos_embed_max_size=192,
+        ),
+    ),
     # FLUX.1 from memory: what differs from flux-dev.
     "flux-schnell": ("FluxTransformer2DModel", dict(guidance_embeds=False)),
     "flux-fill": (

@@ -45,6 +45,8 @@ EXPECTED = {
     "flux2-klein-9b": Published(9.08, 8 * (DOUBLE - 2) + 24 * 2 + 3, FLUX2_MODULATION),
     "chroma": Published(8.9, 19 * (DOUBLE - 2) + 38 * 2 + 5 * 2),
     "pixart-sigma": Published(0.6109, 28 * 7 + 1, ("adaln_single.linear",)),
+    "pixart-alpha": Published(0.6113, 28 * 7 + 1, ("adaln_single.linear",)),
+    "sd3-medium": Published(2.03, 24 * DOUBLE - 3),
     # The last block has no text output; 13 have a second attention.
     "sd3.5-medium": Published(2.243, 24 * DOUBLE - 3 + 13 * 2),
     "sd3.5-large": Published(8.06, 38 * DOUBLE - 3),
