@@ -1,7 +1,9 @@
 """Random arguments of one forward of a diffusion transformer, shaped as its pipeline passes them.
 
 For benchmarks and `lrq profile`: for speed and memory shapes matter, values do not. Numbers of text
-tokens and of frames are defaults of diffusers' pipelines; a text is as long as they allow.
+tokens and of frames are defaults of the pipelines of diffusers that each maker names; a text is as
+long as they allow, and nothing is added for guidance: `batch` is the batch of the forward. Dtypes
+are those of a pipeline whose model is in `dtype`; tests hold shapes and dtypes to the pipelines'.
 """
 
 from __future__ import annotations
@@ -11,30 +13,43 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 Config = Mapping[str, Any]
 
 
 class Shape(NamedTuple):
-    """height = width = side of the latents; randn(*shape): fp32 normal values."""
+    """size: pixels along a side; side: latent values along it; randn(*shape): normal values of
+    `dtype`, the model's."""
 
+    size: int
     side: int
     batch: int
+    dtype: torch.dtype
     randn: Callable[..., Tensor]
 
-    def times(self, value: float) -> Tensor:
-        """[B], the same for all samples."""
-        return torch.full((self.batch,), value)
+    def times(self, value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[B], the same for all samples; in fp32, as schedulers give it."""
+        return torch.full((self.batch,), value, dtype=dtype)
+
+    def mask(self, tokens: int, dtype: torch.dtype = torch.long) -> Tensor:
+        """[B, tokens], none masked; int64, as tokenizers give it."""
+        return torch.ones(self.batch, tokens, dtype=dtype)
+
+
+def _no_limit(config: Config) -> int | None:
+    return None
 
 
 class Maker(NamedTuple):
     """make(config, shape) gives the arguments; pixels(config) along a side of one latent value;
-    patch(config): latent values along a side of one token."""
+    patch(config): latent values along a side of one token; most(config): tokens along a side that
+    the model has places for, None for any number."""
 
     make: Callable[[Config, Shape], dict[str, Any]]
     pixels: Callable[[Config], int] = lambda config: 8
     patch: Callable[[Config], int] = lambda config: config["patch_size"]
+    most: Callable[[Config], int | None] = _no_limit
 
 
 def model_inputs(
@@ -48,8 +63,8 @@ def model_inputs(
     seed: int = 0,
 ) -> dict[str, Any]:
     """Random arguments of one forward at `size` x `size` pixels, as the class's pipeline passes
-    them, the same for one seed. config: all arguments of the class, as in model.config. Floating
-    point tensors, also within lists, are of `dtype`.
+    them, the same for one seed: tensors, also within lists, tuples and dicts, and what else the
+    class takes. config: all arguments of the class, as in model.config; dtype: of the model.
 
     Raises ValueError for a class without inputs here and for a size that does not fit it.
     """
@@ -57,22 +72,23 @@ def model_inputs(
         raise ValueError(f"no inputs are known for {class_name}, only for {sorted(_MAKERS)}")
     maker = _MAKERS[class_name]
     pixels = maker.pixels(config)
-    step = pixels * maker.patch(config)
+    step, most = pixels * maker.patch(config), maker.most(config)
     if size <= 0 or size % step:
         raise ValueError(f"size must be a multiple of {step} pixels, got {size}")
+    if most is not None and size > most * step:
+        raise ValueError(f"size must be at most {most * step} pixels, got {size}")
     if batch < 1:
         raise ValueError(f"batch must be positive, got {batch}")
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        if torch.device(device).type == "meta":
+            return torch.empty(shape, dtype=dtype, device=device)
+        return torch.randn(*shape, generator=generator).to(dtype)
 
-    def moved(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value.to(device, dtype if value.is_floating_point() else None)
-
-    return tree_map(moved, maker.make(config, Shape(size // pixels, batch, randn)))
+    made = maker.make(config, Shape(size, size // pixels, batch, dtype, randn))
+    moved: dict[str, Any] = tree_map_only(Tensor, lambda tensor: tensor.to(device), made)
+    return moved
 
 
 def classes_with_inputs() -> list[str]:
@@ -81,82 +97,92 @@ def classes_with_inputs() -> list[str]:
 
 # ---- pictures -----------------------------------------------------------------------------------
 
-FLUX_TEXT_TOKENS, PIXART_TEXT_TOKENS, SD3_TEXT_TOKENS = 512, 300, 333
+# max_sequence_length of pipeline_flux.py, pipeline_flux2.py, pipeline_flux2_klein.py and
+# pipeline_chroma.py; of pipeline_pixart_sigma.py and pipeline_pixart_alpha.py; of
+# pipeline_stable_diffusion_3.py, after 77 tokens of CLIP.
+FLUX_TEXT_TOKENS = 512
+PIXART_TEXT_TOKENS, PIXART_ALPHA_TEXT_TOKENS = 300, 120
+SD3_TEXT_TOKENS = 77 + 256
 
 
-def _grid_ids(side: int, width: int) -> Tensor:
+def _grid_ids(side: int, width: int, dtype: torch.dtype) -> Tensor:
     """[side^2, width]: row and column at places 1 and 2, zero elsewhere."""
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    ids = torch.zeros(side, side, width)
+    ids = torch.zeros(side, side, width, dtype=dtype)
     ids[..., 1], ids[..., 2] = rows, columns
     return ids.view(-1, width)
 
 
 def _flux(config: Config, shape: Shape) -> dict[str, Any]:
-    """FLUX packs 2 x 2 latent values into a token, its patch_size of 1 notwithstanding."""
+    """pipeline_flux.py; of a VAE of 8 pixels it packs 2 x 2 latent values into a token, a
+    patch_size of 1 notwithstanding. guidance_scale 3.5."""
     side = shape.side // 2
     text = (shape.batch, FLUX_TEXT_TOKENS, config["joint_attention_dim"])
     return {
         "hidden_states": shape.randn(shape.batch, side**2, config["in_channels"]),
         "encoder_hidden_states": shape.randn(*text),
         "pooled_projections": shape.randn(shape.batch, config["pooled_projection_dim"]),
-        "timestep": shape.times(0.5),
+        "timestep": shape.times(0.5, shape.dtype),
         "guidance": shape.times(3.5) if config["guidance_embeds"] else None,
-        "img_ids": _grid_ids(side, 3),
-        "txt_ids": torch.zeros(FLUX_TEXT_TOKENS, 3),
+        "img_ids": _grid_ids(side, 3, shape.dtype),
+        "txt_ids": torch.zeros(FLUX_TEXT_TOKENS, 3, dtype=shape.dtype),
     }
 
 
 def _flux2(config: Config, shape: Shape) -> dict[str, Any]:
-    """Ids of time, row, column and place in the text."""
+    """pipeline_flux2.py, and pipeline_flux2_klein.py without guidance; packed as FLUX.1. Ids
+    [B, S, 4] of time, row, column and place in the text; guidance_scale 4."""
     side = shape.side // 2
-    txt_ids = torch.zeros(FLUX_TEXT_TOKENS, 4)
+    txt_ids = torch.zeros(FLUX_TEXT_TOKENS, 4, dtype=torch.long)
     txt_ids[:, 3] = torch.arange(FLUX_TEXT_TOKENS)
     text = (shape.batch, FLUX_TEXT_TOKENS, config["joint_attention_dim"])
     return {
         "hidden_states": shape.randn(shape.batch, side**2, config["in_channels"]),
         "encoder_hidden_states": shape.randn(*text),
-        "timestep": shape.times(0.5),
+        "timestep": shape.times(0.5, shape.dtype),
         "guidance": shape.times(4.0) if config["guidance_embeds"] else None,
-        "img_ids": _grid_ids(side, 4),
-        "txt_ids": txt_ids,
+        "img_ids": _grid_ids(side, 4, torch.long).repeat(shape.batch, 1, 1),
+        "txt_ids": txt_ids.repeat(shape.batch, 1, 1),
     }
 
 
 def _chroma(config: Config, shape: Shape) -> dict[str, Any]:
+    """pipeline_chroma.py; packed as FLUX.1. The mask of text and picture has the dtype of the text
+    encoder, and the model multiplies it with itself."""
     side = shape.side // 2
     text = (shape.batch, FLUX_TEXT_TOKENS, config["joint_attention_dim"])
     return {
         "hidden_states": shape.randn(shape.batch, side**2, config["in_channels"]),
         "encoder_hidden_states": shape.randn(*text),
-        "timestep": shape.times(0.5),
-        "img_ids": _grid_ids(side, 3),
-        "txt_ids": torch.zeros(FLUX_TEXT_TOKENS, 3),
-        "attention_mask": torch.ones(shape.batch, FLUX_TEXT_TOKENS + side**2),
+        "timestep": shape.times(0.5, shape.dtype),
+        "img_ids": _grid_ids(side, 3, shape.dtype),
+        "txt_ids": torch.zeros(FLUX_TEXT_TOKENS, 3, dtype=shape.dtype),
+        "attention_mask": shape.mask(FLUX_TEXT_TOKENS + side**2, shape.dtype),
     }
 
 
 def _pixart(config: Config, shape: Shape) -> dict[str, Any]:
-    text = (shape.batch, PIXART_TEXT_TOKENS, config["caption_channels"])
-    # PixArt-alpha at 1024 pixels is told the size, as its pipeline does.
+    """pipeline_pixart_sigma.py; pipeline_pixart_alpha.py for a model that is told the size, as
+    PixArt-alpha at 1024 pixels is. Of a smaller one the configuration is that of a Sigma."""
     is_told = config["use_additional_conditions"]
-    size = None
-    if is_told or (is_told is None and config["sample_size"] == 128):
-        size = torch.full((shape.batch, 2), 8.0 * shape.side)
+    if is_told is None:
+        is_told = config["sample_size"] == 128  # as the class decides
+    tokens = PIXART_ALPHA_TEXT_TOKENS if is_told else PIXART_TEXT_TOKENS
+    resolution = aspect_ratio = None
+    if is_told:
+        resolution = torch.full((shape.batch, 2), float(shape.size), dtype=shape.dtype)
+        aspect_ratio = torch.ones(shape.batch, 1, dtype=shape.dtype)
     return {
         "hidden_states": shape.randn(shape.batch, config["in_channels"], shape.side, shape.side),
-        "encoder_hidden_states": shape.randn(*text),
-        "encoder_attention_mask": torch.ones(shape.batch, PIXART_TEXT_TOKENS),
-        "timestep": shape.times(500.0),
-        "added_cond_kwargs": {
-            "resolution": size,
-            "aspect_ratio": None if size is None else torch.ones(shape.batch, 1),
-        },
+        "encoder_hidden_states": shape.randn(shape.batch, tokens, config["caption_channels"]),
+        "encoder_attention_mask": shape.mask(tokens),
+        "timestep": shape.times(500, torch.long),
+        "added_cond_kwargs": {"resolution": resolution, "aspect_ratio": aspect_ratio},
     }
 
 
 def _sd3(config: Config, shape: Shape) -> dict[str, Any]:
-    """Text: 77 tokens of CLIP and 256 of T5."""
+    """pipeline_stable_diffusion_3.py."""
     text = (shape.batch, SD3_TEXT_TOKENS, config["joint_attention_dim"])
     return {
         "hidden_states": shape.randn(shape.batch, config["in_channels"], shape.side, shape.side),
@@ -167,21 +193,24 @@ def _sd3(config: Config, shape: Shape) -> dict[str, Any]:
 
 
 def _qwen_image(config: Config, shape: Shape) -> dict[str, Any]:
-    """Packed as FLUX; img_shapes: frames, rows and columns of tokens of each picture."""
+    """pipeline_qwenimage.py: max_sequence_length 512; packed as FLUX.1. img_shapes: frames, rows
+    and columns of tokens of each picture. Texts of one length have no mask there: with one,
+    attention would take a slower way."""
     side, tokens = shape.side // 2, 512
     return {
         "hidden_states": shape.randn(shape.batch, side**2, config["in_channels"]),
         "encoder_hidden_states": shape.randn(shape.batch, tokens, config["joint_attention_dim"]),
-        "encoder_hidden_states_mask": torch.ones(shape.batch, tokens, dtype=torch.long),
-        "timestep": shape.times(0.5),
+        "encoder_hidden_states_mask": None,
+        "timestep": shape.times(0.5, shape.dtype),
         "guidance": shape.times(3.5) if config["guidance_embeds"] else None,
         "img_shapes": [[(1, side, side)]] * shape.batch,
     }
 
 
 def _z_image(config: Config, shape: Shape) -> dict[str, Any]:
-    """A list of pictures [C, 1, H, W] and one of texts [S, C], which precede them: both have
-    places among axes_lens."""
+    """pipeline_z_image.py: max_sequence_length 512. A list of pictures [C, 1, H, W] and one of
+    texts [S, C], which precede them: both have places among axes_lens, which leave less in tiny
+    models. A model that reads pictures too (siglip_feat_dim) gets none."""
     picture = (config["in_channels"], 1, shape.side, shape.side)
     tokens = min(512, config["axes_lens"][0] - 64)
     return {
@@ -192,28 +221,36 @@ def _z_image(config: Config, shape: Shape) -> dict[str, Any]:
 
 
 def _sana(config: Config, shape: Shape) -> dict[str, Any]:
-    tokens = 300
+    """pipeline_sana.py and, with guidance, pipeline_sana_sprint.py: max_sequence_length 300; a VAE
+    of 32 pixels. guidance_scale 4.5 times guidance_embeds_scale."""
+    tokens, guidance = 300, None
+    if config["guidance_embeds"]:
+        guidance = shape.times(4.5 * config["guidance_embeds_scale"], shape.dtype)
     return {
         "hidden_states": shape.randn(shape.batch, config["in_channels"], shape.side, shape.side),
         "encoder_hidden_states": shape.randn(shape.batch, tokens, config["caption_channels"]),
-        "encoder_attention_mask": torch.ones(shape.batch, tokens),
+        "encoder_attention_mask": shape.mask(tokens),
         "timestep": shape.times(500.0),
-        "guidance": shape.times(0.45) if config["guidance_embeds"] else None,
+        "guidance": guidance,
     }
 
 
 def _lumina2(config: Config, shape: Shape) -> dict[str, Any]:
+    """pipeline_lumina2.py: max_sequence_length 256, less where axes_lens leave less, as in tiny
+    models."""
     tokens = min(256, config["axes_lens"][0] - 1)
     return {
         "hidden_states": shape.randn(shape.batch, config["in_channels"], shape.side, shape.side),
         "encoder_hidden_states": shape.randn(shape.batch, tokens, config["cap_feat_dim"]),
-        "encoder_attention_mask": torch.ones(shape.batch, tokens, dtype=torch.bool),
+        "encoder_attention_mask": shape.mask(tokens),
         "timestep": shape.times(0.5),
     }
 
 
 def _hidream(config: Config, shape: Shape) -> dict[str, Any]:
-    """llama3: hidden states of all its layers, of which llama_layers names those that are read."""
+    """pipeline_hidream_image.py: max_sequence_length 128. llama3: hidden states of all its layers,
+    of which llama_layers names those that are read. The pipeline scales any size to the area of
+    1024 x 1024 pixels; here the size is as asked for, which the model takes too."""
     tokens, (t5, llama3) = 128, config["caption_channels"]
     layers = max(config["llama_layers"]) + 1
     return {
@@ -233,37 +270,72 @@ def _latent_frames(frames: int, compression: int) -> int:
     return (frames - 1) // compression + 1
 
 
+# The VAE of Wan 2.2's small model, which has 48 channels.
+_WAN22_VAE_CHANNELS = 48
+_CLIP_TOKENS = 257  # of ViT-H at 224 pixels: 16 x 16 patches and the class
+
+
 def _wan(config: Config, shape: Shape) -> dict[str, Any]:
-    """81 frames, compressed 4 times; 512 tokens of text, 257 of a picture to start from."""
-    video = (config["in_channels"], _latent_frames(81, 4), shape.side, shape.side)
+    """pipeline_wan.py and, with a picture to start from, pipeline_wan_i2v.py: num_frames 81,
+    compressed 4 times, max_sequence_length 512.
+
+    Wan 2.2's small model is told the time of each token: [B, tokens] (expand_timesteps of its
+    pipeline). One with places of pictures reads the first and the last: two for each sample."""
+    frames = _latent_frames(81, 4)
+    timestep = shape.times(500.0)
+    if config["in_channels"] == _WAN22_VAE_CHANNELS:
+        _, height, width = config["patch_size"]
+        tokens = frames * (shape.side // height) * (shape.side // width)
+        timestep = torch.full((shape.batch, tokens), 500.0)
     picture = None
     if config["image_dim"] is not None:
-        picture = shape.randn(shape.batch, 257, config["image_dim"])
+        pictures = 1 if config["pos_embed_seq_len"] is None else 2
+        picture = shape.randn(pictures * shape.batch, _CLIP_TOKENS, config["image_dim"])
+    video = (config["in_channels"], frames, shape.side, shape.side)
     return {
         "hidden_states": shape.randn(shape.batch, *video),
         "encoder_hidden_states": shape.randn(shape.batch, 512, config["text_dim"]),
         "encoder_hidden_states_image": picture,
-        "timestep": shape.times(500.0),
+        "timestep": timestep,
     }
 
 
+# image_embed_interleave of pipeline_hunyuan_video_image2video.py by image_condition_type.
+_HUNYUAN_INTERLEAVE = {"latent_concat": 2, "token_replace": 4}
+
+
 def _hunyuan_video(config: Config, shape: Shape) -> dict[str, Any]:
-    """129 frames, compressed 4 times."""
+    """pipeline_hunyuan_video.py: num_frames 129, compressed 4 times, max_sequence_length 256,
+    guidance_scale 6 times 1000. For a model with an image_condition_type as
+    pipeline_hunyuan_video_image2video.py: before the text every second or fourth of the
+    image_emb_len 576 tokens of the picture that it starts from."""
     video = (config["in_channels"], _latent_frames(129, 4), shape.side, shape.side)
+    tokens = 256
+    if config["image_condition_type"] is not None:
+        tokens += 576 // _HUNYUAN_INTERLEAVE[config["image_condition_type"]]
     return {
         "hidden_states": shape.randn(shape.batch, *video),
-        "encoder_hidden_states": shape.randn(shape.batch, 256, config["text_embed_dim"]),
-        "encoder_attention_mask": torch.ones(shape.batch, 256),
+        "encoder_hidden_states": shape.randn(shape.batch, tokens, config["text_embed_dim"]),
+        "encoder_attention_mask": shape.mask(tokens, shape.dtype),
         "pooled_projections": shape.randn(shape.batch, config["pooled_projection_dim"]),
         "timestep": shape.times(500.0),
-        "guidance": shape.times(6000.0) if config["guidance_embeds"] else None,
+        "guidance": shape.times(6000.0, shape.dtype) if config["guidance_embeds"] else None,
     }
 
 
 def _cogvideox(config: Config, shape: Shape) -> dict[str, Any]:
-    """As many frames as the class is made for, compressed 4 times."""
+    """pipeline_cogvideox.py, and pipeline_cogvideox_image2video.py for ofs: as many frames as the
+    class is made for (sample_frames), compressed temporal_compression_ratio times and padded to
+    patch_size_t; max_text_seq_length tokens, which is max_sequence_length."""
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
+    made_for = (config["sample_height"], config["sample_width"])
+    if config["use_learned_positional_embeddings"] and made_for != (shape.side, shape.side):
+        height, width = (8 * side for side in made_for)
+        raise ValueError(
+            f"size must be {width} x {height} pixels, of which this model learned the places, "
+            f"got {shape.size} x {shape.size}"
+        )
     frames = _latent_frames(config["sample_frames"], config["temporal_compression_ratio"])
     if config["patch_size_t"] is not None:
         frames += -frames % config["patch_size_t"]
@@ -280,19 +352,20 @@ def _cogvideox(config: Config, shape: Shape) -> dict[str, Any]:
     return {
         "hidden_states": shape.randn(shape.batch, *video),
         "encoder_hidden_states": shape.randn(shape.batch, tokens, config["text_embed_dim"]),
-        "timestep": torch.full((shape.batch,), 500),
+        "timestep": shape.times(500, torch.long),
         "image_rotary_emb": rotary,
+        "ofs": None if config["ofs_embed_dim"] is None else torch.full((1,), 2.0).to(shape.dtype),
     }
 
 
 def _ltx_video(config: Config, shape: Shape) -> dict[str, Any]:
-    """161 frames at 25 a second, compressed 8 times; a token is a latent value of all channels."""
-    frames = _latent_frames(161, 8)
-    tokens = frames * shape.side**2
+    """pipeline_ltx.py: num_frames 161 at a frame_rate of 25, compressed 8 times; a VAE of 32
+    pixels, of which a token is a latent value of all channels; max_sequence_length 128."""
+    frames, tokens = _latent_frames(161, 8), 128
     return {
-        "hidden_states": shape.randn(shape.batch, tokens, config["in_channels"]),
-        "encoder_hidden_states": shape.randn(shape.batch, 128, config["caption_channels"]),
-        "encoder_attention_mask": torch.ones(shape.batch, 128),
+        "hidden_states": shape.randn(shape.batch, frames * shape.side**2, config["in_channels"]),
+        "encoder_hidden_states": shape.randn(shape.batch, tokens, config["caption_channels"]),
+        "encoder_attention_mask": shape.mask(tokens, torch.bool),
         "timestep": shape.times(500.0),
         "num_frames": frames,
         "height": shape.side,
@@ -309,22 +382,31 @@ def _thirty_two(config: Config) -> int:
     return 32
 
 
+def _of_axes(config: Config) -> int:
+    """Rows and columns that the rotary embedding has angles for."""
+    return int(min(config["axes_lens"][1:]))
+
+
+# A VAE of 8 pixels (vae_scale_factor of the pipelines) where nothing else is said.
 _MAKERS: dict[str, Maker] = {
     "FluxTransformer2DModel": Maker(_flux, patch=_two),
     "Flux2Transformer2DModel": Maker(_flux2, patch=_two),
     "ChromaTransformer2DModel": Maker(_chroma, patch=_two),
     "PixArtTransformer2DModel": Maker(_pixart),
-    "SD3Transformer2DModel": Maker(_sd3),
+    "SD3Transformer2DModel": Maker(_sd3, most=lambda config: config["pos_embed_max_size"]),
     "QwenImageTransformer2DModel": Maker(_qwen_image, patch=_two),
-    "ZImageTransformer2DModel": Maker(_z_image, patch=lambda config: config["all_patch_size"][0]),
+    "ZImageTransformer2DModel": Maker(
+        _z_image, patch=lambda config: config["all_patch_size"][0], most=_of_axes
+    ),
     "SanaTransformer2DModel": Maker(_sana, pixels=_thirty_two),
-    "Lumina2Transformer2DModel": Maker(_lumina2),
+    "Lumina2Transformer2DModel": Maker(_lumina2, most=_of_axes),
     "HiDreamImageTransformer2DModel": Maker(_hidream),
-    # The VAE of Wan 2.2's small model, of 48 channels, compresses twice as much.
+    # Wan 2.2's VAE compresses twice as much (scripts/convert_wan_to_diffusers.py).
     "WanTransformer3DModel": Maker(
         _wan,
-        pixels=lambda config: 16 if config["in_channels"] == 48 else 8,
+        pixels=lambda config: 16 if config["in_channels"] == _WAN22_VAE_CHANNELS else 8,
         patch=lambda config: config["patch_size"][-1],
+        most=lambda config: config["rope_max_seq_len"],
     ),
     "HunyuanVideoTransformer3DModel": Maker(_hunyuan_video),
     "CogVideoXTransformer3DModel": Maker(_cogvideox),
