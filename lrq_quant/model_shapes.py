@@ -13,6 +13,18 @@ from torch import nn
 
 from .model_inputs import classes_with_inputs, model_inputs
 
+# Of both models of CogVideoX 1.5.
+_COGVIDEOX15 = dict(
+    num_attention_heads=48,
+    num_layers=42,
+    use_rotary_positional_embeddings=True,
+    patch_size_t=2,
+    patch_bias=False,
+    sample_height=300,
+    sample_width=300,
+    sample_frames=81,
+)
+
 # Arguments of the diffusers classes; what is not named is the class's default. Sources: the two of
 # benchmarks/dit_shapes.py and Qwen-Image are published config.json files; "script": what diffusers'
 # scripts/convert_*_to_diffusers.py writes as config.json; "from memory": not checked against one.
@@ -48,7 +60,7 @@ MODEL_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "caption_channels": 4096,
         },
     ),
-    # From memory, as sd3-medium; parameters agree with what their cards say (0.6 and 2 billion).
+    # Script.
     "pixart-alpha": (
         "PixArtTransformer2DModel",
         dict(
@@ -62,6 +74,7 @@ MODEL_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             caption_channels=4096,
         ),
     ),
+    # From memory; parameters agree with what its card says (2 billion).
     "sd3-medium": (
         "SD3Transformer2DModel",
         dict(
@@ -135,17 +148,32 @@ MODEL_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "WanTransformer3DModel",
         dict(in_channels=36, image_dim=1280, added_kv_proj_dim=5120),
     ),
-    # One of its two transformers.
+    # From the first and the last frame.
+    "wan2.1-flf2v-14b": (
+        "WanTransformer3DModel",
+        dict(in_channels=36, image_dim=1280, added_kv_proj_dim=5120, pos_embed_seq_len=2 * 257),
+    ),
+    # One of the two transformers of each.
     "wan2.2-t2v-a14b": ("WanTransformer3DModel", {}),
+    "wan2.2-i2v-a14b": ("WanTransformer3DModel", dict(in_channels=36)),
     "wan2.2-ti2v-5b": (
         "WanTransformer3DModel",
         dict(num_attention_heads=24, ffn_dim=14336, num_layers=30, in_channels=48, out_channels=48),
     ),
     "hunyuan-video": ("HunyuanVideoTransformer3DModel", {}),
+    "hunyuan-video-i2v": (
+        "HunyuanVideoTransformer3DModel",
+        dict(image_condition_type="token_replace"),
+    ),
     "cogvideox-2b": ("CogVideoXTransformer3DModel", {}),
     "cogvideox-5b": (
         "CogVideoXTransformer3DModel",
         dict(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True),
+    ),
+    "cogvideox1.5-5b": ("CogVideoXTransformer3DModel", _COGVIDEOX15),
+    "cogvideox1.5-5b-i2v": (
+        "CogVideoXTransformer3DModel",
+        dict(_COGVIDEOX15, in_channels=32, ofs_embed_dim=512),
     ),
     "ltx-video-2b": ("LTXVideoTransformer3DModel", {}),
     "ltx-video-13b": (
@@ -163,6 +191,15 @@ MODEL_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             cross_attention_dim=1152,
         ),
     ),
+    "sana1.5-4.8b": (
+        "SanaTransformer2DModel",
+        dict(num_layers=60, qk_norm="rms_norm_across_heads"),
+    ),
+    "sana-sprint-1.6b": (
+        "SanaTransformer2DModel",
+        dict(guidance_embeds=True, qk_norm="rms_norm_across_heads"),
+    ),
+    # A published config.json.
     "qwen-image": ("QwenImageTransformer2DModel", {}),
     # Class defaults.
     "z-image": ("ZImageTransformer2DModel", {}),
