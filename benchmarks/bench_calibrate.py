@@ -33,6 +33,9 @@ from lrq_quant.model_inputs import model_inputs
 from lrq_quant.model_shapes import make_model, names_with_inputs
 from lrq_quant.recipe import CalibrationOptions
 
+# What the classes call them.
+LATENTS, TIMES = ("hidden_states", "x"), ("timestep", "timesteps", "t")
+
 
 class Phases:
     """Progress of quantize_model: the time between two reports belongs to the later one's phase."""
@@ -63,14 +66,27 @@ def draw(model: nn.Module, prompts: list[str], size: int, steps: int) -> Tensor:
         dtype=parameter.dtype,
         seed=int(prompts[0]),
     )
-    latents, middle = inputs["hidden_states"], inputs["timestep"]
+    noise, moment = (next(key for key in keys if key in inputs) for keys in (LATENTS, TIMES))
+    middle = inputs[moment]
     for step in range(steps):
-        inputs |= {"hidden_states": latents, "timestep": 2 * middle * (1 - step / steps)}
+        inputs[moment] = 2 * middle * (1 - step / steps)
         output = model(**inputs, return_dict=False)[0]
-        if output.shape != latents.shape:  # PixArt: and variances
-            output = output.chunk(2, dim=1)[0]
-        latents = latents - output / steps
-    return latents
+        if isinstance(output, Tensor):
+            inputs[noise] = less(inputs[noise], output, steps)
+        else:  # Z-Image: a list of pictures
+            pairs = zip(inputs[noise], output, strict=True)
+            inputs[noise] = [less(one, change, steps) for one, change in pairs]
+    latents = inputs[noise]
+    return latents if isinstance(latents, Tensor) else torch.stack(latents)
+
+
+def less(latents: Tensor, output: Tensor, steps: int) -> Tensor:
+    """A step. Some models give more channels than they read (PixArt: and variances), some read more
+    (of a picture to fill or to start from): the first ones are the latents."""
+    common = tuple(slice(min(pair)) for pair in zip(latents.shape, output.shape, strict=True))
+    changed = latents.clone()
+    changed[common] -= output[common] / steps
+    return changed
 
 
 def measure(arguments: argparse.Namespace) -> Row:

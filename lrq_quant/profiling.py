@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves
 
 from .kernel_families import (
     FAMILIES,
@@ -221,7 +222,7 @@ def profile_forward(
     """
     if steps < 1:
         raise ValueError(f"steps must be positive, got {steps}")
-    device = next(x.device for x in inputs.values() if isinstance(x, torch.Tensor))
+    device = next(x.device for x in tree_leaves(inputs) if isinstance(x, torch.Tensor))
     on_gpu = device.type == "cuda"
 
     @torch.no_grad()

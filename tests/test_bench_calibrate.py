@@ -7,9 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_families import TINY_FAMILIES
 
 from benchmarks import bench_calibrate
 from lrq_quant import QuantRecipe, SearchOptions
+from lrq_quant.model_inputs import model_inputs
 from lrq_quant.model_shapes import make_model
 
 
@@ -26,6 +28,25 @@ def test_prompts_draw_latents_of_their_own(name):
     # From noise to a picture: the schedule of the class, 1000 or 1 at its begin.
     assert [t / called[0] for t in called[:4]] == pytest.approx([1, 0.75, 0.5, 0.25], rel=0.01)
     assert called[0] in (1.0, 1000.0)
+
+
+@pytest.mark.parametrize("family", ["z-image", "hidream", "cogvideox"])
+def test_classes_that_name_their_arguments_otherwise_draw_too(family):
+    model = TINY_FAMILIES[family].make().requires_grad_(False)
+    inputs = model_inputs(type(model).__name__, model.config, size=64, batch=2, device="cpu")
+    shape = inputs["x"][0].shape if family == "z-image" else inputs["hidden_states"].shape[1:]
+    drawn = bench_calibrate.draw(model, ["3", "4"], 64, 2)
+    assert drawn.shape == (2, *shape) and drawn.isfinite().all()
+
+
+def test_channels_beside_the_latents_stay():
+    """16 of the 36 of a video that starts from a picture; PixArt gives variances behind them."""
+    read, given = torch.randn(1, 36, 2, 4, 4), torch.randn(1, 16, 2, 4, 4)
+    stepped = bench_calibrate.less(read, given, 4)
+    assert torch.equal(stepped[:, :16], read[:, :16] - given / 4)
+    assert torch.equal(stepped[:, 16:], read[:, 16:])
+    latents, doubled = torch.randn(1, 4, 8, 8), torch.randn(1, 8, 8, 8)
+    assert torch.equal(bench_calibrate.less(latents, doubled, 2), latents - doubled[:, :4] / 2)
 
 
 def test_the_phases_are_those_of_quantize_model(tmp_path, monkeypatch):
