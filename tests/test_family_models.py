@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_families import TINY_FAMILIES, Tiny, forward, quantized_family
-from tiny_models import all_tensors, assert_same_tensors, linears
+from tiny_models import BF16, all_tensors, assert_same_tensors, linears
 from torch import nn
 
 from lrq_kernels import load_quantized
 from lrq_kernels.testing import relative_error
-from lrq_quant import LRQConfig, QuantRecipe, check, collect_stats
+from lrq_quant import LRQConfig, QuantRecipe, check, collect_stats, profiling
 from lrq_quant.families import family_of
+from lrq_quant.kernel_families import GEMM
+from lrq_quant.pipeline_io import save_transformer
+from lrq_quant.profiled_model import ProfileOptions, profile_model
 
 RECIPE = QuantRecipe.from_name("w4a8")
 # W4A8 of random weights at 32 to 128 channels; a linear left out or fed another input gives 1.
@@ -71,3 +74,23 @@ def test_through_diffusers(tiny: Tiny, tmp_path: Path) -> None:
     assert_same_tensors(again, model)
     assert torch.equal(forward(again, inputs), first)
     assert not check(again).problems
+
+
+# Z-Image Omni is the class of another.
+@pytest.mark.parametrize("family", sorted({*TINY_FAMILIES} - {"z-image-omni"}))
+def test_profile_of_a_folder(family: str, tmp_path: Path, monkeypatch) -> None:
+    """Dense in bf16 and quantized, with the inputs that its pipeline passes. Forwards that are
+    not recorded are left out, to be quick."""
+    monkeypatch.setattr(profiling, "_warm_up", lambda forwards: None)
+    monkeypatch.setattr(profiling, "_median_ms", lambda forwards, steps: 0.0)
+    model, quantized = quantized_family(family)
+    model.to(BF16).save_pretrained(tmp_path / "dense")
+    save_transformer(model, quantized, tmp_path / "quantized")
+    size = 64 if family == "pixart" else 32  # of one token or more
+    ops = {"dense": ("bf16", "aten::linear"), "quantized": ("w4a8", "lrq::gemm")}
+    for folder, (scheme, op) in ops.items():
+        options = ProfileOptions(str(tmp_path / folder), size=size, steps=1, device="cpu")
+        profile = profile_model(options)
+        assert profile.facts["scheme"] == scheme and profile.wall_ms > 0
+        (gemm,) = (row for row in profile.families if row.name == GEMM)
+        assert gemm.launches > 0 and op in {kernel.name for kernel in profile.kernels}
