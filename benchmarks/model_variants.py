@@ -32,7 +32,7 @@ import torch
 from torch import nn
 
 import lrq_kernels.fusion
-from benchmarks.peers import PeerMissing, package
+from benchmarks.peers import package, sdnq_linear
 from lrq_quant.model_memory import tensor_bytes
 from lrq_quant.model_source import ModelSource
 from lrq_quant.run_modes import MODES, apply_mode
@@ -145,16 +145,8 @@ def _nf4(model: nn.Module) -> None:
 
 
 def _sdnq(model: nn.Module) -> None:
-    module = package("sdnq")
-    config = module.SDNQConfig(
-        weights_dtype="int8", group_size=-1, use_quantized_matmul=True, use_hadamard=True
-    )
     for name in block_linears(model):
-        dense = model.get_submodule(name)
-        linear, _ = module.sdnq_quantize_layer(dense, config, torch_dtype=dense.weight.dtype)
-        if not linear.sdnq_dequantizer.use_quantized_matmul:
-            raise PeerMissing(f"sdnq multiplies {name} in 16 bits")
-        model.set_submodule(name, linear)
+        model.set_submodule(name, sdnq_linear(model.get_submodule(name)))
 
 
 _QUANTIZE: dict[str, Callable[[nn.Module], None]] = {

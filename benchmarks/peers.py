@@ -49,19 +49,27 @@ def nf4(x: Tensor, weight: Tensor) -> Call:
     return lambda: bitsandbytes.matmul_4bit(x, packed.t(), quant_state=state)
 
 
-def sdnq(x: Tensor, weight: Tensor) -> Call:
-    """SDNQ's int8 path: weights and tokens to 8 bits by row, after a Hadamard transform as ours;
-    quantizing x is part of the call."""
+def sdnq_linear(dense: torch.nn.Linear) -> torch.nn.Module:
+    """The linear as SDNQ quantizes it."""
     module = package("sdnq")
-    n, k = weight.shape
-    layer = torch.nn.Linear(k, n, bias=False, device=weight.device, dtype=weight.dtype)
-    layer.weight.data.copy_(weight)
     config = module.SDNQConfig(
         weights_dtype="int8", group_size=-1, use_quantized_matmul=True, use_hadamard=True
     )
-    layer, _ = module.sdnq_quantize_layer(layer, config, torch_dtype=weight.dtype)
-    if not layer.sdnq_dequantizer.use_quantized_matmul:
+    linear, _ = module.sdnq_quantize_layer(dense, config, torch_dtype=dense.weight.dtype)
+    if not linear.sdnq_dequantizer.use_quantized_matmul:
+        n, k = dense.out_features, dense.in_features
         raise PeerMissing(f"sdnq multiplies {n} x {k} in 16 bits")
+    quantized: torch.nn.Module = linear
+    return quantized
+
+
+def sdnq(x: Tensor, weight: Tensor) -> Call:
+    """SDNQ's int8 path: weights and tokens to 8 bits by row, after a Hadamard transform as ours;
+    quantizing x is part of the call."""
+    n, k = weight.shape
+    dense = torch.nn.Linear(k, n, bias=False, device=weight.device, dtype=weight.dtype)
+    dense.weight.data.copy_(weight)
+    layer = sdnq_linear(dense)
 
     def call() -> Tensor:
         with torch.inference_mode():

@@ -103,6 +103,10 @@ class Header:
         names = {key: f"{layer}.{key}" for key in FIELDS}
         return {key: name for key, name in names.items() if name in self.checksums}
 
+    def facts(self, layer: str) -> LayerFacts:
+        """What the description of a linear says. Raises CheckpointError for a damaged one."""
+        return _layer_facts(layer, self.layers[layer])
+
     def dense(self) -> set[str]:
         """Names of the tensors that belong to no quantized linear."""
         quantized = {name for layer in self.layers for name in self.fields(layer).values()}
@@ -236,8 +240,8 @@ def _separate_on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return separate
 
 
-class _Facts(NamedTuple):
-    """What the description of a linear says."""
+class LayerFacts(NamedTuple):
+    """What the description of a linear says; low_rank: 0 without a branch."""
 
     out_features: int
     in_features: int
@@ -247,7 +251,8 @@ class _Facts(NamedTuple):
 
 def _check_same_input(name: str, state: LinearState, owner: str, owner_state: LinearState) -> None:
     facts, owner_facts = (
-        _Facts(s.out_features, s.in_features, s.scheme, s.low_rank) for s in (state, owner_state)
+        LayerFacts(s.out_features, s.in_features, s.scheme, s.low_rank)
+        for s in (state, owner_state)
     )
     _check_same_input_facts(name, facts, owner, owner_facts)
     own = state_tensors(state, with_input=True)
@@ -263,7 +268,9 @@ def _check_same_input(name: str, state: LinearState, owner: str, owner_state: Li
             raise CheckpointError(f"{name}.{key} must equal that of {owner}, whose input it shares")
 
 
-def _check_same_input_facts(name: str, facts: _Facts, owner: str, owner_facts: _Facts) -> None:
+def _check_same_input_facts(
+    name: str, facts: LayerFacts, owner: str, owner_facts: LayerFacts
+) -> None:
     for key in ("in_features", "low_rank", *INPUT_FIELDS):
         mine, theirs = (
             getattr(of.scheme if key in INPUT_FIELDS else of, key) for of in (facts, owner_facts)
@@ -388,16 +395,15 @@ def load(
 def layer_state(name: str, header: Header, tensors: Mapping[str, Tensor]) -> LinearState:
     """One linear from tensors by their names in the file, which must hold its own and those of the
     input it shares. Raises CheckpointError naming what does not fit."""
-    description = dict(header.layers[name])
     own = {key: tensors[full] for key, full in header.fields(name).items()}
-    owner = description.pop("shared_input", None)
-    facts = _layer_facts(name, description)
+    owner = header.layers[name].get("shared_input")
+    facts = header.facts(name)
     if owner is not None:
         if owner not in header.layers or "shared_input" in header.layers[owner]:
             raise CheckpointError(
                 f"{name}: shared_input must name a linear that stores it, got {owner!r}"
             )
-        _check_same_input_facts(name, facts, owner, _layer_facts(owner, header.layers[owner]))
+        _check_same_input_facts(name, facts, owner, header.facts(owner))
         stored = header.fields(owner)
         for key, spec in FIELDS.items():
             if spec.per_input and key in own:
@@ -408,9 +414,8 @@ def layer_state(name: str, header: Header, tensors: Mapping[str, Tensor]) -> Lin
     return state_from_tensors(own, facts.scheme, *sizes, name, owner, facts.low_rank)
 
 
-def _layer_facts(name: str, description: Mapping[str, Any]) -> _Facts:
-    """Of a description without shared_input."""
-    rest = dict(description)
+def _layer_facts(name: str, description: Mapping[str, Any]) -> LayerFacts:
+    rest = {key: value for key, value in description.items() if key != "shared_input"}
     try:
         sizes = (rest.pop("out_features"), rest.pop("in_features"))
         low_rank = rest.pop("low_rank", None)
@@ -421,4 +426,4 @@ def _layer_facts(name: str, description: Mapping[str, Any]) -> _Facts:
         raise CheckpointError(f"{name}: out_features, in_features must be positive, got {sizes}")
     if low_rank is not None and not (isinstance(low_rank, int) and low_rank > 0):
         raise CheckpointError(f"{name}: low_rank must be positive, got {low_rank!r}")
-    return _Facts(*sizes, scheme, low_rank or 0)
+    return LayerFacts(*sizes, scheme, low_rank or 0)

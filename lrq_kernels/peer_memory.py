@@ -56,13 +56,12 @@ class _Memory:
         self._buffer = symmetric.empty(size, dtype=torch.uint8, device=device)
         self.handle = symmetric.rendezvous(self._buffer, group)
         self._offsets: dict[int, Tensor] = {}
+        mine = self.handle.get_buffer(self.handle.rank, (size,), torch.uint8)
+        if mine.data_ptr() != self._buffer.data_ptr():
+            raise RuntimeError("torch put the buffer elsewhere than peers write to")
 
     def inbox(self, shape: tuple[int, ...], dtype: torch.dtype) -> Inbox:
         mine = self.handle.get_buffer(self.handle.rank, shape, dtype)
-        if mine.data_ptr() != self._buffer.data_ptr():
-            raise RuntimeError(
-                "peer_memory: torch put the buffer elsewhere than its peers write to"
-            )
         offsets = self._offsets.get(dtype.itemsize)
         if offsets is None:
             offsets = self._offsets[dtype.itemsize] = self._to_peers(mine)
@@ -124,7 +123,7 @@ _peers: WeakKeyDictionary[Any, _Peers] = WeakKeyDictionary()
 
 def obstacle(group: Any, device: torch.device) -> str | None:
     """Why the processes of `group` cannot write into each other's memory, None where they can. All
-    of them call it, each with its GPU; the first call communicates."""
+    of them call it, each with its own GPU; the first call communicates."""
     if group not in _peers:
         _peers[group] = _Peers(group, device)
     peers = _peers[group]
@@ -153,8 +152,6 @@ def _own_obstacle(device: torch.device) -> str | None:
 
     if os.environ.get(OFF_VARIABLE, "0") not in ("", "0"):
         return f"{OFF_VARIABLE} is set"
-    if device.type != "cuda":
-        return "no GPU"
     others = [other for other in range(torch.cuda.device_count()) if other != device.index]
     if not all(torch.cuda.can_device_access_peer(device, other) for other in others):
         return f"GPU {device.index} has no access to the memory of the others"

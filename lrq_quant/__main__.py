@@ -198,9 +198,10 @@ def _check_device(device: str) -> None:
 
 
 def _check_model(model: str) -> None:
-    """Raise FileNotFoundError for a path that is no folder: a hub id is OWNER/NAME or NAME."""
-    is_path = model.startswith((".", "/", "~")) or model.count("/") > 1
-    if is_path and not Path(model).is_dir():
+    """Raise FileNotFoundError for a path that is no folder."""
+    from .pipeline_io import is_path
+
+    if is_path(model) and not Path(model).is_dir():
         raise FileNotFoundError(f"model must be a hub id or a folder that exists, got {model!r}")
 
 

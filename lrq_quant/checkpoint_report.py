@@ -4,15 +4,10 @@ alone, so without what only quantizing could measure."""
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 
-from lrq_kernels import checkpoint
-from lrq_kernels.checkpoint import Header
+from lrq_kernels.checkpoint import FIELDS, Header
 from lrq_kernels.scheme import QuantScheme
 
 from .recipe import KeptLinear
@@ -22,82 +17,68 @@ from .rotation_search import PERMUTED
 NO_REPORT = "no report was kept"
 
 
-def report_of_checkpoint(folder: Path) -> QuantReport:
-    """Schemes, rotations, bits and coverage of a transformer folder. SQNR is NaN, roles are empty,
-    and what is kept are the dense matrices, of which some may be tables of embeddings.
-
-    Raises FileNotFoundError or CheckpointError."""
-    header = checkpoint.read_header(checkpoint.checkpoint_files(folder))
-    shapes = _shapes(header)
-    linears = tuple(
-        _linear(name, dict(description), header, shapes)
-        for name, description in header.layers.items()
-    )
+def report_of_checkpoint(header: Header) -> QuantReport:
+    """Schemes, rotations, bits and coverage. SQNR is NaN, roles are empty, and what is kept are the
+    dense matrices, of which some may be tables of embeddings. Raises CheckpointError."""
+    linears = tuple(_linear(name, header) for name in header.layers)
+    shapes = _dense_shapes(header)
     kept = tuple(
-        KeptLinear(name.removesuffix(".weight"), math.prod(shapes[name][0]), "a dense matrix")
-        for name in sorted(header.dense())
-        if name.endswith(".weight") and len(shapes[name][0]) == 2
+        KeptLinear(name.removesuffix(".weight"), math.prod(shape), "a dense matrix")
+        for name, shape in shapes.items()
+        if name.endswith(".weight") and len(shape) == 2
     )
     quantized = sum(linear.weights for linear in linears)
-    biases = sum(linear.out_features for linear in linears if f"{linear.name}.bias" in shapes)
-    dense = sum(math.prod(shapes[name][0]) for name in header.dense())
-    ranks = [layer.get("low_rank") or 0 for layer in header.layers.values()]
+    biases = sum(linear.out_features for linear in linears if "bias" in header.fields(linear.name))
+    ranks = [header.facts(name).low_rank for name in header.layers]
     return QuantReport(
         model_class=header.model_class,
         recipe={"low_rank": max(ranks, default=0)},
         calibrated=False,
         coverage=quantized / max(1, quantized + sum(linear.weights for linear in kept)),
-        parameters=quantized + biases + dense,
+        parameters=quantized + biases + sum(map(math.prod, shapes.values())),
         linears=linears,
         kept=kept,
     )
 
 
-def _shapes(header: Header) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Name of each tensor -> its shape and the bits of an element, without reading it."""
-    found: dict[str, tuple[tuple[int, ...], int]] = {}
-    for file in sorted(set(header.files.values())):
+def _dense_shapes(header: Header) -> dict[str, tuple[int, ...]]:
+    """By name, in order; no tensor is read."""
+    dense, found = header.dense(), {}
+    for file in sorted({header.files[name] for name in dense}):
         with safe_open(str(file), framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118
-                part = handle.get_slice(name)
-                # "BF16", "I8", "F8_E4M3"
-                bits = re.search(r"\d+", str(part.get_dtype()))
-                found[name] = tuple(part.get_shape()), int(bits[0]) if bits else 8
-    return found
+            here = [name for name in dense if header.files[name] == file]
+            found.update({name: tuple(handle.get_slice(name).get_shape()) for name in here})
+    return {name: found[name] for name in sorted(found)}
 
 
-def _linear(
-    name: str,
-    description: dict[str, Any],
-    header: Header,
-    shapes: Mapping[str, tuple[tuple[int, ...], int]],
-) -> LinearReport:
-    owner = description.pop("shared_input", name)
-    out_features, in_features = description.pop("out_features"), description.pop("in_features")
-    description.pop("low_rank", None)
-    scheme = QuantScheme.from_dict(description)
-    own, of_input = header.fields(name), header.fields(owner)
-    stored = [shapes[tensor] for field, tensor in own.items() if field != "bias"]
+def _linear(name: str, header: Header) -> LinearReport:
+    facts = header.facts(name)
+    n, k, bits = facts.out_features, facts.in_features, facts.scheme.weight_bits
+    owner = header.layers[name].get("shared_input", name)
+    stored = [FIELDS[field] for field in header.fields(name) if field != "bias"]
+    sizes = (math.prod(field.shape(n, k, bits, facts.low_rank)) for field in stored)
     return LinearReport(
         name=name,
         role="",
-        scheme=scheme,
+        scheme=facts.scheme,
         shared_input=owner,
-        out_features=out_features,
-        in_features=in_features,
-        rotation=_rotation(scheme, of_input),
+        out_features=n,
+        in_features=k,
+        rotation=_rotation(facts.scheme, header.fields(owner)),
         why=NO_REPORT,
         alpha=None,
         j=None,
         peak_ratio=None,
         weight_sqnr_db=math.nan,
         output_sqnr_db=None,
-        stored_bits=sum(math.prod(shape) * bits for shape, bits in stored),
+        stored_bits=sum(
+            8 * size * field.dtype.itemsize for size, field in zip(sizes, stored, strict=True)
+        ),
         candidates={},
     )
 
 
-def _rotation(scheme: QuantScheme, fields: Mapping[str, str]) -> str:
+def _rotation(scheme: QuantScheme, fields: dict[str, str]) -> str:
     kind = scheme.rotation
     if kind == "hadamard" and "permutation" in fields:
         kind = PERMUTED

@@ -7,7 +7,7 @@ why, fused projections and adapters. Checkup.problems holds what is silently not
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from .fused_modulation import is_stacked, modulation_obstacle
 from .fused_projections import fusable_attentions, fused_projections
 from .fused_readiness import HAS_BRANCH
 from .info import MIN_CAPABILITY
-from .recipe import QuantRecipe
+from .recipe import QuantPlan, QuantRecipe
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,10 @@ class _ModelCheck:
             and not isinstance(module, LRQLinear)
             and ".lora_" not in name
         }
-        reasons = _reasons(self.model)
-        excluded = _excluded(self.model, dense)
+        known = find_family(self.model) is not None
+        plan = QuantRecipe().resolve(self.model) if known else None
+        reasons = _reasons(dense, plan)
+        excluded = _excluded(self.model, dense, plan)
         counts: Counter[str] = Counter()
         unexplained = []
         for name in dense:
@@ -249,16 +251,15 @@ def kernels_of(device: torch.device) -> tuple[str, str | None]:
     return f"CUDA and Triton kernels ({status})", None
 
 
-def _reasons(model: nn.Module) -> dict[str, str]:
-    """Linear -> why the default recipe keeps it; those that it quantizes are not in it."""
-    if find_family(model) is None:
-        why = "the class is of no known family"
-        return {n: why for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    plan = QuantRecipe().resolve(model)
+def _reasons(dense: Iterable[str], plan: QuantPlan | None) -> dict[str, str]:
+    """Linear -> why the default recipe keeps it; those that it quantizes are not in it. plan: the
+    recipe's for the model, None where its class is of no known family."""
+    if plan is None:
+        return dict.fromkeys(dense, "the class is of no known family")
     return {kept.name: kept.why for kept in plan.kept}
 
 
-def _excluded(model: nn.Module, dense: Mapping[str, nn.Linear]) -> set[str]:
+def _excluded(model: nn.Module, dense: Mapping[str, nn.Linear], plan: QuantPlan | None) -> set[str]:
     """Dense linears that the configuration in config.json keeps, as far as it tells."""
     from .recipe_patterns import matches
 
@@ -270,9 +271,8 @@ def _excluded(model: nn.Module, dense: Mapping[str, nn.Linear]) -> set[str]:
     names = {name for name in dense if any(matches(pattern, name) for pattern in patterns)}
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     names |= {name for name in dense if kept & set(name.split("."))}
-    if config.modulation is None and find_family(model) is not None:
-        linears = QuantRecipe().resolve(model).linears
-        names |= {linear.name for linear in linears if linear.role == MODULATION}
+    if config.modulation is None and plan is not None:
+        names |= {linear.name for linear in plan.linears if linear.role == MODULATION}
     return names
 
 

@@ -113,18 +113,24 @@ def _grid_ids(side: int, width: int, dtype: torch.dtype) -> Tensor:
     return ids.view(-1, width)
 
 
-def _flux(config: Config, shape: Shape) -> dict[str, Any]:
-    """pipeline_flux.py; of a VAE of 8 pixels it packs 2 x 2 latent values into a token, a
-    patch_size of 1 notwithstanding. guidance_scale 3.5."""
-    side = shape.side // 2
-    text = (shape.batch, FLUX_TEXT_TOKENS, config["joint_attention_dim"])
+def _packed(config: Config, shape: Shape, text_tokens: int) -> dict[str, Any]:
+    """What FLUX.1 and those that follow it take: 2 x 2 latent values of a VAE of 8 pixels in a
+    token, a patch_size of 1 notwithstanding, and the text beside them."""
+    tokens, text = (shape.side // 2) ** 2, (text_tokens, config["joint_attention_dim"])
     return {
-        "hidden_states": shape.randn(shape.batch, side**2, config["in_channels"]),
-        "encoder_hidden_states": shape.randn(*text),
-        "pooled_projections": shape.randn(shape.batch, config["pooled_projection_dim"]),
+        "hidden_states": shape.randn(shape.batch, tokens, config["in_channels"]),
+        "encoder_hidden_states": shape.randn(shape.batch, *text),
         "timestep": shape.times(0.5, shape.dtype),
+    }
+
+
+def _flux(config: Config, shape: Shape) -> dict[str, Any]:
+    """pipeline_flux.py; guidance_scale 3.5."""
+    return {
+        **_packed(config, shape, FLUX_TEXT_TOKENS),
+        "pooled_projections": shape.randn(shape.batch, config["pooled_projection_dim"]),
         "guidance": shape.times(3.5) if config["guidance_embeds"] else None,
-        "img_ids": _grid_ids(side, 3, shape.dtype),
+        "img_ids": _grid_ids(shape.side // 2, 3, shape.dtype),
         "txt_ids": torch.zeros(FLUX_TEXT_TOKENS, 3, dtype=shape.dtype),
     }
 
@@ -132,16 +138,12 @@ def _flux(config: Config, shape: Shape) -> dict[str, Any]:
 def _flux2(config: Config, shape: Shape) -> dict[str, Any]:
     """pipeline_flux2.py, and pipeline_flux2_klein.py without guidance; packed as FLUX.1. Ids
     [B, S, 4] of time, row, column and place in the text; guidance_scale 4."""
-    side = shape.side // 2
     txt_ids = torch.zeros(FLUX_TEXT_TOKENS, 4, dtype=torch.long)
     txt_ids[:, 3] = torch.arange(FLUX_TEXT_TOKENS)
-    text = (shape.batch, FLUX_TEXT_TOKENS, config["joint_attention_dim"])
     return {
-        "hidden_states": shape.randn(shape.batch, side**2, config["in_channels"]),
-        "encoder_hidden_states": shape.randn(*text),
-        "timestep": shape.times(0.5, shape.dtype),
+        **_packed(config, shape, FLUX_TEXT_TOKENS),
         "guidance": shape.times(4.0) if config["guidance_embeds"] else None,
-        "img_ids": _grid_ids(side, 4, torch.long).repeat(shape.batch, 1, 1),
+        "img_ids": _grid_ids(shape.side // 2, 4, torch.long).repeat(shape.batch, 1, 1),
         "txt_ids": txt_ids.repeat(shape.batch, 1, 1),
     }
 
@@ -149,15 +151,12 @@ def _flux2(config: Config, shape: Shape) -> dict[str, Any]:
 def _chroma(config: Config, shape: Shape) -> dict[str, Any]:
     """pipeline_chroma.py; packed as FLUX.1. The mask of text and picture has the dtype of the text
     encoder, and the model multiplies it with itself."""
-    side = shape.side // 2
-    text = (shape.batch, FLUX_TEXT_TOKENS, config["joint_attention_dim"])
+    tokens = FLUX_TEXT_TOKENS + (shape.side // 2) ** 2
     return {
-        "hidden_states": shape.randn(shape.batch, side**2, config["in_channels"]),
-        "encoder_hidden_states": shape.randn(*text),
-        "timestep": shape.times(0.5, shape.dtype),
-        "img_ids": _grid_ids(side, 3, shape.dtype),
+        **_packed(config, shape, FLUX_TEXT_TOKENS),
+        "img_ids": _grid_ids(shape.side // 2, 3, shape.dtype),
         "txt_ids": torch.zeros(FLUX_TEXT_TOKENS, 3, dtype=shape.dtype),
-        "attention_mask": shape.mask(FLUX_TEXT_TOKENS + side**2, shape.dtype),
+        "attention_mask": shape.mask(tokens, shape.dtype),
     }
 
 
@@ -196,12 +195,10 @@ def _qwen_image(config: Config, shape: Shape) -> dict[str, Any]:
     """pipeline_qwenimage.py: max_sequence_length 512; packed as FLUX.1. img_shapes: frames, rows
     and columns of tokens of each picture. Texts of one length have no mask there: with one,
     attention would take a slower way."""
-    side, tokens = shape.side // 2, 512
+    side = shape.side // 2
     return {
-        "hidden_states": shape.randn(shape.batch, side**2, config["in_channels"]),
-        "encoder_hidden_states": shape.randn(shape.batch, tokens, config["joint_attention_dim"]),
+        **_packed(config, shape, 512),
         "encoder_hidden_states_mask": None,
-        "timestep": shape.times(0.5, shape.dtype),
         "guidance": shape.times(3.5) if config["guidance_embeds"] else None,
         "img_shapes": [[(1, side, side)]] * shape.batch,
     }

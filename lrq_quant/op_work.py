@@ -60,10 +60,10 @@ class OpWork(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if not isinstance(func, torch._ops.OpOverload):  # a higher-order one, which has no schema
             return result
-        given = dict(_named_arguments(func, args, kwargs or {}))
         kind, operations = None, 0
         if func.namespace == "lrq":
-            kind, operations = _KIND.get(func._opname), _operations(given)
+            kind = _KIND.get(func._opname)
+            operations = _operations(dict(_named_arguments(func, args, kwargs or {})))
         elif "scaled_dot_product" in func._opname:
             kind, operations = ATTENTION, _attention_operations(*args[:3])
         elif func.overloadpacket in flop_registry:
@@ -73,7 +73,7 @@ class OpWork(TorchDispatchMode):
             work = self.work.setdefault(kind, Work())
             work.calls += 1
             work.operations += operations
-            work.bytes += sum(_nbytes(leaf) for leaf in tree_leaves((given, result)))
+            work.bytes += sum(_nbytes(leaf) for leaf in tree_leaves((args, kwargs, result)))
         return result
 
 

@@ -321,17 +321,22 @@ def load_report(path: str | os.PathLike) -> QuantReport:
     folder = Path(path)
     if (folder / TRANSFORMER).is_dir():
         folder = folder / TRANSFORMER
-    checkpoint.read_header(checkpoint.checkpoint_files(folder))
+    header = checkpoint.read_header(checkpoint.checkpoint_files(folder))
     file = folder / REPORT_FILE
     if not file.is_file():
-        return report_of_checkpoint(folder)
+        return report_of_checkpoint(header)
     return QuantReport.from_dict(json.loads(file.read_text()))
 
 
+def is_path(model: str) -> bool:
+    """Whether `model` cannot be a hub id, which is OWNER/NAME or NAME."""
+    return model.startswith((".", "/", "~")) or model.count("/") > 1
+
+
 def local_folder(model: str) -> Path:
-    """The folder `model`, or, of a hub id, what report and card need of that repository: its
-    checkpoint and json files. Raises what huggingface_hub raises."""
-    if Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+    """The folder `model`, or, of a hub id, what a report needs of that repository: its checkpoint
+    and json files. Raises what huggingface_hub raises."""
+    if Path(model).exists() or is_path(model):
         return Path(model)
     from huggingface_hub import snapshot_download
 

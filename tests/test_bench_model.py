@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten
 
 from benchmarks import bench_model as bench
 from benchmarks import model_variants as variants
+from benchmarks import peers
 from benchmarks.model_plot import plot
 from benchmarks.model_variants import Variant
 from lrq_kernels.testing import relative_error
@@ -70,9 +71,10 @@ def test_a_failing_variant_is_a_row_and_the_others_run(
     cache: Path, tmp_path: Path, monkeypatch, capsys
 ):
     def absent(name: str) -> None:
-        raise variants.PeerMissing(f"{name} is not installed")
+        raise peers.PeerMissing(f"{name} is not installed")
 
-    monkeypatch.setattr(variants, "package", absent)
+    for module in (peers, variants):
+        monkeypatch.setattr(module, "package", absent)
     code, rows = run(
         tmp_path, cache, "torchao-int8-eager", "nf4", "sdnq", "w4a8-graph", "w4a8-eager"
     )
