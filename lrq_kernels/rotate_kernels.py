@@ -1,6 +1,6 @@
-"""Triton kernels of lrq::rotate_quantize, its fused forms and lrq::rotate: one token a program, and
-the dense product of "dual" with many. token_tiles.py says how a token lies in registers;
-rotate_quantize.py launches.
+"""Triton kernels of lrq::rotate_quantize, its fused forms and lrq::rotate: one token a program.
+token_tiles.py says how a token lies in registers; rotate_quantize.py launches. dual_kernels.py has
+those of "dual".
 
 A permutation is gathered where x is loaded, and where each vector along K is.
 """
@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 
 from .token_tiles import (
-    MAGIC,
     load_pieces,
     load_two_rows,
     multiply,
@@ -286,125 +285,3 @@ def _multiply_by_one_plus(v, w):
     for piece in tl.static_range(len(v)):
         out = out + (v[piece] * (1.0 + w[piece].to(tl.float32)),)
     return out
-
-
-@triton.jit
-def _dense_product(
-    x_ptr,
-    x_row_stride,
-    channel_scale_ptr,
-    permutation_ptr,
-    matrix_ptr,
-    token,  # [R, 1] int64, and block * 128 [R, 1] of each of R rows
-    first,
-    mask,  # [R, 1]
-    ROWS: tl.constexpr,
-):
-    """fp32 [R, 128]: R blocks of x[permutation] * channel_scale, times the matrix.
-
-    As accurate as fp32: tf32x3, and products of 32 terms are added outside the tensor cores,
-    because those truncate their sums.
-    """
-    column = tl.arange(0, 128)[None, :]
-    total = tl.zeros((ROWS, 128), tl.float32)
-    for start in tl.range(0, 128, 32, num_stages=1):
-        term = start + tl.arange(0, 32)
-        k = first + term[None, :]
-        if permutation_ptr is None:
-            source = k
-        else:
-            source = tl.load(permutation_ptr + k, mask=mask, other=0)
-        a = tl.load(x_ptr + token * x_row_stride + source, mask=mask, other=0.0).to(tl.float32)
-        if channel_scale_ptr is not None:
-            a = a * tl.load(channel_scale_ptr + k, mask=mask, other=0.0)
-        b = tl.load(matrix_ptr + term[:, None] * 128 + column)
-        total += tl.dot(a, b, input_precision="tf32x3")
-    return total
-
-
-@triton.jit
-def block_dense_kernel(
-    x_ptr,  # [M, K] bf16, fp16 or fp32
-    x_row_stride,
-    channel_scale_ptr,  # [K] fp32 or None
-    permutation_ptr,  # [K] int32 or None
-    matrix_ptr,  # [128, 128] fp32
-    out_ptr,  # [M, K]
-    num_rows,  # M * K / 128
-    K: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """out[m] = (x[m][permutation] * channel_scale) @ blockdiag(matrix); a program multiplies ROWS
-    blocks of 128, which may belong to several tokens."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    mask = (row < num_rows)[:, None]
-    token = (row // (K // 128))[:, None]
-    first = (row % (K // 128)).to(tl.int32)[:, None] * 128
-    total = _dense_product(
-        x_ptr,
-        x_row_stride,
-        channel_scale_ptr,
-        permutation_ptr,
-        matrix_ptr,
-        token,
-        first,
-        mask,
-        ROWS,
-    )
-    out = out_ptr + token * K + first + tl.arange(0, 128)[None, :]
-    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def block_dense_quantize_kernel(
-    x_ptr,  # [M, K] fp32
-    permutation_ptr,  # [K] int32 or None
-    matrix_ptr,  # [128, 128] fp32
-    out_ptr,  # [M, K / 4] int32: four int8 codes
-    x_scale_ptr,  # [M] fp32
-    step_factor,  # fp32
-    num_tokens,  # M
-    K: tl.constexpr,
-    TOKENS: tl.constexpr,  # of a program, whole ones
-    ROWS: tl.constexpr,  # TOKENS * K / 128, rounded up to a power of two
-    QMAX: tl.constexpr,
-    RMS: tl.constexpr,
-    CLAMP: tl.constexpr,
-):
-    """x[permutation] @ blockdiag(matrix), quantized as rotate_and_store does it."""
-    row = tl.arange(0, ROWS)
-    own = row // (K // 128)
-    token = (tl.program_id(0) * TOKENS + own).to(tl.int64)
-    mask = ((own < TOKENS) & (token < num_tokens))[:, None]
-    first = (row % (K // 128))[:, None] * 128
-    v = _dense_product(
-        x_ptr, K, None, permutation_ptr, matrix_ptr, token[:, None], first, mask, ROWS
-    )
-    if RMS:
-        row_size = tl.sum(v * v, 1)
-    else:
-        # Integers sort like the non-negative numbers they encode, and NaN above infinity.
-        row_size = tl.max(tl.abs(v).to(tl.int32, bitcast=True), 1)
-    step = tl.zeros((ROWS,), tl.float32)
-    for i in tl.static_range(TOKENS):
-        of_token = tl.where(own == i, row_size, 0)
-        if RMS:
-            size = tl.sqrt_rn(tl.sum(of_token, 0) / K)
-        else:
-            size = tl.max(of_token, 0).to(tl.float32, bitcast=True)
-        x_scale = size * step_factor
-        step = tl.where(own == i, x_scale, step)
-        index = tl.program_id(0) * TOKENS + i
-        tl.store(x_scale_ptr + index, x_scale, mask=index < num_tokens)
-    inverse = tl.div_rn(1.0, step)
-    sound = ((inverse > 0) & (inverse < float("inf")))[:, None]
-    code = tl.fma(v, tl.broadcast_to(inverse[:, None], v.shape), MAGIC)
-    if CLAMP:
-        code = tl.minimum(tl.maximum(code, MAGIC - QMAX), MAGIC + QMAX)
-    code = tl.where(sound, code.to(tl.int32, bitcast=True), 0) & 255
-    # Bytes are put together here: a conversion of int8 from the layout of a product may go wrong,
-    # see token_tiles.py.
-    low, high = tl.split(tl.reshape(code, (ROWS, 64, 2)))
-    low, high = tl.split(tl.reshape(low | (high << 8), (ROWS, 32, 2)))
-    out = out_ptr + token[:, None] * (K // 4) + first // 4 + tl.arange(0, 32)[None, :]
-    tl.store(out, low | (high << 16), mask=mask)

@@ -6,10 +6,11 @@
 
 A token stays in the registers of one program from load to store, so x is read once.
 
-The "dual" rotation needs whole-row permutation between two dense products: it runs as two launches
-with an fp32 intermediate that stays in the L2 cache. A fused form in front of it costs one
-launch more, which writes y: the dense product sees blocks of many tokens and no token whole, so a
-norm cannot be fused into it. One launch more is also what keeping y costs where it is permuted.
+The "dual" rotation needs whole-row permutation between two dense products. Where shared memory
+holds both matrices and a token between them (Hopper, K up to 16384) it is one launch; elsewhere
+each product is one, and quantizing another, with fp32 intermediates that stay in the L2 cache. A
+fused form in front costs one launch more, which writes y: the products see many tokens at a time.
+One launch more is also what keeping y costs where it is permuted.
 
 Imported by activation_path.py on the first CUDA call, never on import of the package. Arguments are
 validated by ops.py; the functions here trust them.
@@ -25,24 +26,18 @@ import torch
 import triton
 from torch import Tensor
 
-from .rotate_kernels import (
-    activation_kernel,
-    block_dense_kernel,
-    block_dense_quantize_kernel,
-    norm_kernel,
-    row_kernel,
-)
+from .dual_kernels import block_dense_kernel, dual_kernel
+from .rotate_kernels import activation_kernel, norm_kernel, row_kernel
 from .scheme import activation_qmax
 from .token_tiles import chunk_size
 
 # Width of the dense factors of "dual".
 _WIDTH = 128
-# Blocks of 128 that one program of the dense kernel multiplies, and its warps: 4 of them
-# spill on sm_80.
+# Blocks of 128 that one program of the dense kernel multiplies, and its warps: 4 of them spill.
 _DENSE_ROWS = 64
 _DENSE_WARPS = 8
-# The same of the one that also quantizes: it takes whole tokens.
-_QUANTIZE_ROWS = (64, 128)
+# The same of dual_kernel, which takes whole tokens.
+_DUAL_ROWS = 128
 # Elements of an fp32 intermediate, 16 MiB: two or three of them fit the 50 MB L2 of an H200.
 _PART_ELEMENTS = 1 << 22
 # Values of a token that a thread holds at most: with 96, 128 registers and 16 warps an SM.
@@ -253,33 +248,44 @@ def _launch_dense(
     )
 
 
-def _launch_dense_quantize(
-    x: Tensor,
-    permutation: Tensor | None,
-    matrix: Tensor,
-    out: Tensor,
-    x_scale: Tensor,
-    step: _Step,
-) -> None:
-    """Run `block_dense_quantize_kernel`: x fp32 [M, K], contiguous -> out int8 [M, K], x_scale [M].
+@functools.cache
+def _dual_programs(device: torch.device) -> int:
+    """Programs of dual_kernel that run at once; 0 where it does not run: on Hopper alone it was
+    compiled to something sound and has the 192 KB of shared memory that it takes."""
+    if device.type != "cuda":
+        return 2  # in Triton's interpreter
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
-    Of _QUANTIZE_ROWS the one that whole tokens fill best, the smaller if both do.
-    """
-    num_tokens, in_features = x.shape
-    blocks = in_features // _WIDTH
-    rows = max(_QUANTIZE_ROWS, key=lambda rows: (rows // blocks * blocks / rows, -rows))
-    tokens = rows // blocks
-    block_dense_quantize_kernel[(triton.cdiv(num_tokens, tokens),)](
-        x,
-        permutation,
-        matrix,
-        out.view(torch.int32),
+
+def _in_one_launch(rotation: _Rotation, in_features: int, device: torch.device) -> bool:
+    """Whether dual_kernel takes tokens of in_features."""
+    fits = rotation.matrices is not None and in_features <= _WIDTH * _DUAL_ROWS
+    return fits and _dual_programs(device) > 0
+
+
+def _launch_whole_dual(
+    y: Tensor, rotation: _Rotation, out: Tensor, x_scale: Tensor | None, step: _Step
+) -> None:
+    """Run `dual_kernel`: y [M, K] -> out int8 [M, K] and x_scale [M], or out of y's kind alone."""
+    num_tokens, in_features = y.shape
+    tokens = _DUAL_ROWS * _WIDTH // in_features
+    programs = min(_dual_programs(y.device), triton.cdiv(num_tokens, tokens))
+    dual_kernel[(programs,)](
+        y,
+        y.stride(0),
+        rotation.channel_scale,
+        rotation.permutation,
+        rotation.matrices,
+        out if x_scale is None else out.view(torch.int32),
         x_scale,
         step.factor,
         num_tokens,
         K=in_features,
         TOKENS=tokens,
-        ROWS=rows,
+        SLOTS=triton.next_power_of_2(tokens),
+        ROWS=_DUAL_ROWS,
         QMAX=step.qmax,
         RMS=step.rms,
         CLAMP=step.clamps,
@@ -296,6 +302,12 @@ def _parts(tokens: int, in_features: int) -> Iterator[slice]:
     return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
 
 
+def _parts_of(x: Tensor, rotation: _Rotation) -> Iterator[tuple[slice, Tensor]]:
+    """(slice, rows) of x [M, K]: all at once where that needs no intermediate."""
+    whole = _in_one_launch(rotation, x.shape[1], x.device)
+    return ((part, x[part]) for part in ([slice(None)] if whole else _parts(*x.shape)))
+
+
 def _computed(tokens: _Tokens, device: torch.device) -> Tensor:
     """y in fp32."""
     y = torch.empty((tokens.num_tokens, tokens.in_features), dtype=torch.float32, device=device)
@@ -304,21 +316,20 @@ def _computed(tokens: _Tokens, device: torch.device) -> Tensor:
 
 
 def _launch_dual(
-    y: Tensor,
-    rotation: _Rotation,
-    matrices: Tensor,
-    out: Tensor,
-    x_scale: Tensor | None,
-    step: _Step,
+    y: Tensor, rotation: _Rotation, out: Tensor, x_scale: Tensor | None, step: _Step
 ) -> None:
     """out = ((y * channel_scale) @ R1)[permutation] @ R2, quantized where there is x_scale."""
+    if _in_one_launch(rotation, y.shape[1], y.device):
+        _launch_whole_dual(y, rotation, out, x_scale, step)
+        return
+    matrices = rotation.matrices
+    if matrices is None:
+        raise RuntimeError("_launch_dual: rotation must have matrices, got none")
     first = torch.empty(y.shape, dtype=torch.float32, device=y.device)
     _launch_dense(y, rotation.channel_scale, None, matrices[0], first)
     if x_scale is None:
         _launch_dense(first, None, rotation.permutation, matrices[1], out)
-    elif y.shape[1] <= _WIDTH * max(_QUANTIZE_ROWS):
-        _launch_dense_quantize(first, rotation.permutation, matrices[1], out, x_scale, step)
-    else:  # a token that no program holds
+    else:
         second = torch.empty_like(first)
         _launch_dense(first, None, rotation.permutation, matrices[1], second)
         _launch_rows(_plain(second), _UNROTATED, out, x_scale, step)
@@ -348,7 +359,7 @@ def _run(
             if matrices is None:
                 _launch_rows(_plain(y), rotation, out[part], x_scale_part, step)
             else:
-                _launch_dual(y, rotation, matrices, out[part], x_scale_part, step)
+                _launch_dual(y, rotation, out[part], x_scale_part, step)
 
 
 def _outputs(shape: torch.Size | tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -380,8 +391,14 @@ def rotate_quantize(
     k = x.shape[-1]
     rows, out, scale = x.reshape(-1, k), x_q.view(-1, k), x_scale.view(-1)
     after = _Rotation.of(channel_scale, permutation, matrices, rotation, block_size)
-    parts = ((part, rows[part]) for part in _parts(rows.shape[0], k))
-    _run(_plain(rows), parts, after, out, scale, _Step.of(act_bits, scale_mode, scale_factor))
+    _run(
+        _plain(rows),
+        _parts_of(rows, after),
+        after,
+        out,
+        scale,
+        _Step.of(act_bits, scale_mode, scale_factor),
+    )
     return x_q, x_scale
 
 
@@ -400,8 +417,7 @@ def rotate(
     k = x.shape[-1]
     rows, out = x.reshape(-1, k), y.view(-1, k)
     after = _Rotation.of(channel_scale, permutation, matrices, rotation, block_size)
-    parts = ((part, rows[part]) for part in _parts(rows.shape[0], k))
-    _run(_plain(rows), parts, after, out, None, _NO_STEP)
+    _run(_plain(rows), _parts_of(rows, after), after, out, None, _NO_STEP)
     return y
 
 

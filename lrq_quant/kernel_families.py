@@ -22,7 +22,7 @@ _OURS = (
     (
         OUR_QUANTIZATION,
         r"lrq::.*\brotate_rows_kernel<"
-        r"|^(row|activation|norm|block_dense|block_dense_quantize)_kernel$",
+        r"|^(row|activation|norm|block_dense|dual)_kernel$",
     ),
     (OUR_QK, r"^qk_norm_rope_kernel$"),
 )
@@ -33,7 +33,7 @@ _RULES = (
     (
         QUANTIZATION,
         r"lrq::.*\b(rotate_rows|dequantize|prepack|unprepack)_kernel|^lrq::\w*rotate\w*$"
-        r"|^(row|activation|norm|block_dense|block_dense_quantize)_kernel$"
+        r"|^(row|activation|norm|block_dense|dual)_kernel$"
         r"|^lrq::(dequantize|prepack|unprepack)$",
     ),
     (ELEMENTWISE, r"^qk_norm_rope_kernel$|^lrq::qk_norm_rope(_parts)?$"),

@@ -132,7 +132,7 @@ def activation_kernel(name: str, gated: bool, keep: bool, in_features: int, arch
 
 
 def dense_kernel(in_features: int, dtype: str, arch: int, *, first: bool):
-    from lrq_kernels import rotate_kernels
+    from lrq_kernels import dual_kernels
     from lrq_kernels import rotate_quantize as kernels
 
     arguments = {
@@ -146,30 +146,33 @@ def dense_kernel(in_features: int, dtype: str, arch: int, *, first: bool):
         "K": in_features,
         "ROWS": kernels._DENSE_ROWS,
     }
-    return compile_kernel(rotate_kernels.block_dense_kernel, arguments, kernels._DENSE_WARPS, arch)
+    return compile_kernel(dual_kernels.block_dense_kernel, arguments, kernels._DENSE_WARPS, arch)
 
 
-def dense_quantize_kernel(in_features: int, tokens: int, rows: int, case: Case, arch: int):
-    from lrq_kernels import rotate_kernels
+def dual_kernel(in_features: int, case: Case, dtype: str, arch: int, *, quantize: bool = True):
+    from lrq_kernels import dual_kernels
     from lrq_kernels import rotate_quantize as kernels
 
+    tokens = kernels._DUAL_ROWS * 128 // in_features
     arguments = {
-        "x_ptr": "*fp32",
+        "x_ptr": f"*{dtype}",
+        "x_row_stride": "i32",
+        "channel_scale_ptr": "*fp32",
         "permutation_ptr": "*i32",
-        "matrix_ptr": "*fp32",
-        "out_ptr": "*i32",
-        "x_scale_ptr": "*fp32",
+        "matrices_ptr": "*fp32",
+        "out_ptr": "*i32" if quantize else f"*{dtype}",
+        "x_scale_ptr": "*fp32" if quantize else None,
         "step_factor": "fp32",
         "num_tokens": "i32",
         "K": in_features,
         "TOKENS": tokens,
-        "ROWS": rows,
+        "SLOTS": 1 << (tokens - 1).bit_length(),
+        "ROWS": kernels._DUAL_ROWS,
         "QMAX": case.qmax,
         "RMS": case.scale_mode == "rms",
         "CLAMP": case.scale_mode == "rms",
     }
-    kernel = rotate_kernels.block_dense_quantize_kernel
-    return compile_kernel(kernel, arguments, kernels._DENSE_WARPS, arch)
+    return compile_kernel(dual_kernels.dual_kernel, arguments, kernels._DENSE_WARPS, arch)
 
 
 def qk_kernel(

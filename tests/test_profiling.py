@@ -77,7 +77,8 @@ Q lrq::dequantize_kernel(lrq::DequantizeArgs)
 Q row_kernel
 Q norm_kernel
 Q activation_kernel
-Q block_dense_quantize_kernel
+Q block_dense_kernel
+Q dual_kernel
 Q void kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>(float*, unsigned char*, float*
 Q lrq::norm_modulate_rotate_quantize
 A void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 128, 32,

@@ -12,7 +12,7 @@ from compiled_kernels import (
     assert_no_spills,
     assert_nothing_moves,
     dense_kernel,
-    dense_quantize_kernel,
+    dual_kernel,
     lane_shuffles,
     row_kernel,
 )
@@ -124,17 +124,23 @@ def test_interpreted_strides_and_empty_input() -> None:
 
 
 @in_interpreter
-@pytest.mark.parametrize("rows", [(4, 8), (2,)])
-def test_interpreted_dual_in_parts(monkeypatch: pytest.MonkeyPatch, rows: tuple[int, ...]) -> None:
-    """Several parts of M, several tokens a program and rows left over; tokens too wide for one."""
+@pytest.mark.parametrize("programs", [0, 2])
+@pytest.mark.parametrize("permuted", [False, True])
+def test_interpreted_dual(monkeypatch: pytest.MonkeyPatch, programs: int, permuted: bool) -> None:
+    """In one launch: several tokens a program, programs that take several such, rows left over; and
+    product by product, in several parts of M."""
     from lrq_kernels import rotate_quantize as kernels
 
     monkeypatch.setattr(kernels, "_PART_ELEMENTS", 3 * 384)  # 3 + 2 tokens
-    monkeypatch.setattr(kernels, "_QUANTIZE_ROWS", rows)
+    monkeypatch.setattr(kernels, "_dual_programs", lambda _: programs)
+    monkeypatch.setattr(kernels, "_DUAL_ROWS", 8)  # 2 tokens: five are 2 + 2 + 1, two rows idle
     for case in (Case("dual"), Case("dual", 128, 4, "rms", 0.35)):
-        tensors = draw(5, 384, torch.float32, case, permuted=True)
+        tensors = draw(5, 384, torch.float32, case, permuted=permuted)
         check_quantize(tensors, case)
         check_rotate(tensors, case)
+        # Numbers of any size, tokens of the same program apart by far.
+        tensors[0].mul_(torch.tensor([1e-15, 1e15, 1.0, 1e-5, 0.0])[:, None])
+        check_quantize(tensors, case)
 
 
 # ---- launch parameters and ahead-of-time compilation, CPU ---------------------------------------
@@ -171,7 +177,6 @@ def test_compiles_ahead_of_time(arch: int) -> None:
     variants = [
         row_kernel(15360, rms, "fp16", arch, permuted=True),  # widest
         dense_kernel(1152, "bf16", arch, first=False),
-        dense_quantize_kernel(3072, 5, 128, rms, arch),
     ]
     for compiled in variants:
         assert_no_spills(compiled)
@@ -187,7 +192,9 @@ def test_every_variant_compiles_for_hopper() -> None:
         row_kernel(1152, Case(), "bf16", 90, quantize=False),
         row_kernel(1001, Case(rotation="none"), "bf16", 90),
         dense_kernel(1152, "bf16", 90, first=True),
-        dense_quantize_kernel(1152, 7, 64, Case(), 90),
+        dual_kernel(3072, Case("dual"), "bf16", 90),
+        dual_kernel(1152, Case("dual", 128, 4, "rms", 0.35), "fp32", 90),
+        dual_kernel(15360, Case("dual"), "bf16", 90, quantize=False),
     ]
     for compiled in variants:
         assert_no_spills(compiled)
@@ -292,13 +299,28 @@ def test_tie_rate_at_size() -> None:
 
 
 @pytest.mark.gpu
-def test_dual_in_chunks() -> None:
-    """More tokens than one fp32 intermediate holds."""
-    from lrq_kernels.rotate_quantize import _PART_ELEMENTS
+@pytest.mark.parametrize("in_features", [128, 384, 1152, 4608, 15360, 16384])
+def test_dual_in_one_launch(in_features: int) -> None:
+    """Tokens fill a program's rows or leave some; more of them than run at once."""
+    for tokens in (5, 1500):
+        case = Case("dual")
+        tensors = draw(tokens, in_features, torch.bfloat16, case, permuted=True, device="cuda")
+        check_quantize(tensors, case)
+        check_rotate(tensors, case)
 
-    case = Case("dual")
-    tokens = _PART_ELEMENTS // 15360 + 77
-    check_quantize(draw(tokens, 15360, torch.bfloat16, case, permuted=True, device="cuda"), case)
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("in_features", [384, 3072, 24576])
+def test_dual_by_products(monkeypatch: pytest.MonkeyPatch, in_features: int) -> None:
+    """As where one launch cannot be; more tokens than one fp32 intermediate holds."""
+    from lrq_kernels import rotate_quantize as kernels
+
+    monkeypatch.setattr(kernels, "_dual_programs", lambda _: 0)
+    tokens = kernels._PART_ELEMENTS // in_features + 77
+    for case in (Case("dual"), Case("dual", 128, 4, "rms", 0.35)):
+        tensors = draw(tokens, in_features, torch.bfloat16, case, permuted=True, device="cuda")
+        check_quantize(tensors, case)
+        check_rotate(tensors, case)
 
 
 @pytest.mark.gpu
