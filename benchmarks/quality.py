@@ -76,6 +76,8 @@ PRODUCT_RECIPES: dict[str, Callable[[str], QuantRecipe]] = {
     "lrq-no-permutation": _search(rotations=("none", "hadamard")),
     "lrq-no-bias-correction": _recipe(bias_correction=False),
     "lrq-no-refinement": _recipe(refinement=0),
+    # With the branch that --low-rank adds: on inputs of 512, about the bits of rank 36 on 3072.
+    "lrq+rank6": _recipe(low_rank=6),
 }
 ALL_METHODS: dict[str, Method] = {**METHODS, **EXPERIMENTS}
 DEFAULT_RECIPES = ("lrq", "lrq-dit", *METHODS)
@@ -419,7 +421,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axis.set_xlabel("bits a weight, all counted")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("PSNR to bf16, dB")
-    axes[0][-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    # Of all panels: a recipe may have rows in one alone.
+    lines = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
+    axes[0][-1].legend(lines.values(), lines.keys(), fontsize=7, **place)
     figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)
 
