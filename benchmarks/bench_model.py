@@ -17,6 +17,9 @@ the first forward of a compiled or captured model, with the compilation or captu
 bf16 roundings alone make differences that are larger than what fusion changes, so that the row of
 bf16-compiled is the measure for the others. Below 45 dB the line says so.
 
+--breakdown records some more forwards of each variant and adds the ms by family of kernels, of gaps
+between them, and the slowest kernels to its row and the picture. `lrq profile` has more of ours.
+
 Rows are written after each variant, so that a run cut short keeps what it has; a variant that fails
 is a row with its error, and the exit code is 1 but for peers that are not installed.
 """
@@ -32,7 +35,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +59,14 @@ from benchmarks.rows import error_text, write_json
 from lrq_kernels.testing import sqnr_db
 from lrq_quant.model_shapes import names_with_inputs
 from lrq_quant.model_source import ModelSource
+from lrq_quant.profiling import record_forwards
 from lrq_quant.run_modes import COMPILE_KINDS, remove_compiled_and_graph
 
 WARMUP_S, TIMED_S = 1.0, 1.5
 MIN_FORWARDS, MAX_FORWARDS = 10, 200
 EXPECTED_SQNR_DB = 45.0
+# Of a breakdown: how many forwards are recorded, and kernels named.
+RECORDED_FORWARDS, NAMED_KERNELS = 3, 12
 
 
 @dataclass
@@ -73,6 +79,7 @@ class Run:
     compile: str | None = None
     fusion: bool = True
     output_error: bool = False
+    breakdown: bool = False
     loaded: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -179,10 +186,22 @@ def measure(run: Run, variant: Variant) -> dict[str, Any]:
             reset_peak(run)
         row |= time_forwards(run, model)
         row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9 if run.on_gpu else None
+        if run.breakdown:
+            row |= broken_down(run, model)
         return row
     finally:
         if variant.base == "bf16":
             remove_compiled_and_graph(model)
+
+
+def broken_down(run: Run, model: nn.Module) -> dict[str, Any]:
+    """families: ms of a recorded forward by family; kernels: the slowest, with their family."""
+    recording = record_forwards(model, run.inputs, RECORDED_FORWARDS)
+    return {
+        "recorded_ms": recording.wall_ms,
+        "families": {family.name: family.ms for family in recording.families},
+        "kernels": [asdict(kernel) for kernel in recording.kernels[:NAMED_KERNELS]],
+    }
 
 
 def output_errors(loaded: Tensor, output: Tensor) -> dict[str, float | None]:
@@ -218,7 +237,7 @@ HEADER = f"{'variant':23}{'ms':>9}{'iqr':>7}" + "".join(f"{t:>{w}}" for _, t, w,
 
 
 def line(row: dict[str, Any]) -> str:
-    """One line of the table."""
+    """One line of the table, or two."""
     if "error" in row:
         return f"{row['variant']:23} failed: {row['error']}"
     cells = []
@@ -226,7 +245,11 @@ def line(row: dict[str, Any]) -> str:
         value = row.get(key)
         cells.append(f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}")
     figures = f"{row['variant']:23}{row['ms']:9.2f}{100 * row['spread']:6.1f}%" + "".join(cells)
-    return f"{figures}  {'; '.join(notes(row))}".rstrip()
+    figures = f"{figures}  {'; '.join(notes(row))}".rstrip()
+    if "families" in row:
+        parts = ", ".join(f"{name} {ms:.2f}" for name, ms in row["families"].items())
+        figures += f"\n    recorded {row['recorded_ms']:.2f}: {parts}"
+    return figures
 
 
 def notes(row: dict[str, Any]) -> Iterator[str]:
@@ -264,6 +287,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="compare outputs to those of the model as loaded",
     )
+    parser.add_argument("--breakdown", action="store_true", help="ms by family of kernels too")
     parser.add_argument("--cache", type=Path, help="folder to keep quantized checkpoints in")
     parser.add_argument("--device", default="cuda", help="cpu: to try it with a tiny model")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
@@ -300,6 +324,7 @@ def main(argv: list[str] | None = None) -> int:
             arguments.compile,
             not arguments.no_fusion,
             arguments.output_error,
+            arguments.breakdown,
         )
         for row in rows_of(run, variants, facts):
             rows.append(row)

@@ -49,7 +49,12 @@ _RULES = (
     # activation as it comes.
     (QUANTIZATION, r"^triton_(poi|red|per)_fused_.*(amax|clamp)"),
     (ELEMENTWISE, r"^triton_"),
-    (QUANTIZATION, r"kQuantizeBlockwise|kDequantizeBlockwise|dequantize|quantize_"),
+    # Of bitsandbytes, torchao and SDNQ.
+    (
+        QUANTIZATION,
+        r"kQuantizeBlockwise|kDequantizeBlockwise|dequantize|quantize_|_(de)?quant_kernel",
+    ),
+    (GEMM, r"^sdnq_(triton|scaled)_mm_kernel|^(scaled_)?matmul_kernel"),
     (
         ATTENTION,
         r"sdpa|flash_fwd|flash_attn|FlashAttn|fmha|efficient_attention|_attention",

@@ -10,7 +10,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -204,6 +204,50 @@ def _share(value: float, limit: float | None) -> float | None:
 # ---- recording ----------------------------------------------------------------------------------
 
 
+@dataclass
+class Recording:
+    """Of one of the forwards that were recorded; wall_ms and busy_ms as Profile has them."""
+
+    kernels: list[Kernel]
+    wall_ms: float
+    busy_ms: float
+
+    @property
+    def families(self) -> list[Family]:
+        return families_of(self.kernels, self.wall_ms, self.wall_ms - self.busy_ms)
+
+
+def record_forwards(model: nn.Module, inputs: dict[str, Any], steps: int = 5) -> Recording:
+    """Record `steps` forwards of a model that has run before, on the device of the inputs.
+
+    Raises RuntimeError where the profiler saw nothing.
+    """
+    on_gpu = _on_gpu(inputs)
+
+    def run() -> None:
+        _forwards(model, inputs, steps)
+
+    if on_gpu:
+        events = _record_gpu(run)
+        wall = max(e.start + e.duration for e in events) - min(e.start for e in events)
+    else:
+        events, wall = _record_cpu(run)
+    return Recording(kernels_of(events, steps), wall / steps / 1e3, busy_us(events) / steps / 1e3)
+
+
+def _on_gpu(inputs: dict[str, Any]) -> bool:
+    device = next(x.device for x in tree_leaves(inputs) if isinstance(x, torch.Tensor))
+    return device.type == "cuda"
+
+
+@torch.no_grad()
+def _forwards(model: nn.Module, inputs: dict[str, Any], count: int) -> None:
+    for _ in range(count):
+        model(**inputs, return_dict=False)
+    if _on_gpu(inputs):
+        torch.cuda.synchronize()
+
+
 def profile_forward(
     model: nn.Module,
     inputs: dict[str, Any],
@@ -223,14 +267,10 @@ def profile_forward(
     if steps < 1:
         raise ValueError(f"steps must be positive, got {steps}")
     device = next(x.device for x in tree_leaves(inputs) if isinstance(x, torch.Tensor))
-    on_gpu = device.type == "cuda"
+    on_gpu = _on_gpu(inputs)
 
-    @torch.no_grad()
     def forwards(count: int) -> None:
-        for _ in range(count):
-            model(**inputs, return_dict=False)
-        if on_gpu:
-            torch.cuda.synchronize()
+        _forwards(model, inputs, count)
 
     _warm_up(forwards)
     if on_gpu:
@@ -239,25 +279,18 @@ def profile_forward(
     memory = {kind: size / 1e9 for kind, size in memory_by_kind(model).items()}
     if on_gpu:
         memory["activations, peak"] = torch.cuda.max_memory_allocated() / 1e9 - sum(memory.values())
-        events = _record_gpu(lambda: forwards(steps))
-        busy = busy_us(events)
-        wall = max(e.start + e.duration for e in events) - min(e.start for e in events)
-    else:
-        events, wall = _record_cpu(lambda: forwards(steps))
-        busy = busy_us(events)
+    recording = record_forwards(model, inputs, steps)
     if trace is not None:
         _write_trace(lambda: forwards(1), trace, on_gpu)
-    kernels = kernels_of(events, steps)
-    wall_ms, busy_ms = wall / steps / 1e3, busy / steps / 1e3
     return Profile(
         facts=facts or {},
         device=str(device),
         forward_ms=forward_ms,
-        wall_ms=wall_ms,
-        busy_ms=busy_ms,
-        families=families_of(kernels, wall_ms, wall_ms - busy_ms),
-        reached=reached_of(kernels, work or {}, limits),
-        kernels=kernels[:NAMED_KERNELS],
+        wall_ms=recording.wall_ms,
+        busy_ms=recording.busy_ms,
+        families=recording.families,
+        reached=reached_of(recording.kernels, work or {}, limits),
+        kernels=recording.kernels[:NAMED_KERNELS],
         memory_gb=memory,
         limits=limits,
     )
@@ -364,12 +397,7 @@ def plot(profiles: list[Profile], file: Path) -> None:
         print(f"no plot {file}: matplotlib is not installed")
         return
     figure, axes = pyplot.subplots(figsize=(10.0, 1.9 + 0.5 * len(profiles)))
-    colours = pyplot.get_cmap("tab10")
-    for index, name in enumerate((*FAMILIES, LAUNCH_GAPS)):
-        left = [_ms_before(profile, name) for profile in profiles]
-        widths = [sum(f.ms for f in profile.families if f.name == name) for profile in profiles]
-        colour = "0.85" if name == LAUNCH_GAPS else colours(index)
-        axes.barh(range(len(profiles)), widths, left=left, color=colour, label=name)
+    draw_families(axes, [{f.name: f.ms for f in profile.families} for profile in profiles])
     labels = [f"{p.facts.get('model', '')} {p.facts.get('mode', '')}" for p in profiles]
     axes.set_yticks(range(len(profiles)), labels)
     axes.invert_yaxis()
@@ -380,7 +408,12 @@ def plot(profiles: list[Profile], file: Path) -> None:
     pyplot.close(figure)
 
 
-def _ms_before(profile: Profile, name: str) -> float:
-    order = (*FAMILIES, LAUNCH_GAPS)
-    earlier = order[: order.index(name)]
-    return sum(family.ms for family in profile.families if family.name in earlier)
+def draw_families(axes: Any, bars: Sequence[Mapping[str, float]]) -> None:
+    """Stacked bars along the y axis of a matplotlib Axes: of each, ms by family."""
+    left = [0.0] * len(bars)
+    for index, name in enumerate((*FAMILIES, LAUNCH_GAPS)):
+        widths = [bar.get(name, 0.0) for bar in bars]
+        if any(widths):
+            colour = "0.85" if name == LAUNCH_GAPS else f"C{index}"
+            axes.barh(range(len(bars)), widths, left=left, color=colour, label=name)
+            left = [at + width for at, width in zip(left, widths, strict=True)]

@@ -67,6 +67,29 @@ def test_rows_of_variants(model: str, cache: Path, tmp_path: Path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
 
 
+def test_breakdown_by_family(cache: Path, tmp_path: Path, capsys):
+    """The parts add up to the forward that was recorded; kernels bear the family they count for."""
+    options = ["--device", "cpu", "--size", "64", "--cache", str(cache), "--breakdown"]
+    options += ["--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "bars.png")]
+    assert (
+        bench.main(["--model", "tiny-pixart", *options, "--variants", "bf16-eager", "w4a8-eager"])
+        == 0
+    )
+    dense, ours = json.loads((tmp_path / "rows.json").read_text())
+    for row in (dense, ours):
+        families = row["families"]
+        assert sum(families.values()) == pytest.approx(row["recorded_ms"])
+        assert min(families.values()) >= 0 and families["gemm"] > 0 and families["attention"] > 0
+        for kernel in row["kernels"]:
+            assert kernel["ms"] <= families[kernel["family"]] * (1 + 1e-9)
+    assert "quantization" in ours["families"] and "quantization" not in dense["families"]
+    names = {kernel["name"] for kernel in ours["kernels"]}
+    assert "lrq::gemm" in names and not any(
+        "lrq::" in kernel["name"] for kernel in dense["kernels"]
+    )
+    assert f"recorded {ours['recorded_ms']:.2f}: gemm" in capsys.readouterr().out
+
+
 def test_a_failing_variant_is_a_row_and_the_others_run(
     cache: Path, tmp_path: Path, monkeypatch, capsys
 ):

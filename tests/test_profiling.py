@@ -71,6 +71,12 @@ G sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1
 G void cutlass::device_kernel<at::cuda::detail::enable_3x_kernel_for_sm9x<cutlass::gemm::kernel
 G void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16, float, __nv_bfloat16
 G triton_tem_fused_mm_t_7
+G void kgemm_4bit_inference_naive<__nv_bfloat16, 128, 16>(int, int, int, __nv_bfloat16*
+G sdnq_triton_mm_kernel
+G sdnq_scaled_mm_kernel
+G scaled_matmul_kernel_with_block_pointers
+Q _fp8_blockwise_act_quant_kernel
+Q _fp8_blockwise_weight_dequant_kernel
 G aten::linear
 G lrq::gemm
 Q lrq::dequantize_kernel(lrq::DequantizeArgs)
