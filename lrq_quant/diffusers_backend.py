@@ -26,17 +26,12 @@ from lrq_kernels import LRQLinear, checkpoint, get_act_bits, model_states, set_a
 from lrq_kernels.checkpoint import FIELDS, CheckpointError, Header
 from lrq_kernels.loader import check_model
 
+from . import older_diffusers
 from .config import DTYPES, LRQConfig
 from .fused_projections import unfuse_projections
 from .loading import DenseLoader, PendingLinear, build_linears_on, dense_linear
 
 logger = logging.getLogger(__name__)
-# What diffusers calls from 0.39 on, without which nothing of a checkpoint would be read right.
-_NEEDED_HOOKS = (
-    "maybe_update_loaded_keys",
-    "maybe_update_state_dict",
-    "get_state_dict_and_metadata",
-)
 
 
 def register() -> None:
@@ -45,6 +40,8 @@ def register() -> None:
     auto.AUTO_QUANTIZER_MAPPING[checkpoint.FORMAT] = LRQQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[checkpoint.FORMAT] = LRQConfig
     ModelMixin.lrq_act_bits = property(get_act_bits, set_act_bits)
+    if older_diffusers.needed():
+        older_diffusers.call_hooks_of(LRQQuantizer)
 
 
 class LRQQuantizer(DiffusersQuantizer):
@@ -65,12 +62,8 @@ class LRQQuantizer(DiffusersQuantizer):
     # -- before the weights
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        missing = [name for name in _NEEDED_HOOKS if not hasattr(DiffusersQuantizer, name)]
-        if missing:
-            raise ImportError(
-                f"lrq: diffusers must be 0.39 or newer, got {diffusers.__version__}, whose "
-                f"quantizers lack {', '.join(missing)}"
-            )
+        if not older_diffusers.supported():
+            raise ImportError(f"lrq: diffusers must be 0.36 or newer, got {diffusers.__version__}")
         dtype, device_map = kwargs.get("torch_dtype"), kwargs.get("device_map")
         if dtype not in DTYPES:
             raise ValueError(f"lrq: torch_dtype must be one of {DTYPES[1:]}, got {dtype}")
@@ -90,8 +83,15 @@ class LRQQuantizer(DiffusersQuantizer):
         model: nn.Module,
         device_map: Any = None,
         keep_in_fp32_modules: Sequence[str] = (),
+        state_dict: dict[str, Any] | None = None,  # of from_single_file
         **kwargs: Any,
     ) -> None:
+        if state_dict is None and older_diffusers.needed():
+            return  # the files are not known yet: older_diffusers calls prepare
+        self.prepare(model, keep_in_fp32_modules)
+
+    def prepare(self, model: nn.Module, keep_in_fp32_modules: Sequence[str] | None) -> None:
+        """Make the model expect the tensors of the checkpoint."""
         if self._header is not None:
             self._expect(model, self._header)
         else:  # a dense checkpoint; from_single_file does not say so
@@ -264,6 +264,7 @@ class LRQQuantizer(DiffusersQuantizer):
         # Else save_pretrained would write a dense model that calls itself quantized.
         config = {k: v for k, v in model._internal_dict.items() if k != "quantization_config"}
         model._internal_dict = type(model._internal_dict)(config)
+        model.is_quantized = False  # diffusers does so from 0.39 on
         return model
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LRQQuantizer:

@@ -142,7 +142,7 @@ def _flux2(config: Config, shape: Shape) -> dict[str, Any]:
     txt_ids[:, 3] = torch.arange(FLUX_TEXT_TOKENS)
     return {
         **_packed(config, shape, FLUX_TEXT_TOKENS),
-        "guidance": shape.times(4.0) if config["guidance_embeds"] else None,
+        "guidance": shape.times(4.0) if config.get("guidance_embeds", True) else None,
         "img_ids": _grid_ids(shape.side // 2, 4, torch.long).repeat(shape.batch, 1, 1),
         "txt_ids": txt_ids.repeat(shape.batch, 1, 1),
     }

@@ -29,6 +29,7 @@ from .config import LRQConfig
 from .fused_projections import fuse_projections
 from .html_report import html_page
 from .model_stats import strided_sample
+from .older_diffusers import dtype_option
 from .pipeline import QuantizedModel, check_dense, quantize_model
 from .recipe import QuantRecipe
 from .report import QuantReport
@@ -59,7 +60,7 @@ def load_pipeline(
     fuse: q, k and v of the attentions of a quantized transformer become one GEMM. Raises
     FileNotFoundError, or CheckpointError when the checkpoint is damaged or of another model.
     """
-    pipeline = pipeline_class(path).from_pretrained(path, dtype=dtype)
+    pipeline = pipeline_class(path).from_pretrained(path, **dtype_option(dtype))
     for name in transformer_names(pipeline):
         transformer = getattr(pipeline, name)
         if fuse and getattr(transformer, "is_quantized", False):
@@ -89,7 +90,7 @@ def load_transformer(
     if not config_file.is_file():
         raise FileNotFoundError(f"no config.json in {folder}")
     cls = _diffusers_class(json.loads(config_file.read_text()).get("_class_name"), config_file)
-    model = cls.from_pretrained(folder, dtype=dtype).to(device)
+    model = cls.from_pretrained(folder, **dtype_option(dtype)).to(device)
     return fuse_projections(model) if fuse else model
 
 

@@ -1,6 +1,6 @@
 """ShapesPipeline: a diffusers pipeline around the demo transformer."""
 
-from __future__ import annotations
+# No annotations of __future__: diffusers up to 0.38 takes the types of components as they are.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +13,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from lrq_quant.demo.text import CaptionEncoder
+from lrq_quant.older_diffusers import dtype_option
 
 DEFAULT_STEPS = 20
 DEFAULT_GUIDANCE = 2.0
@@ -140,4 +141,4 @@ def load_pipeline(
     dtype: torch.dtype = torch.bfloat16,
 ) -> ShapesPipeline:
     """The pipeline that save_pretrained wrote to `folder`, on `device` in `dtype`."""
-    return ShapesPipeline.from_pretrained(folder, dtype=dtype).to(device)
+    return ShapesPipeline.from_pretrained(folder, **dtype_option(dtype)).to(device)
