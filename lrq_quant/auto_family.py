@@ -31,7 +31,7 @@ from .recipe import QuantRecipe, family_groups
 
 logger = logging.getLogger(__name__)
 
-_ATTENTION_NAMES = re.compile(r"attn|attention", re.IGNORECASE)
+_ATTENTION_NAMES = re.compile(r"attn|attention|(^|\.)to_(q|k|v|out)(\.|$)", re.IGNORECASE)
 _MODULATION_NAMES = re.compile(r"norm|modulation|adaln|ada_ln|(^|[._])mod([._]|$)", re.IGNORECASE)
 _OUTSIDE = "outside the blocks"
 _UNREACHED = "not reached by the forward that was watched"

@@ -154,20 +154,44 @@ SD3 = Family(
     ),
 )
 
-# add_k_proj and add_v_proj read the reference picture (Wan 2.1 I2V).
-WAN = Family(
-    "WanTransformer3DModel",
-    inputs=_self_attention("blocks.*.attn1")
-    + _cross_attention("blocks.*.attn2")
-    + _inputs("blocks.*.attn2", ATTENTION, "add_k_proj add_v_proj")
-    + _feed_forward("blocks.*.ffn")
-    + _inputs("condition_embedder", MODULATION, "time_proj"),
-    stays=(
-        ("condition_embedder.time_embedder.*", "timestep embedding"),
-        ("condition_embedder.text_embedder.*", _CAPTION),
-        ("condition_embedder.image_embedder.*", "picture embedding"),
-        ("proj_out", _PROJ_OUT),
-    ),
+
+def _wan_blocks(parent: str) -> tuple[SharedInput, ...]:
+    """add_k_proj and add_v_proj read the reference picture (Wan 2.1 I2V)."""
+    return (
+        _self_attention(f"{parent}.attn1")
+        + _cross_attention(f"{parent}.attn2")
+        + _inputs(f"{parent}.attn2", ATTENTION, "add_k_proj add_v_proj")
+        + _feed_forward(f"{parent}.ffn")
+    )
+
+
+_WAN_TIME = _inputs("condition_embedder", MODULATION, "time_proj")
+_WAN_STAYS = (
+    ("condition_embedder.time_embedder.*", "timestep embedding"),
+    ("condition_embedder.text_embedder.*", _CAPTION),
+    ("condition_embedder.image_embedder.*", "picture embedding"),
+    ("proj_out", _PROJ_OUT),
+)
+WAN = Family("WanTransformer3DModel", inputs=_wan_blocks("blocks.*") + _WAN_TIME, stays=_WAN_STAYS)
+
+# Blocks that run beside the others on the control video; the first takes in the noisy one, and what
+# each gives is projected and added to a block of the others.
+WAN_VACE = Family(
+    "WanVACETransformer3DModel",
+    inputs=_wan_blocks("blocks.*")
+    + _wan_blocks("vace_blocks.*")
+    + _inputs("vace_blocks.*", FEED_FORWARD, "proj_in", "proj_out")
+    + _WAN_TIME,
+    stays=_WAN_STAYS,
+)
+
+# Every few blocks attend to the motion of a face, which encoders of their own read from pixels.
+WAN_ANIMATE = Family(
+    "WanAnimateTransformer3DModel",
+    inputs=_wan_blocks("blocks.*")
+    + _inputs("face_adapter.*", ATTENTION, "to_q", "to_k to_v", "to_out")
+    + _WAN_TIME,
+    stays=(*_WAN_STAYS, ("face_encoder.*", "face embedding")),
 )
 
 HUNYUAN_VIDEO = Family(
@@ -308,6 +332,8 @@ _ALL = (
     CHROMA,
     SD3,
     WAN,
+    WAN_VACE,
+    WAN_ANIMATE,
     HUNYUAN_VIDEO,
     COGVIDEOX,
     LTX_VIDEO,

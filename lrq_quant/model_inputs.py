@@ -297,6 +297,36 @@ def _wan(config: Config, shape: Shape) -> dict[str, Any]:
     }
 
 
+def _wan_vace(config: Config, shape: Shape) -> dict[str, Any]:
+    """pipeline_wan_vace.py: beside those of Wan the latents and masks of the video that controls,
+    vace_in_channels of them, and conditioning_scale 1 for each of vace_layers."""
+    inputs = _wan(config, shape)
+    _, _, *grid = inputs["hidden_states"].shape
+    scale = torch.ones(len(config["vace_layers"]), dtype=shape.dtype)
+    return {
+        **inputs,
+        "control_hidden_states": shape.randn(shape.batch, config["vace_in_channels"], *grid),
+        "control_hidden_states_scale": scale,
+    }
+
+
+def _wan_animate(config: Config, shape: Shape) -> dict[str, Any]:
+    """pipeline_wan_animate.py: segment_frame_length 77, compressed 4 times, of which the pose has
+    as many frames and the noise one more, a reference in front; the face in pixels, a square of
+    motion_encoder_size."""
+    frames, side = _latent_frames(77, 4), config["motion_encoder_size"]
+    video = (frames, shape.side, shape.side)
+    reference = (config["in_channels"], frames + 1, shape.side, shape.side)
+    return {
+        "hidden_states": shape.randn(shape.batch, *reference),
+        "encoder_hidden_states": shape.randn(shape.batch, 512, config["text_dim"]),
+        "encoder_hidden_states_image": shape.randn(shape.batch, _CLIP_TOKENS, config["image_dim"]),
+        "timestep": shape.times(500.0),
+        "pose_hidden_states": shape.randn(shape.batch, config["latent_channels"], *video),
+        "face_pixel_values": shape.randn(shape.batch, 3, 77, side, side),
+    }
+
+
 # image_embed_interleave of pipeline_hunyuan_video_image2video.py by image_condition_type.
 _HUNYUAN_INTERLEAVE = {"latent_concat": 2, "token_replace": 4}
 
@@ -402,6 +432,16 @@ _MAKERS: dict[str, Maker] = {
     "WanTransformer3DModel": Maker(
         _wan,
         pixels=lambda config: 16 if config["in_channels"] == _WAN22_VAE_CHANNELS else 8,
+        patch=lambda config: config["patch_size"][-1],
+        most=lambda config: config["rope_max_seq_len"],
+    ),
+    "WanVACETransformer3DModel": Maker(
+        _wan_vace,
+        patch=lambda config: config["patch_size"][-1],
+        most=lambda config: config["rope_max_seq_len"],
+    ),
+    "WanAnimateTransformer3DModel": Maker(
+        _wan_animate,
         patch=lambda config: config["patch_size"][-1],
         most=lambda config: config["rope_max_seq_len"],
     ),

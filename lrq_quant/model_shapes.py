@@ -160,6 +160,12 @@ MODEL_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "WanTransformer3DModel",
         dict(num_attention_heads=24, ffn_dim=14336, num_layers=30, in_channels=48, out_channels=48),
     ),
+    "wan2.1-vace-1.3b": (
+        "WanVACETransformer3DModel",
+        dict(num_attention_heads=12, ffn_dim=8960, num_layers=30, vace_layers=[*range(0, 30, 2)]),
+    ),
+    "wan2.1-vace-14b": ("WanVACETransformer3DModel", {}),
+    "wan2.2-animate-14b": ("WanAnimateTransformer3DModel", dict(added_kv_proj_dim=5120)),
     "hunyuan-video": ("HunyuanVideoTransformer3DModel", {}),
     "hunyuan-video-i2v": (
         "HunyuanVideoTransformer3DModel",

@@ -70,6 +70,7 @@ def test_fused_projections_are_lossless(kind: str) -> None:
 
 # Attentions of these have a fused forward; of Wan I2V those that look at add_k_proj have none.
 FUSED = {"pixart": 4, "flux": 6, "flux2": 4, "chroma": 4, "wan": 2, "hunyuan-video": 1}
+FUSED |= {"wan-vace": 10, "wan-animate": 3}
 
 
 @pytest.mark.parametrize("family", TINY_FAMILIES)

@@ -59,6 +59,13 @@ EXPECTED = {
     "wan2.1-flf2v-14b": Published(16.4, 40 * 8 + 1, ("condition_embedder.time_proj",)),
     # Twenty more channels of the patch embedding than T2V.
     "wan2.2-i2v-a14b": Published(14.29, 40 * 7 + 1, ("condition_embedder.time_proj",)),
+    # The class's own counts. Of the blocks beside, each has an input more, and the first one more.
+    "wan2.1-vace-1.3b": Published(
+        2.154, 30 * 7 + 15 * 8 + 1 + 1, ("condition_embedder.time_proj",)
+    ),
+    "wan2.1-vace-14b": Published(17.34, 40 * 7 + 8 * 8 + 1 + 1, ("condition_embedder.time_proj",)),
+    # Every fifth block attends to a face.
+    "wan2.2-animate-14b": Published(17.27, 40 * 8 + 8 * 3 + 1, ("condition_embedder.time_proj",)),
     # The refiner has two blocks of five inputs.
     "hunyuan-video": Published(12.82, 20 * DOUBLE + 40 * 4 + 2 * 5),
     "hunyuan-video-i2v": Published(12.82, 20 * DOUBLE + 40 * 4 + 2 * 5),
@@ -152,7 +159,7 @@ def test_attention_inputs_are_shared(name: str, model_of: Callable):
     for query in queries:
         (group,) = [g for g in groups if query in g]
         attention = query.removesuffix(".to_q")
-        cross = "attn2" in attention and "sd3" not in name
+        cross = ("attn2" in attention and "sd3" not in name) or "face_adapter" in attention
         members = {n for n in group if n.startswith(attention + ".")}
         whole = {f"{attention}.{n}" for n in ("to_q", "to_k", "to_v")}
         assert members == ({query} if cross else whole)

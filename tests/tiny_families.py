@@ -81,6 +81,29 @@ def _wan_inputs() -> dict[str, Any]:
     }
 
 
+def _wan_vace_inputs() -> dict[str, Any]:
+    return {
+        "hidden_states": _rand(1, 4, 2, 8, 8),
+        "encoder_hidden_states": _rand(1, 7, 96),
+        "timestep": torch.tensor([500.0]),
+        "control_hidden_states": _rand(1, 6, 2, 8, 8),
+        "control_hidden_states_scale": torch.tensor([1.0, 0.5]),
+    }
+
+
+def _wan_animate_inputs() -> dict[str, Any]:
+    # Frames of the face: 1 + 4 for each frame of the pose after the first, which has a reference
+    # in front.
+    return {
+        "hidden_states": _rand(1, 12, 3, 8, 8),
+        "encoder_hidden_states": _rand(1, 512, 96),
+        "encoder_hidden_states_image": _rand(1, 6, 48),
+        "timestep": torch.tensor([500.0]),
+        "pose_hidden_states": _rand(1, 4, 2, 8, 8),
+        "face_pixel_values": _rand(1, 3, 5, 16, 16),
+    }
+
+
 def _hunyuan_inputs() -> dict[str, Any]:
     return {
         "hidden_states": _rand(1, 4, 2, 8, 8),
@@ -250,6 +273,53 @@ TINY_FAMILIES: dict[str, Tiny] = {
         _wan_inputs,
         25,
         17,
+    ),
+    "wan-vace": Tiny(
+        _make(
+            "WanVACETransformer3DModel",
+            num_attention_heads=4,
+            attention_head_dim=32,
+            in_channels=4,
+            out_channels=4,
+            text_dim=96,
+            freq_dim=64,
+            ffn_dim=256,
+            num_layers=3,
+            rope_max_seq_len=32,
+            vace_layers=[0, 2],
+            vace_in_channels=6,
+        ),
+        _wan_vace_inputs,
+        54,
+        39,
+    ),
+    "wan-animate": Tiny(
+        _make(
+            "WanAnimateTransformer3DModel",
+            num_attention_heads=4,
+            attention_head_dim=32,
+            in_channels=12,
+            latent_channels=4,
+            out_channels=4,
+            text_dim=96,
+            freq_dim=64,
+            ffn_dim=256,
+            num_layers=2,
+            image_dim=48,
+            added_kv_proj_dim=128,
+            rope_max_seq_len=32,
+            motion_encoder_channel_sizes={"4": 16, "8": 16, "16": 16},
+            motion_encoder_size=16,
+            motion_style_dim=8,
+            motion_dim=4,
+            motion_encoder_dim=16,
+            face_encoder_hidden_dim=16,
+            face_encoder_num_heads=2,
+            inject_face_latents_blocks=2,
+        ),
+        _wan_animate_inputs,
+        29,
+        20,
     ),
     "hunyuan-video": Tiny(
         _make(
