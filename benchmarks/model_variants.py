@@ -58,11 +58,13 @@ DEFAULT_VARIANTS = (
     "w3a8-graph",
 )
 FACTS_FILE = "bench_model.json"
+_SCHEME = re.compile(r"(w[234]a(?:4|8|16))(?:\+rank([1-9]\d*))?")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """base: a key of PEER_MODES or a scheme such as "w4a8"; mode: how it runs."""
+    """base: a key of PEER_MODES, a scheme such as "w4a8", or one with a low-rank branch as in
+    "w4a8+rank32"; mode: how it runs."""
 
     name: str
     base: str
@@ -74,12 +76,12 @@ class Variant:
         if name in SHORT_NAMES:
             return Variant(name, name, "eager")
         base, _, mode = name.rpartition("-")
-        is_scheme = re.fullmatch(r"w[234]a(4|8|16)", base) is not None
+        is_scheme = _SCHEME.fullmatch(base) is not None
         if mode in PEER_MODES.get(base, MODES if is_scheme else ()):
             return Variant(name, base, mode)
         raise ValueError(
-            f"a variant must be one of {peer_names()} or SCHEME-MODE as in w4a8-graph, with a mode "
-            f"of {MODES}, got {name!r}"
+            f"a variant must be one of {peer_names()} or SCHEME-MODE as in w4a8-graph or "
+            f"w4a8+rank32-graph, with a mode of {MODES}, got {name!r}"
         )
 
     @property
@@ -220,19 +222,19 @@ class Models:
         self._wait()
         return model, {**facts, "load_s": time.perf_counter() - start}
 
-    def _checkpoint(self, scheme: str) -> tuple[Path, dict[str, Any]]:
+    def _checkpoint(self, base: str) -> tuple[Path, dict[str, Any]]:
         """Quantized from the weights alone, or found from before: a folder is complete or not
         there."""
-        from lrq_quant import QuantRecipe, quantize_model
+        from lrq_quant import quantize_model
         from lrq_quant.pipeline_io import save_transformer
 
-        folder = self.folder / f"{self.source.label}-{scheme}"
+        folder = self.folder / f"{self.source.label}-{base}"
         facts_file = folder / FACTS_FILE
         if facts_file.is_file():
             return folder, json.loads(facts_file.read_text())
         model = self.dense()
         start = time.perf_counter()
-        result = quantize_model(model, QuantRecipe.from_name(scheme))
+        result = quantize_model(model, _recipe(base))
         self._wait()
         facts = {
             "quantize_s": time.perf_counter() - start,
@@ -250,6 +252,15 @@ class Models:
     def _wait(self) -> None:
         if self.device.startswith("cuda"):
             torch.cuda.synchronize()
+
+
+def _recipe(base: str) -> Any:
+    from lrq_quant import QuantRecipe
+
+    match = _SCHEME.fullmatch(base)
+    if match is None:
+        raise ValueError(f"a scheme must be as w4a8 or w4a8+rank32, got {base!r}")
+    return QuantRecipe.from_name(match[1], low_rank=int(match[2] or 0))
 
 
 # ---- ways to run --------------------------------------------------------------------------------

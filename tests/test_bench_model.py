@@ -90,6 +90,21 @@ def test_breakdown_by_family(cache: Path, tmp_path: Path, capsys):
     assert f"recorded {ours['recorded_ms']:.2f}: gemm" in capsys.readouterr().out
 
 
+def test_a_low_rank_branch_is_a_variant(cache: Path, tmp_path: Path):
+    """Its bits are counted, and its weights are nearer to those of bf16."""
+    names = ("w4a8-loaded", "w4a8+rank8-loaded")
+    code, (plain, branch) = run(tmp_path, cache, *names, model="tiny-pixart")
+    assert code == 0 and branch["weight_bits"] > plain["weight_bits"] + 0.5
+    models = variants.Models("tiny-pixart", "cpu", cache)
+    of_block = "transformer_blocks.1.ff.net.2"
+    weight = models.dense().get_submodule(of_block).weight.float()
+    held = [models.make(Variant.parse(name))[0].get_submodule(of_block) for name in names]
+    errors = [relative_error(linear.dense_weight(), weight) for linear in held]
+    assert errors[1] < 0.97 * errors[0]
+    with pytest.raises(ValueError, match=r"w4a8\+rank32-graph, .*got 'w4a8\+rank0-graph'"):
+        Variant.parse("w4a8+rank0-graph")
+
+
 def test_a_failing_variant_is_a_row_and_the_others_run(
     cache: Path, tmp_path: Path, monkeypatch, capsys
 ):
