@@ -1,4 +1,8 @@
-"""Which family a GPU kernel, or an operator on the CPU, belongs to: by its name, in one table."""
+"""Which family a GPU kernel, or an operator on the CPU, belongs to: by its name, in one table.
+
+A name does not say what a kernel is for. What other packages leave to torch counts as torch's: a
+Hadamard transform by a product as GEMM, quantization without a compiler as element-wise and copies.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,8 @@ FAMILIES = (GEMM, ATTENTION, QUANTIZATION, ELEMENTWISE, COPY, EXCHANGE, OTHER)
 # apart by family.
 OUR_GEMM, OUR_A16, OUR_QUANTIZATION = "lrq gemm", "lrq a16 gemm, gemv", "lrq rotate + quantize"
 OUR_QK, OTHER_GEMM = "lrq qk norm + rope", "other gemm"
+# Of lrq::gemm_a16 where it decodes weights and torch multiplies: by kernels that others use too.
+OUR_A16_AND_OTHER = "a16 and other gemm"
 _OURS = (
     (OUR_GEMM, r"lrq::.*\bgemm_sm(80|90)_kernel<"),
     (OUR_A16, r"lrq::.*\b(gemm_a16_sm90_kernel|gemv_kernel)<"),
@@ -43,29 +49,31 @@ _RULES = (
     ),
     # Inductor names a kernel after the ops whose work it took part in, so that one which prepares
     # or scales a product bears its name. Only templates multiply.
-    (GEMM, r"^triton_tem_fused_.*mm"),
+    (GEMM, r"^triton_tem_fused_.*(mm|convolution)"),
     (ATTENTION, r"^triton_tem_fused_.*attention"),
     # A scale by the largest value, or values cut to those of a code: torchao's, after a norm or an
-    # activation as it comes.
-    (QUANTIZATION, r"^triton_(poi|red|per)_fused_.*(amax|clamp)"),
+    # activation as it comes. The word in front is the kind of loop, "unk" where that has no name.
+    (QUANTIZATION, r"^triton_[a-z]+_fused_.*(amax|clamp)"),
     (ELEMENTWISE, r"^triton_"),
     # Of bitsandbytes, torchao and SDNQ.
     (
         QUANTIZATION,
         r"kQuantizeBlockwise|kDequantizeBlockwise|dequantize|quantize_|_(de)?quant_kernel",
     ),
-    (GEMM, r"^sdnq_(triton|scaled)_mm_kernel|^(scaled_)?matmul_kernel"),
+    (GEMM, r"^sdnq_(triton|scaled)_mm_kernel|^(scaled_)?matmul_kernel|^_kernel_matmul_fp8_row"),
     (
         ATTENTION,
-        r"sdpa|flash_fwd|flash_attn|FlashAttn|fmha|efficient_attention|_attention",
+        r"sdpa|flash_fwd|flash_attn|FlashAttn|fmha|efficient_attention|_attention|_attn_",
     ),
-    (COPY, r"^Mem(cpy|set)|CatArrayBatchedCopy|direct_copy_kernel|copy_device_to_device"),
+    # A cast is a copy to torch; cuDNN changes layouts around a convolution.
+    (COPY, r"^Mem(cpy|set)|CatArrayBatchedCopy|_copy_kernel|copy_device_to_device"),
+    (COPY, r"\b(nchwToNhwc|nhwcToNchw)Kernel"),
     (COPY, r"^aten::(copy_|cat|clone|contiguous|to)$"),
     # "nvjet", "xmma", "cutlass" are families of libraries; convolutions are products to them.
     (
         GEMM,
         r"nvjet_|xmma|gemm|GEMM|cutlass|gemv|splitK|dot_kernel"
-        r"|^aten::(linear|addmm|mm|bmm|matmul|_scaled_mm|_int_mm|conv\w*)$",
+        r"|^aten::(linear|addmm|mm|bmm|baddbmm|matmul|_scaled_mm|_int_mm|conv\w*)$",
     ),
     (
         ELEMENTWISE,
@@ -92,6 +100,11 @@ def family_of_kernel(name: str) -> str:
 def our_work(name: str) -> str | None:
     """Which counted work of lrq a GPU kernel does, None where it is not lrq's."""
     return next((work for work, rule in _COMPILED_OURS if rule.search(name)), None)
+
+
+def is_dequantize(name: str) -> bool:
+    """Whether a GPU kernel decodes weights of lrq for a product by torch."""
+    return re.search(r"lrq::.*\bdequantize_kernel", name) is not None
 
 
 def counted_work(name: str) -> str | None:

@@ -24,9 +24,13 @@ from .kernel_families import (
     FAMILIES,
     LAUNCH_GAPS,
     OTHER,
+    OTHER_GEMM,
+    OUR_A16,
+    OUR_A16_AND_OTHER,
     OUR_GEMM,
     counted_work,
     family_of_kernel,
+    is_dequantize,
 )
 from .machine_limits import Limits
 from .model_memory import memory_by_kind
@@ -177,9 +181,15 @@ def reached_of(
     kernels: Iterable[Kernel], work: Mapping[str, Work], limits: Limits
 ) -> list[Reached]:
     """For each kind of counted work, of the kernels that do it."""
+    kernels = list(kernels)
+    merged: dict[str | None, str] = {}
+    if any(is_dequantize(kernel.name) for kernel in kernels):
+        merged = {OUR_A16: OUR_A16_AND_OTHER, OTHER_GEMM: OUR_A16_AND_OTHER}
+        work = _summed(work, merged)
     found: dict[str, Reached] = {}
     for kernel in kernels:
         kind = counted_work(kernel.name)
+        kind = merged.get(kind, kind)
         if kind is not None:
             reached = found.setdefault(kind, Reached(kind, 0.0, 0.0))
             reached.ms += kernel.ms
@@ -195,6 +205,23 @@ def reached_of(
             limit = limits.tops_8 if kind == OUR_GEMM else limits.tops_16
             reached.tops_share = _share(reached.tops, limit)
     return list(found.values())
+
+
+def _summed(work: Mapping[str, Work], names: Mapping[str | None, str]) -> dict[str, Work]:
+    """Of kinds with one name there: their sum, its bytes 0 where those of a part are not known."""
+    result: dict[str, Work] = {}
+    for kind, part in work.items():
+        name = names.get(kind, kind)
+        whole = result.get(name)
+        if whole is not None:
+            known = part.bytes and whole.bytes
+            part = Work(
+                part.calls + whole.calls,
+                part.operations + whole.operations,
+                part.bytes + whole.bytes if known else 0,
+            )
+        result[name] = part
+    return result
 
 
 def _share(value: float, limit: float | None) -> float | None:
@@ -217,8 +244,11 @@ class Recording:
         return families_of(self.kernels, self.wall_ms, self.wall_ms - self.busy_ms)
 
 
-def record_forwards(model: nn.Module, inputs: dict[str, Any], steps: int = 5) -> Recording:
-    """Record `steps` forwards of a model that has run before, on the device of the inputs.
+def record_forwards(
+    model: nn.Module, inputs: dict[str, Any], steps: int = 5, *, trace: Path | None = None
+) -> Recording:
+    """Record `steps` forwards of a model that has run before, on the device of the inputs. trace:
+    write a Chrome trace of one more, operators and kernels, to this file.
 
     Raises RuntimeError where the profiler saw nothing.
     """
@@ -232,6 +262,8 @@ def record_forwards(model: nn.Module, inputs: dict[str, Any], steps: int = 5) ->
         wall = max(e.start + e.duration for e in events) - min(e.start for e in events)
     else:
         events, wall = _record_cpu(run)
+    if trace is not None:
+        _write_trace(lambda: _forwards(model, inputs, 1), trace, on_gpu)
     return Recording(kernels_of(events, steps), wall / steps / 1e3, busy_us(events) / steps / 1e3)
 
 
@@ -259,8 +291,8 @@ def profile_forward(
     facts: dict[str, Any] | None = None,
 ) -> Profile:
     """Run `model` on `inputs` for a second, time `steps` forwards, record as many, on the device
-    of the inputs. work: what one forward asks of its ops (op_work.count_work). trace: write a
-    Chrome trace of one more forward, operators and kernels, to this file.
+    of the inputs. work: what one forward asks of its ops (op_work.count_work). trace: as of
+    record_forwards.
 
     Raises ValueError for steps below 1, and RuntimeError where the profiler saw nothing.
     """
@@ -279,9 +311,7 @@ def profile_forward(
     memory = {kind: size / 1e9 for kind, size in memory_by_kind(model).items()}
     if on_gpu:
         memory["activations, peak"] = torch.cuda.max_memory_allocated() / 1e9 - sum(memory.values())
-    recording = record_forwards(model, inputs, steps)
-    if trace is not None:
-        _write_trace(lambda: forwards(1), trace, on_gpu)
+    recording = record_forwards(model, inputs, steps, trace=trace)
     return Profile(
         facts=facts or {},
         device=str(device),

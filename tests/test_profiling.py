@@ -23,6 +23,7 @@ from lrq_quant.kernel_families import (
     OTHER,
     OTHER_GEMM,
     OUR_A16,
+    OUR_A16_AND_OTHER,
     OUR_GEMM,
     OUR_QK,
     OUR_QUANTIZATION,
@@ -61,6 +62,48 @@ C void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cu
 C Memset (Device)
 X c10d::symmetric_memory::barrier_kernel(unsigned int**, int, int, int, unsigned long)
 X write_tokens_kernel
+"""
+# Of other packages on Hopper, as profiles that others published and their sources have them:
+# cuBLAS and cuDNN, CUTLASS, torch, inductor, torchao, bitsandbytes, SDNQ.
+OF_PEERS = """\
+G nvjet_tst_192x192_64x4_2x1_v_bz_coopB_TNN
+G nvjet_sm90_tst_192x192_64x3_2x1_v_bz_coopB_NTN
+G sm90_xmma_gemm_i8i32_i8i32_i32_tn_n_tilesize256x128x128_warpgroupsize2x1x1_execute_segment_k_off
+G void cutlass::Kernel2<cutlass_80_tensorop_i16832gemm_s8_256x128_64x3_tn_align16>(cutlass_80_
+G cutlass_80_wmma_tensorop_i161616gemm_s8_forwardCompat_128x128_32x2_nn_align4
+G cutlass3x_sm90_tensorop_s64x128x32gemm_e4m3_e4m3_f32_bf16_bf16_64x128x128_2x1x1_0_tnt_align16
+G void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16_256x128_32x3_tn_align8>
+G void gemvx::kernel<int, int, __nv_bfloat16, __nv_bfloat16, __nv_bfloat16, float, false
+G sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x64
+G void implicit_convolve_sgemm<__half, __half, 1024, 5, 5, 3, 3, 3, 1, false, false, true>
+C void cudnn::ops::nchwToNhwcKernel<__nv_bfloat16, __nv_bfloat16, float, false, true
+C void cudnn::engines_precompiled::nhwcToNchwKernel<float, __nv_bfloat16, float
+G triton_tem_fused__int_mm__to_copy_add_clamp_div_elu_mul_round
+G triton_tem_fused__scaled_mm_t_3
+G triton_tem_fused_addmm_gelu_view_5
+G triton_tem_fused_convolution_1
+Q triton_red_fused__to_copy_abs_amax_clamp_clamp_min_div_round_1
+Q triton_red_fused__scaled_mm__to_copy_abs_amax_clamp_mul_reciprocal_0
+Q triton_per_fused__to_copy_abs_amax_clamp_div_mul_silu_split_unsqueeze_view_4
+Q triton_unk_fused__to_copy_abs_amax_clamp_div_0
+E triton_poi_fused__int_mm__to_copy_add_mul_view_9
+E triton_per_fused__to_copy_add_mean_mul_pow_rsqrt_2
+E triton_poi_fused_addmm_gelu_view_1
+E triton_for_fused_add_0
+G _kernel_matmul_fp8_row_tma_persistent
+Q _kernel_quantize_fp8_row
+G void gemm_4bit_sm80_m16n8k16<__nv_bfloat16, 128, 128, 64>(__nv_bfloat16 const*, unsigned char
+G void gemm_4bit_simt<__nv_bfloat16, 1>(__nv_bfloat16 const*, unsigned char const*
+Q void kQuantizeBlockwise<__nv_bfloat16, 64, 2, 0, 2>(float*, __nv_bfloat16*
+A sdnq_attn_kernel
+A void cutlass::device_kernel<flash::enable_sm90_or_later<flash::FlashAttnFwdSm90<flash::Collecti
+A void cutlass::device_kernel<flash::FlashAttnFwdCombine<
+A void flash::flash_fwd_splitkv_kernel<Flash_fwd_kernel_traits<128, 64, 128, 4, false, false
+C void at::native::vectorized_elementwise_kernel<4, at::native::bfloat16_copy_kernel_cuda(at::Ten
+C void at::native::vectorized_elementwise_kernel<4, at::native::float8_copy_kernel_cuda(at::Tensor
+C Memcpy HtoD (Pageable -> Device)
+E void at::native::vectorized_elementwise_kernel<8, at::native::(anonymous namespace)::launch_clamp
+E void at::native::(anonymous namespace)::softmax_warp_forward<float, __nv_bfloat16, float, 8
 """
 # As the sources of torch, inductor, bitsandbytes and of lrq have them.
 FROM_SOURCES = """\
@@ -102,7 +145,8 @@ O some_kernel_of_another_library
 """
 _FAMILY = {"G": GEMM, "A": ATTENTION, "Q": QUANTIZATION, "E": ELEMENTWISE}
 _FAMILY |= {"C": COPY, "X": EXCHANGE, "O": OTHER}
-KERNELS = {line[2:]: _FAMILY[line[0]] for line in (RECORDED + FROM_SOURCES).splitlines()}
+_LINES = (RECORDED + OF_PEERS + FROM_SOURCES).splitlines()
+KERNELS = {line[2:]: _FAMILY[line[0]] for line in _LINES}
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -164,6 +208,23 @@ def test_what_is_reached_of_the_limits():
     assert rotate.tops is None and rotate.tbps == pytest.approx(2.0)
     (gemm, rotate) = profiling.reached_of(kernels, {}, profiling.UNKNOWN)
     assert gemm.tops is None and rotate.tbps is None
+
+
+def test_a16_products_by_torch_are_held_to_the_time_of_torchs_kernels():
+    """What gemm_a16 multiplies by torch is no work of gemv, whose share would pass the limit."""
+    decode = "void lrq::dequantize_kernel<4, __nv_bfloat16>(lrq::DequantizeArgs)"
+    events = [Event("nvjet_tst", 0, 900), Event("void lrq::gemv_kernel<1>()", 900, 100)]
+    work = {OUR_A16: Work(3, int(400e6), int(2e6)), OTHER_GEMM: Work(1, int(100e6), int(1e6))}
+    limits = Limits(10.0, 2.0, 1.0)
+    apart = profiling.reached_of(profiling.kernels_of(events, 1), work, limits)
+    assert [reached.kind for reached in apart] == [OTHER_GEMM, OUR_A16]
+    kernels = profiling.kernels_of([*events, Event(decode, 1000, 50)], 1)
+    (reached,) = profiling.reached_of(kernels, work, limits)
+    assert (reached.kind, reached.ms, reached.launches) == (OUR_A16_AND_OTHER, 1.0, 2)
+    assert reached.tops_share == pytest.approx(0.5) and reached.tbps_share == pytest.approx(0.3)
+    unknown = {kind: Work(w.calls, w.operations) for kind, w in work.items()}
+    (reached,) = profiling.reached_of(kernels, unknown, limits)
+    assert reached.tops == pytest.approx(0.5) and reached.tbps is None
 
 
 def test_gpu_events_of_a_trace():
