@@ -17,8 +17,11 @@ the first forward of a compiled or captured model, with the compilation or captu
 bf16 roundings alone make differences that are larger than what fusion changes, so that the row of
 bf16-compiled is the measure for the others. Below 45 dB the line says so.
 
---breakdown records some more forwards of each variant and adds the ms by family of kernels, of gaps
-between them, and the slowest kernels to its row and the picture. `lrq profile` has more of ours.
+--breakdown records some more forwards of each variant. It adds the ms by family of kernels and of
+gaps between them to its row and to the picture, and to the row the slowest kernels and what GEMMs
+and attention reach of the limits of the GPU, which it measures first; a table of variants and
+families ends the output. --trace FOLDER does that too, and writes a Chrome trace of one forward to
+VARIANT.json. `lrq profile` has more of lrq's own kernels.
 
 Rows are written after each variant, so that a run cut short keeps what it has; a variant that fails
 is a row with its error, and the exit code is 1 but for peers that are not installed.
@@ -35,13 +38,14 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.model_breakdown import broken_down, product_operations, table
 from benchmarks.model_plot import plot
 from benchmarks.model_variants import (
     DEFAULT_VARIANTS,
@@ -57,21 +61,20 @@ from benchmarks.model_variants import (
 from benchmarks.peers import PeerMissing
 from benchmarks.rows import error_text, write_json
 from lrq_kernels.testing import sqnr_db
+from lrq_quant.machine_limits import Limits, measure_limits
 from lrq_quant.model_shapes import names_with_inputs
 from lrq_quant.model_source import ModelSource
-from lrq_quant.profiling import record_forwards
 from lrq_quant.run_modes import COMPILE_KINDS, remove_compiled_and_graph
 
 WARMUP_S, TIMED_S = 1.0, 1.5
 MIN_FORWARDS, MAX_FORWARDS = 10, 200
 EXPECTED_SQNR_DB = 45.0
-# Of a breakdown: how many forwards are recorded, and kernels named.
-RECORDED_FORWARDS, NAMED_KERNELS = 3, 12
 
 
 @dataclass
 class Run:
-    """What the variants of one call share. loaded: outputs of each base as made, on the CPU."""
+    """What the variants of one call share. loaded: outputs of each base as made, on the CPU;
+    operations: of the bf16 model, as product_operations counts them."""
 
     models: Models
     inputs: dict[str, Any]
@@ -80,7 +83,10 @@ class Run:
     fusion: bool = True
     output_error: bool = False
     breakdown: bool = False
+    traces: Path | None = None
+    limits: Limits = Limits()
     loaded: dict[str, Tensor] = field(default_factory=dict)
+    operations: dict[str, int] = field(default_factory=dict)
 
     @property
     def on_gpu(self) -> bool:
@@ -165,7 +171,12 @@ def measure(run: Run, variant: Variant) -> dict[str, Any]:
     """What a row says of one variant. Raises what the packages that it runs raise."""
     if variant.mode == "graph" and not run.on_gpu:
         raise RuntimeError("a CUDA graph needs a CUDA device")
+    if run.breakdown and not variant.is_lrq and not run.operations:
+        run.operations = product_operations(run.models.dense(), run.inputs)
     model, row = run.models.make(variant)
+    operations = run.operations
+    if run.breakdown and variant.is_lrq:  # a low-rank branch has products of its own
+        operations = product_operations(model, run.inputs)
     try:
         compare = run.output_error and (variant.is_lrq or variant.base == "bf16")
         if compare and variant.base not in run.loaded:
@@ -187,21 +198,22 @@ def measure(run: Run, variant: Variant) -> dict[str, Any]:
         row |= time_forwards(run, model)
         row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9 if run.on_gpu else None
         if run.breakdown:
-            row |= broken_down(run, model)
+            row |= try_breakdown(run, model, variant, operations)
         return row
     finally:
         if variant.base == "bf16":
             remove_compiled_and_graph(model)
 
 
-def broken_down(run: Run, model: nn.Module) -> dict[str, Any]:
-    """families: ms of a recorded forward by family; kernels: the slowest, with their family."""
-    recording = record_forwards(model, run.inputs, RECORDED_FORWARDS)
-    return {
-        "recorded_ms": recording.wall_ms,
-        "families": {family.name: family.ms for family in recording.families},
-        "kernels": [asdict(kernel) for kernel in recording.kernels[:NAMED_KERNELS]],
-    }
+def try_breakdown(
+    run: Run, model: nn.Module, variant: Variant, operations: dict[str, int]
+) -> dict[str, Any]:
+    """broken_down; where that fails, the reason: what was timed before stands."""
+    trace = None if run.traces is None else run.traces / f"{variant.name}.json"
+    try:
+        return broken_down(model, run.inputs, variant, operations, run.limits, trace)
+    except RuntimeError as error:
+        return {"breakdown_error": error_text(error)}
 
 
 def output_errors(loaded: Tensor, output: Tensor) -> dict[str, float | None]:
@@ -237,7 +249,7 @@ HEADER = f"{'variant':23}{'ms':>9}{'iqr':>7}" + "".join(f"{t:>{w}}" for _, t, w,
 
 
 def line(row: dict[str, Any]) -> str:
-    """One line of the table, or two."""
+    """One line of the table."""
     if "error" in row:
         return f"{row['variant']:23} failed: {row['error']}"
     cells = []
@@ -245,11 +257,7 @@ def line(row: dict[str, Any]) -> str:
         value = row.get(key)
         cells.append(f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}")
     figures = f"{row['variant']:23}{row['ms']:9.2f}{100 * row['spread']:6.1f}%" + "".join(cells)
-    figures = f"{figures}  {'; '.join(notes(row))}".rstrip()
-    if "families" in row:
-        parts = ", ".join(f"{name} {ms:.2f}" for name, ms in row["families"].items())
-        figures += f"\n    recorded {row['recorded_ms']:.2f}: {parts}"
-    return figures
+    return f"{figures}  {'; '.join(notes(row))}".rstrip()
 
 
 def notes(row: dict[str, Any]) -> Iterator[str]:
@@ -263,6 +271,8 @@ def notes(row: dict[str, Any]) -> Iterator[str]:
         db = row["output_sqnr_db"]
         low = " (below 45)" if db is not None and db < EXPECTED_SQNR_DB else ""
         yield "output equal" if db is None else f"output {db:.1f} dB{low}"
+    if "breakdown_error" in row:
+        yield f"no breakdown, {row['breakdown_error']}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -288,6 +298,12 @@ def _parser() -> argparse.ArgumentParser:
         help="compare outputs to those of the model as loaded",
     )
     parser.add_argument("--breakdown", action="store_true", help="ms by family of kernels too")
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FOLDER",
+        help="breakdown, and a Chrome trace of each in FOLDER",
+    )
     parser.add_argument("--cache", type=Path, help="folder to keep quantized checkpoints in")
     parser.add_argument("--device", default="cuda", help="cpu: to try it with a tiny model")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
@@ -312,6 +328,15 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     facts |= machine(arguments.device)
+    breakdown = arguments.breakdown or arguments.trace is not None
+    limits = Limits()
+    if breakdown and arguments.device.startswith("cuda"):
+        limits = measure_limits()
+        free()
+    if breakdown:
+        facts["limits"] = limits._asdict()
+    if arguments.trace is not None:
+        arguments.trace.mkdir(parents=True, exist_ok=True)
     print(", ".join(f"{key} {value}" for key, value in facts.items()), HEADER, sep="\n", flush=True)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -321,19 +346,24 @@ def main(argv: list[str] | None = None) -> int:
             Models(arguments.model, arguments.device, folder),
             inputs,
             arguments.device,
-            arguments.compile,
-            not arguments.no_fusion,
-            arguments.output_error,
-            arguments.breakdown,
+            compile=arguments.compile,
+            fusion=not arguments.no_fusion,
+            output_error=arguments.output_error,
+            breakdown=breakdown,
+            traces=arguments.trace,
+            limits=limits,
         )
         for row in rows_of(run, variants, facts):
             rows.append(row)
             print(line(row), flush=True)
             if arguments.json:
                 write_json(rows, arguments.json)
+    if breakdown:
+        print(table(rows))
     if arguments.plot:
         plot(rows, arguments.plot)
-    return int(any("error" in row and "missing" not in row for row in rows))
+    failed = ("breakdown_error" in row or ("error" in row and "missing" not in row) for row in rows)
+    return int(any(failed))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,16 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from benchmarks import bench_model as bench
+from benchmarks import model_breakdown, peers
 from benchmarks import model_variants as variants
-from benchmarks import peers
 from benchmarks.model_plot import plot
 from benchmarks.model_variants import Variant
 from lrq_kernels.testing import relative_error
+from lrq_quant.machine_limits import Limits
 from lrq_quant.model_inputs import model_inputs
 from lrq_quant.model_memory import memory_by_kind, tensor_bytes
 from lrq_quant.model_shapes import make_model, named_inputs, names_with_inputs
+from lrq_quant.profiling import Kernel, Recording
 
 
 @pytest.fixture(autouse=True)
@@ -38,12 +41,15 @@ def cache(tmp_path_factory) -> Path:
 
 
 def run(
-    tmp_path: Path, cache: Path, *names: str, model: object = "tiny-flux"
+    tmp_path: Path,
+    cache: Path,
+    *names: str,
+    model: object = "tiny-flux",
+    options: Sequence[str] = ("--output-error",),
 ) -> tuple[int, list[dict]]:
     file = tmp_path / "rows.json"
-    options = ["--device", "cpu", "--size", "64", "--json", str(file), "--output-error"]
-    options += ["--cache", str(cache)]
-    code = bench.main(["--model", str(model), *options, "--variants", *names])
+    given = ["--device", "cpu", "--size", "64", "--json", str(file), "--cache", str(cache)]
+    code = bench.main(["--model", str(model), *given, *options, "--variants", *names])
     return code, json.loads(file.read_text())
 
 
@@ -68,26 +74,90 @@ def test_rows_of_variants(model: str, cache: Path, tmp_path: Path, capsys):
 
 
 def test_breakdown_by_family(cache: Path, tmp_path: Path, capsys):
-    """The parts add up to the forward that was recorded; kernels bear the family they count for."""
-    options = ["--device", "cpu", "--size", "64", "--cache", str(cache), "--breakdown"]
-    options += ["--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "bars.png")]
-    assert (
-        bench.main(["--model", "tiny-pixart", *options, "--variants", "bf16-eager", "w4a8-eager"])
-        == 0
-    )
-    dense, ours = json.loads((tmp_path / "rows.json").read_text())
+    """The parts add up to the forward that was recorded; kernels bear the family they count for;
+    both are held to the same products."""
+    names = ("bf16-eager", "w4a8-eager")
+    options = ["--breakdown", "--trace", str(tmp_path / "new" / "traces")]
+    options += ["--plot", str(tmp_path / "bars.png")]
+    code, (dense, ours) = run(tmp_path, cache, *names, model="tiny-pixart", options=options)
+    assert code == 0
     for row in (dense, ours):
         families = row["families"]
         assert sum(families.values()) == pytest.approx(row["recorded_ms"])
         assert min(families.values()) >= 0 and families["gemm"] > 0 and families["attention"] > 0
         for kernel in row["kernels"]:
             assert kernel["ms"] <= families[kernel["family"]] * (1 + 1e-9)
+        assert row["gemm_share"] is None and row["limits"] == Limits()._asdict()
+    for family in ("gemm", "attention"):
+        done = [row[f"{family}_tops"] * row["families"][family] for row in (dense, ours)]
+        assert done[0] == pytest.approx(done[1]) and done[0] > 0
     assert "quantization" in ours["families"] and "quantization" not in dense["families"]
-    names = {kernel["name"] for kernel in ours["kernels"]}
-    assert "lrq::gemm" in names and not any(
-        "lrq::" in kernel["name"] for kernel in dense["kernels"]
-    )
-    assert f"recorded {ours['recorded_ms']:.2f}: gemm" in capsys.readouterr().out
+    by_lrq = [any("lrq::" in kernel["name"] for kernel in row["kernels"]) for row in (dense, ours)]
+    assert by_lrq == [False, True]
+    for name in names:
+        trace = json.loads((tmp_path / "new" / "traces" / f"{name}.json").read_text())
+        assert any(event["name"] == "aten::linear" for event in trace["traceEvents"])
+    out = capsys.readouterr().out
+    titles, *lines = out[out.index("of a recorded forward") :].splitlines()[1:4]
+    assert titles.split()[:4] == ["variant", "ms", "gemm", "attention"]
+    for line, row in zip(lines, (dense, ours), strict=True):
+        gemm = row["families"]["gemm"]
+        assert line.split()[:3] == [row["variant"], f"{row['recorded_ms']:.2f}", f"{gemm:.2f}"]
+
+
+def test_a_breakdown_that_fails_leaves_the_times(cache: Path, tmp_path: Path, monkeypatch, capsys):
+    def nothing(*_: object, **__: object) -> None:
+        raise RuntimeError("the profiler recorded no kernel")
+
+    monkeypatch.setattr(model_breakdown, "record_forwards", nothing)
+    code, (row,) = run(tmp_path, cache, "bf16-eager", options=["--breakdown"])
+    assert code == 1 and row["ms"] > 0 and "families" not in row
+    assert "no breakdown, RuntimeError: the profiler recorded" in capsys.readouterr().out
+
+
+def test_breakdown_table_of_variants_and_families():
+    """A family that one variant lacks is a zero; a share is there where its limit is."""
+    rows = [
+        {"variant": "nf4", "recorded_ms": 12.0, "families": {"gemm": 8.0, "quantization": 3.0}},
+        {
+            "variant": "w4a8-graph",
+            "recorded_ms": 5.0,
+            "families": {"gemm": 4.5, "launch gaps": 0.5},
+        },
+        {"variant": "sdnq", "error": "no"},
+    ]
+    rows[0] |= {"gemm_tops": 500.4, "gemm_share": 0.662}
+    rows[1] |= {"gemm_tops": 900.0, "gemm_share": None}
+    titles, *lines = model_breakdown.table(rows).splitlines()[1:]
+    assert titles.split()[2:6] == ["gemm", "quantization", "launch", "gaps"]
+    assert [line.split() for line in lines] == [
+        ["nf4", "12.00", "8.00", "3.00", "0.00", "500", "(66%)", "-"],
+        ["w4a8-graph", "5.00", "4.50", "0.00", "0.50", "900", "-"],
+    ]
+    assert len({len(line) for line in (titles, *lines)}) == 1
+
+
+@pytest.mark.parametrize(
+    "name, limit",
+    [
+        ("bf16-compiled", 700.0),
+        ("nf4", 700.0),
+        ("w4a16-eager", 700.0),
+        ("torchao-fp8-compiled", 1400.0),
+        ("torchao-int8-compiled", 1400.0),
+        ("sdnq", 1400.0),
+        ("w4a4-graph", 1400.0),
+    ],
+)
+def test_products_are_held_to_the_limit_of_their_bits(name: str, limit: float, monkeypatch):
+    recording = Recording([Kernel("nvjet_tst", "gemm", 2.0, 3.0)], 2.5, 2.0)
+    monkeypatch.setattr(model_breakdown, "record_forwards", lambda *_, **__: recording)
+    operations = {"gemm": int(1.4e12), "attention": 0}
+    limits = Limits(3000.0, 1400.0, 700.0)
+    row = model_breakdown.broken_down(nn.Module(), {}, Variant.parse(name), operations, limits)
+    assert row["families"] == {"gemm": 2.0, "launch gaps": 0.5}
+    assert row["gemm_tops"] == pytest.approx(700.0) and "attention_tops" not in row
+    assert row["gemm_share"] == pytest.approx(700.0 / limit)
 
 
 def test_a_low_rank_branch_is_a_variant(cache: Path, tmp_path: Path):
