@@ -137,8 +137,8 @@ def test_main_loop_of_the_hopper_gemm(setup_py, bits: int):
             return sum(bool(re.search(pattern, text)) for text in texts)
 
         assert count(rf"IGMMA\.64x{tile}x32\.S8\.S8") == 4 * steps, name
-        # One product, of a step or of a slice, stays in flight.
-        assert count("WARPGROUP.DEPBAR.LE gsb0, 0x1") == waits * steps, name
+        # One product stays in flight of two operands, two slices' products of a single one.
+        assert count(f"WARPGROUP.DEPBAR.LE gsb0, 0x{consumers - 1}") == waits * steps, name
         assert count("MEMBAR|ERRBAR|LDL|STL") == 0, name
         assert count(r"LDS\.128") == {4: 2, 3: 1, 2: 1}[bits] * steps, name
         assert decode[0] * steps <= count("PRMT") <= decode[0] * steps + 4, name

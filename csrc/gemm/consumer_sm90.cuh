@@ -8,11 +8,11 @@
 //     step s + 1                                   wait full, load, decode a0   | wgmma a0 ...
 //
 // One operand, for three consumers: a stage is four products of 32 k, each with a quarter (slice)
-// of the operand, and one product is under way while the slice that the product before it has read
-// is decoded anew, for the next stage.
+// of the operand, and two products are under way while the slice that the one before them has read
+// is decoded anew, for the product after them.
 //
-//     product   | s, 0 | s, 1   | s, 2   | s, 3   | s+1, 0 | s+1, 1 | ...
-//     decode           | s, 3   | s+1, 0 | s+1, 1 | s+1, 2 | s+1, 3 | ...
+//     product   | s, 0 | s, 1 | s, 2   | s, 3   | s+1, 0 | s+1, 1 | ...
+//     decode           | s, 2 | s, 3   | s+1, 0 | s+1, 1 | s+1, 2 | ...
 #pragma once
 
 #include <cstdint>
@@ -234,10 +234,11 @@ class OneOperandConsumer : public ConsumerBase<Gemm> {
     }
     const uint64_t x = this->x_descriptor(slot_);
     multiply_slice(x, 0, 1);
+    decode(2);
+    multiply_slice(x, 1, 1);
     decode(3);
     this->release_slot(left_);
     left_ = slot_;
-    multiply_slice(x, 1, 1);
     multiply_slice(x, 2, 1);
     multiply_slice(x, 3, 1);
   }
@@ -255,19 +256,19 @@ class OneOperandConsumer : public ConsumerBase<Gemm> {
   __device__ __forceinline__ void step(bool first) {
     const uint64_t x = this->x_descriptor(slot_);
     multiply_slice(x, 0, first ? 0 : 1);
+    decode(2);
+    multiply_slice(x, 1, 1);
     decode(3);
     if (!first) {
       this->release_slot(left_);
     }
     left_ = slot_;
-    multiply_slice(x, 1, 1);
+    multiply_slice(x, 2, 1);
     enter_stage();
     decode(0);
-    multiply_slice(x, 2, 1);
+    multiply_slice(x, 3, 1);
     decode(1);
     load_words(2);
-    multiply_slice(x, 3, 1);
-    decode(2);
   }
 
   __device__ __forceinline__ void enter_stage() {
@@ -287,12 +288,11 @@ class OneOperandConsumer : public ConsumerBase<Gemm> {
     decode_slice<kBits>(a_[0], words_, this->tables_, 0);
     decode_slice<kBits>(a_[1], words_, this->tables_, 1);
     load_words(2);
-    decode_slice<kBits>(a_[2], words_, this->tables_, 2);
   }
 
-  // Once one product is under way at most, which reads another slice.
+  // Once two products are under way at most, which read other slices.
   __device__ __forceinline__ void decode(int slice) {
-    wgmma_wait<1>();
+    wgmma_wait<2>();
     pin_registers(a_[slice]);
 #pragma unroll
     for (int word = 0; word < words_per_lane(kBits); ++word) {
@@ -310,8 +310,8 @@ class OneOperandConsumer : public ConsumerBase<Gemm> {
     wgmma_commit();
   }
 
-  // Slices 0..2 of a_ belong to stage slot_; slice 3 still to the stage before, until the first
-  // product of slot_ is under way.
+  // Slices 0 and 1 of a_ belong to stage slot_; 2 and 3 still to the stage before, until the first
+  // two products of slot_ are under way.
   Operand a_;
   uint32_t words_[words_per_lane(kBits)];
   int slot_ = 0;

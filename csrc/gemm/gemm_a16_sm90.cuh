@@ -22,7 +22,11 @@
 //
 // that is, lane t takes pair t % 2 of lane t / 2, then pair t % 2 of lane 2 + t / 2.
 //
-// A half of a stage (64 k, four products) is decoded under the products of the half before.
+// A warp whose product waits for the one before issues nothing else. So decoding is dealt out
+// between the products of a stage, a slice of 32 k (two products) at a time, three slices ahead:
+//
+//     products of slice      0       1       2       3       0 ...
+//     decoded under them         3       0'      1'      2'      3' ...     (' of the next stage)
 #pragma once
 
 #include <cuda.h>
@@ -113,16 +117,18 @@ struct A16Ring {
   }
 };
 
-// Lane t's words become those whose nibbles are in the order that operand A of 16 bits wants.
+// Words first.. of lane t become those whose nibbles are in the order that operand A of 16 bits
+// wants.
 template <int kWords>
-__device__ __forceinline__ void exchange_pairs(uint32_t (&words)[kWords], int lane) {
-  const int first = (lane & ~3) + lane % 4 / 2;
+__device__ __forceinline__ void exchange_pairs(uint32_t (&words)[kWords], int first, int count,
+                                               int lane) {
+  const int source = (lane & ~3) + lane % 4 / 2;
   const uint32_t selector = lane % 2 == 0 ? 0x6240u : 0x7351u;
 #pragma unroll
-  for (int i = 0; i < kWords; ++i) {
-    const uint32_t low = __shfl_sync(0xffffffffu, words[i], first);
-    const uint32_t high = __shfl_sync(0xffffffffu, words[i], first + 2);
-    words[i] = prmt(low, high, selector);
+  for (int i = 0; i < count; ++i) {
+    const uint32_t low = __shfl_sync(0xffffffffu, words[first + i], source);
+    const uint32_t high = __shfl_sync(0xffffffffu, words[first + i], source + 2);
+    words[first + i] = prmt(low, high, selector);
   }
 }
 
@@ -188,91 +194,145 @@ __device__ __forceinline__ void consume_a16(typename Gemm::Shared& shared,
   const int warp = thread / 32;
   const int channel = 16 * warp + lane / 4;  // this lane's first of 64; the other is 8 further
 
-  using HalfOperand = uint32_t[4][4];  // four k16 of operand A
   uint32_t acc[kTileM / 2];
-  A16Ring<Gemm::kStages> ring;
-  LevelTable<kBits> tables[kRowsPerLane];
+  uint32_t a[kSlices][2][4];  // two k16 of operand A for each slice
   uint32_t words[words_per_lane(kBits)];
+  LevelTable<kBits> tables[kRowsPerLane];
+  A16Ring<Gemm::kStages> ring;  // the stage that is decoded next
+  int slot = 0;                 // of the stage that is multiplied
 
-  const auto decode_half = [&](HalfOperand& a, int half) {
+  // The first words are asked for before any is used, the others when those are used up.
+  const auto load_words = [&](int slice) {
+    load_slice_words<kBits>(words, shared.w[slot] + warpgroup * half_tile_words(kBits), thread,
+                            slice);
+    constexpr int kFirst = kBits == 3 ? 6 : 4;
+    exchange_pairs(words, slice == 0 ? 0 : 4, kFirst, lane);
+  };
+  const auto await_stage = [&] {
+    mbarrier_wait(shared_address(&shared.full[ring.slot]), ring.parity);
+    slot = ring.slot;
+    ring.advance();
+  };
+  // Once no more than `pending` slices are being multiplied, none of which is a[slice].
+  const auto decode = [&](int slice, auto pending) {
+    wgmma_wait<decltype(pending)::value>();
+    pin_registers(a[slice][0]);
+    pin_registers(a[slice][1]);
 #pragma unroll
-    for (int slice = 0; slice < 2; ++slice) {
-      uint32_t levels[4];
-      decode_slice<kBits>(levels, words, tables, 2 * half + slice);
+    for (int word = 0; word < words_per_lane(kBits); ++word) {
+      if (slice_reads_word(kBits, slice, word)) {
+        pin_register(words[word]);
+      }
+    }
+    uint32_t levels[4];
+    decode_slice<kBits>(levels, words, tables, slice);
 #pragma unroll
-      for (int sixteen = 0; sixteen < 2; ++sixteen) {
+    for (int sixteen = 0; sixteen < 2; ++sixteen) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {  // row i % 2, pair i / 2
-          a[2 * slice + sixteen][i] = widen_levels<T>(levels[2 * sixteen + i % 2], i / 2);
-        }
+      for (int i = 0; i < 4; ++i) {  // row i % 2, pair i / 2
+        a[slice][sixteen][i] = widen_levels<T>(levels[2 * sixteen + i % 2], i / 2);
       }
     }
   };
-  const auto pin_half = [](HalfOperand& a) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      pin_registers(a[i]);
-    }
-  };
-  const auto multiply_half = [&](const HalfOperand& a, int half, int accumulate) {
-    const uint64_t x = swizzled_descriptor(shared_address(shared.x[ring.slot][half]));
-    pin_registers(acc);
+  constexpr std::integral_constant<int, 1> kOnePending;
+  const auto multiply = [&](int of_slot, int slice, int accumulate) {
+    const uint64_t x = swizzled_descriptor(shared_address(shared.x[of_slot][slice / 2])) +
+                       slice % 2 * 2 * kSliceDescriptorStep;
     wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      wgmma_m64k16<T, kTileM>(acc, a[i], x + i * kSliceDescriptorStep, i > 0 ? 1 : accumulate);
-    }
+    wgmma_m64k16<T, kTileM>(acc, a[slice][0], x, accumulate);
+    wgmma_m64k16<T, kTileM>(acc, a[slice][1], x + kSliceDescriptorStep, 1);
     wgmma_commit();
-    pin_registers(acc);
   };
-  const auto release_slot = [&](int slot) {
+  const auto release_slot = [&](int of_slot) {
     if (lane == 0) {
-      mbarrier_arrive_cluster(cluster_address(shared_address(&shared.empty[slot]), 0));
+      mbarrier_arrive_cluster(cluster_address(shared_address(&shared.empty[of_slot]), 0));
+    }
+  };
+  // Waits for the first stage of a tile, then for this warpgroup's lookup tables. Rows past N
+  // decode to anything: they are not stored.
+  const auto begin_tile = [&](const A16Tile& tile) {
+    const int n0 = tile.n * kTileChannels + warpgroup * kHalfTileChannels + channel;
+#pragma unroll
+    for (int row = 0; row < kRowsPerLane; ++row) {
+      const int64_t n = min_of(n0 + 8 * row, n_size - 1);
+      tables[row] = load_level_table<kBits>(params.levels + (n << kBits));
+    }
+    await_stage();
+    load_words(0);
+  };
+  const auto load_last_words = [&] {  // of slices 2 and 3, where those have words of their own
+    if constexpr (kBits == 4) {
+      load_words(2);
     }
   };
 
+  A16Tile next(blockIdx.x, m_tiles, n_tiles);
+  begin_tile(next);
+  decode(0, kOnePending);  // nothing is under way
+  decode(1, kOnePending);
+  load_last_words();
+  decode(2, kOnePending);
+#pragma unroll 1
   for (int i = blockIdx.x; i < m_tiles * n_tiles; i += gridDim.x) {
-    const A16Tile tile(i, m_tiles, n_tiles);
+    const A16Tile tile = next;
     const int n0 = tile.n * kTileChannels + warpgroup * kHalfTileChannels;
     float weight_scale[kRowsPerLane];
     float bias[kRowsPerLane];
 #pragma unroll
     for (int row = 0; row < kRowsPerLane; ++row) {
-      // Rows past N decode to anything: they are not stored.
       const int n = min_of(n0 + channel + 8 * row, n_size - 1);
-      tables[row] = load_level_table<kBits>(params.levels + (static_cast<int64_t>(n) << kBits));
       weight_scale[row] = __ldg(params.weight_scale + n);
       // fma(a, b, -0) is rn(a * b) in every case, sign of zero included.
       bias[row] = params.bias != nullptr ? __ldg(params.bias + n) : -0.0f;
     }
 
-    HalfOperand a0;
-    HalfOperand a1;
-    int left = ring.slot;
+    int left = slot;
 #pragma unroll 1
-    for (int k_tile = 0; k_tile < k_tiles; ++k_tile) {
-      mbarrier_wait(shared_address(&shared.full[ring.slot]), ring.parity);
-      load_lane_words<kBits>(words, shared.w[ring.slot] + warpgroup * half_tile_words(kBits),
-                             thread);
-      exchange_pairs(words, lane);
-      decode_half(a0, 0);
-      multiply_half(a0, 0, k_tile > 0 ? 1 : 0);
-      wgmma_wait<1>();
-      pin_half(a1);
-      if (k_tile > 0) {
+    for (int k_tile = 1; k_tile < k_tiles; ++k_tile) {
+      const int of_slot = slot;
+      multiply(of_slot, 0, k_tile > 1 ? 1 : 0);
+      decode(3, kOnePending);
+      if (k_tile > 1) {
         release_slot(left);
       }
-      decode_half(a1, 1);
-      multiply_half(a1, 1, 1);
-      wgmma_wait<1>();
-      pin_half(a0);
-      left = ring.slot;
-      ring.advance();
+      left = of_slot;
+      multiply(of_slot, 1, 1);
+      await_stage();
+      load_words(0);
+      decode(0, kOnePending);
+      multiply(of_slot, 2, 1);
+      decode(1, kOnePending);
+      load_last_words();
+      multiply(of_slot, 3, 1);
+      decode(2, kOnePending);
+    }
+
+    // The last stage: under its products the next tile is begun.
+    const int last = slot;
+    multiply(last, 0, k_tiles > 1 ? 1 : 0);
+    decode(3, kOnePending);
+    if (k_tiles > 1) {
+      release_slot(left);
+    }
+    multiply(last, 1, 1);
+    multiply(last, 2, 1);
+    multiply(last, 3, 1);
+    if (i + gridDim.x < static_cast<unsigned>(m_tiles * n_tiles)) {
+      next = A16Tile(i + gridDim.x, m_tiles, n_tiles);
+      begin_tile(next);
+      decode(0, std::integral_constant<int, 3>{});
+      decode(1, std::integral_constant<int, 2>{});
+      load_last_words();
+      decode(2, kOnePending);
     }
     wgmma_wait<0>();
     pin_registers(acc);
-    pin_half(a1);
-    release_slot(left);
+#pragma unroll
+    for (int slice = 0; slice < kSlices; ++slice) {
+      pin_registers(a[slice][0]);
+      pin_registers(a[slice][1]);
+    }
+    release_slot(last);
 
     // Thirty-two tokens at a time: registers to a [token][channel] tile by stmatrix.trans, warp w
     // in 16-byte chunks 2w and 2w + 1 of a token, stored at chunk ^ (token % 8); rows from there.

@@ -2,9 +2,9 @@
 // kernel that decodes into it, in tiles of so many tokens, or by torch on a dequantized weight.
 //
 // A model, in one place. What it stands on, H100, November 2026, 4 bits:
-//   - a step of 128 k of the kernel before decoding was dealt out between the products took
-//     960 + 5.7 T clocks in all of four tiles and seven shapes; products alone are 8 T, issuing the
-//     decoding 660. Now the longer of both should remain, and about 250 clocks of waiting;
+//   - a step of 128 k of the kernel takes 920 + 5.2 T clocks in all of four tiles and ten shapes, of
+//     which products are 8 T and issuing the decoding 660; at the power limit a step of T = 256 is
+//     a fifth longer;
 //   - torch's product took 4.5 us and 780 TFLOPS, within 8 % on the five shapes with many tokens;
 //   - dequantizing moves bits / 8 + 2 bytes a weight at the bandwidth of a copy, and is a launch.
 // So torch is chosen for many tokens and a small weight that the tiles do not divide well: 4096 x
@@ -28,8 +28,7 @@ inline double a16_kernel_us(const GemmProblem& problem, int tile_m, int sms) {
   constexpr double kLaunchUs = 2.0;
   const int64_t tiles =
       ceil_div<int64_t>(problem.m, tile_m) * ceil_div<int64_t>(problem.n, kTileChannels);
-  const int64_t step =
-      960 + 57 * tile_m / 10;  // measured on an H100, the epilogue's share included
+  const int64_t step = 920 + 52 * tile_m / 10;  // the epilogue's share included
   const int64_t tile = ceil_div<int64_t>(problem.k, kTileInputs) * step;
   return static_cast<double>(ceil_div<int64_t>(tiles, sms) * tile) / kClocksPerUs + kLaunchUs;
 }
