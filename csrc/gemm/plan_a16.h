@@ -2,7 +2,8 @@
 // kernel that decodes into it, in tiles of so many tokens, or by torch on a dequantized weight.
 //
 // A model, in one place. What it stands on, H100, November 2026, 4 bits:
-//   - a step of 128 k of the kernel takes 920 + 5.2 T clocks in all of four tiles and ten shapes, of
+//   - a step of 128 k of the kernel takes 920 + 5.2 T clocks in all of four tiles and ten shapes,
+//   of
 //     which products are 8 T and issuing the decoding 660; at the power limit a step of T = 256 is
 //     a fifth longer;
 //   - torch's product took 4.5 us and 780 TFLOPS, within 8 % on the five shapes with many tokens;
