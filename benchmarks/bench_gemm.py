@@ -35,7 +35,7 @@ from torch import Tensor
 from benchmarks import peers
 from benchmarks.dit_shapes import FLUX_DEV, PIXART_SIGMA
 from lrq_kernels import _planner
-from lrq_kernels.op_checks import A16_TILES, GEMV_MAX_ROWS
+from lrq_kernels.op_checks import GEMV_MAX_ROWS
 from lrq_kernels.testing import make_problem
 from lrq_quant.machine_limits import copy_gbps
 
@@ -141,7 +141,7 @@ def lrq_variant(
     return Variant(name, [call() for _ in range(sets_for(size))], size)
 
 
-def a16_variant(name: str, shape: Shape, device: str, tile_m: int = 0) -> Variant:
+def a16_variant(name: str, shape: Shape, device: str, tile: int = -1) -> Variant:
     """lrq::gemm_a16 with a bias, on bf16."""
     m, n, k = shape
     bits = LRQ_A16_BITS[name]
@@ -151,10 +151,11 @@ def a16_variant(name: str, shape: Shape, device: str, tile_m: int = 0) -> Varian
 
     def call() -> Call:
         constants = (problem.weight.clone(), problem.levels, problem.weight_scale, problem.bias)
-        arguments = (x.to(torch.bfloat16), *constants, bits, n, tile_m)
+        arguments = (x.to(torch.bfloat16), *constants, bits, n, tile)
         return lambda: torch.ops.lrq.gemm_a16.default(*arguments)
 
-    name = f"{name}:m{tile_m}" if tile_m else name
+    if tile >= 0:
+        name = "{}:m{}n{}".format(name, *_planner.a16_tiles()[tile])
     return Variant(name, [call() for _ in range(sets_for(size))], size)
 
 
@@ -232,8 +233,9 @@ def make_variants(
             continue
         if name in LRQ_A16_BITS:
             kernel = torch.cuda.get_device_capability() == (9, 0)
-            for tile_m in A16_TILES if sweep and kernel else A16_TILES[:1]:
-                yield a16_variant(name, shape, device, tile_m)
+            tiles = range(len(_planner.a16_tiles())) if sweep and kernel else ()
+            for tile in (-1, *tiles):
+                yield a16_variant(name, shape, device, tile)
             if sweep:
                 yield dequantize_variant(name, shape, device)
             continue

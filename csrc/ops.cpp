@@ -293,7 +293,7 @@ A16Args a16_args(const Tensor& x, const Tensor& weight, const Tensor& levels,
   args.bias = const_pointer<float>(bias);
   args.type = *out_type_of(x.scalar_type());
   args.y = nullptr;
-  args.tile_m = 0;
+  args.tile = 0;
   return args;
 }
 
@@ -336,7 +336,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
 // dequantize and torch elsewhere.
 Tensor gemm_a16(const Tensor& x, const Tensor& weight, const Tensor& levels,
                 const Tensor& weight_scale, const std::optional<Tensor>& bias, int64_t weight_bits,
-                int64_t out_features, int64_t tile_m) {
+                int64_t out_features, int64_t tile) {
   constexpr const char* kOp = "gemm_a16";
   const ScalarType dtype = x.scalar_type();
   const bool wide = dtype == ScalarType::Float;
@@ -344,10 +344,10 @@ Tensor gemm_a16(const Tensor& x, const Tensor& weight, const Tensor& levels,
             (Argument{kOp, "dtype of x on CUDA"}),
             "one of (torch.bfloat16, torch.float16, torch.float32)", dtype_text(dtype));
   LRQ_CHECK(x.dim() == 2, (Argument{kOp, "x"}), "[M, K]", "shape " + list_text(x.sizes()));
-  LRQ_CHECK(tile_m == 0 || tile_m == 64 || tile_m == 128 || tile_m == 192 || tile_m == 256,
-            (Argument{kOp, "tile_m"}), "one of (0, 64, 128, 192, 256)", std::to_string(tile_m));
+  LRQ_CHECK(tile >= -1 && tile < kA16TileCount, (Argument{kOp, "tile"}),
+            "in [-1, " + std::to_string(kA16TileCount - 1) + "]", std::to_string(tile));
   check_a16(kOp, x, weight, levels, weight_scale, bias, weight_bits, out_features);
-  if (tile_m == 0 && !wide && x.size(0) <= kGemvMaxTokens) {
+  if (tile == -1 && !wide && x.size(0) <= kGemvMaxTokens) {
     return gemv(x, weight, levels, weight_scale, bias, weight_bits, out_features);
   }
 
@@ -356,13 +356,13 @@ Tensor gemm_a16(const Tensor& x, const Tensor& weight, const Tensor& levels,
   const int arch = device_arch(kOp, device);
   A16Args args = a16_args(x, weight, levels, weight_scale, bias, weight_bits, out_features);
   const bool has_kernel = !wide && has_gemm_a16(args, arch);
-  LRQ_CHECK(has_kernel || tile_m == 0, (Argument{kOp, "tile_m"}),
-            "0 where dtype, alignment or GPU leave no kernel", std::to_string(tile_m));
-  args.tile_m = static_cast<int>(tile_m);
-  if (has_kernel && tile_m == 0) {
-    args.tile_m = choose_a16_tile(args.problem, multiprocessors(kOp, device));
+  LRQ_CHECK(has_kernel || tile == -1, (Argument{kOp, "tile"}),
+            "-1 where dtype, alignment or GPU leave no kernel", std::to_string(tile));
+  args.tile = static_cast<int>(tile);
+  if (has_kernel && tile == -1) {
+    args.tile = choose_a16_tile(args.problem, multiprocessors(kOp, device));
   }
-  if (!has_kernel || args.tile_m == kA16Dequantize) {
+  if (!has_kernel || args.tile == kA16Dequantize) {
     const Tensor dense =
         dequantize(weight, levels, weight_scale, out_features, x.size(1), weight_bits, dtype);
     std::optional<Tensor> narrow_bias;

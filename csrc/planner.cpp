@@ -7,6 +7,7 @@
 #include <sstream>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "gemm/config.h"
@@ -111,8 +112,18 @@ void bind_gemm(py::module_& m) {
         return choose_a16_tile({m, n, k, weight_bits}, sms);
       },
       py::arg("m"), py::arg("n"), py::arg("k"), py::arg("weight_bits"), py::arg("sms"),
-      "tile_m that lrq::gemm_a16 takes on Hopper for more than GEMV_MAX_TOKENS rows, 0 where it "
-      "dequantizes the weight instead.");
+      "The tile, a place in a16_tiles(), that lrq::gemm_a16 takes on Hopper for more than "
+      "GEMV_MAX_TOKENS rows, -1 where it dequantizes the weight instead.");
+  m.def(
+      "a16_tiles",
+      [] {
+        std::vector<std::pair<int, int>> tiles;
+        for (const A16TileSize& tile : kA16Tiles) {
+          tiles.emplace_back(tile.tokens, tile.channels);
+        }
+        return tiles;
+      },
+      "(tokens, channels) of every tile of lrq::gemm_a16.");
 }
 
 void bind_layout(py::module_& m) {

@@ -22,7 +22,6 @@ HEAD_NORMS = ("none", "rms", "rms_rounded", "rms_across_heads")
 ROPES = ("interleaved", "half")
 MAX_HEAD_DIM = 256
 GEMV_MAX_ROWS = 16
-A16_TILES = (0, 64, 128, 192, 256)  # tile_m of gemm_a16; 0: chosen for the problem
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # float64 exists on the CPU only, as the oracle of the tests.
 ORACLE_DTYPES = (*FLOAT_DTYPES, torch.float64)
@@ -365,12 +364,13 @@ def check_gemm_a16(
     bias: Tensor | None,
     weight_bits: int,
     out_features: int,
-    tile_m: int = 0,
+    tile: int = -1,
 ) -> None:
     check_choice("gemm_a16", "dtype of x", x.dtype, ORACLE_DTYPES)
     if x.dim() != 2:
         fail("gemm_a16", "x", "[M, K]", f"shape {list(x.shape)}")
-    check_choice("gemm_a16", "tile_m", tile_m, A16_TILES)
+    if tile < -1:  # the other end is the CUDA kernel's to know
+        fail("gemm_a16", "tile", "a place in _planner.a16_tiles() or -1", tile)
     check_a16("gemm_a16", x, weight, levels, weight_scale, bias, weight_bits, out_features)
 
 

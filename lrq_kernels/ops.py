@@ -79,7 +79,7 @@ _SCHEMAS = {
     "gemv": "(Tensor x, Tensor weight, Tensor levels, Tensor weight_scale, Tensor? bias, "
     "int weight_bits, int out_features) -> Tensor",
     "gemm_a16": "(Tensor x, Tensor weight, Tensor levels, Tensor weight_scale, Tensor? bias, "
-    "int weight_bits, int out_features, int tile_m=0) -> Tensor",
+    "int weight_bits, int out_features, int tile=-1) -> Tensor",
     "qk_norm_rope": f"({_QK_NORM_ROPE}) -> (Tensor, Tensor, Tensor)",
     "qk_norm_rope_parts": f"({_QK_NORM_ROPE}, int parts) -> Tensor",
 }
@@ -516,17 +516,17 @@ def gemm_a16(
     bias: Tensor | None,
     weight_bits: int,
     out_features: int,
-    tile_m: int = 0,
+    tile: int = -1,
 ) -> Tensor:
     """Weight-only linear for any number of rows, x [M, K] -> [M, N] of x's dtype.
 
     gemv for at most 16 rows of 16 bits; above that a kernel that decodes into the product on
     Hopper, dequantize and torch's linear elsewhere, for fp32, and where _planner.a16_tile finds it
-    quicker. tile_m, tokens of a tile of that kernel, is for tests and benchmarks; there the kernel
+    quicker. tile, a place in _planner.a16_tiles(), is for tests and benchmarks; there the kernel
     runs for few rows too. See reference.gemm_a16.
     """
     return torch.ops.lrq.gemm_a16.default(
-        x, weight, levels, weight_scale, bias, weight_bits, out_features, tile_m
+        x, weight, levels, weight_scale, bias, weight_bits, out_features, tile
     )
 
 

@@ -151,7 +151,7 @@ def gemv_arguments(device: str, rows: int = 2) -> Arguments:
 
 
 def gemm_a16_arguments(device: str, rows: int = 20) -> Arguments:
-    return {**gemv_arguments(device, rows), "tile_m": 0}
+    return {**gemv_arguments(device, rows), "tile": -1}
 
 
 def prepack_arguments(device: str) -> Arguments:

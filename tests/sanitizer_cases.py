@@ -22,7 +22,6 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from lrq_kernels import _planner, ops, reference  # noqa: E402
-from lrq_kernels.op_checks import A16_TILES  # noqa: E402
 from lrq_kernels.testing import Problem, make_problem  # noqa: E402
 
 BITS = (4, 3, 2)
@@ -121,9 +120,10 @@ def gemvs(bits: int) -> None:
 
 def a16_gemms(bits: int) -> None:
     """Rows of 16 bits that TMA reads where the GPU has a kernel for them, else dequantized."""
-    tiles = A16_TILES if torch.cuda.get_device_capability() == (9, 0) else (0,)
-    for (n, k), tile in itertools.product(((1, 8), (136, 200)), tiles):
-        m = max(tile, 16) + 1
+    kernel = torch.cuda.get_device_capability() == (9, 0)
+    tiles = [(-1, 16), *enumerate(m for m, _ in _planner.a16_tiles() if kernel)]
+    for (n, k), (tile, tokens) in itertools.product(((1, 8), (136, 200)), tiles):
+        m = tokens + 1
         problem = on_gpu(m, n, k, bits)
         constants = (problem.weight, problem.levels, problem.weight_scale, problem.bias, bits, n)
         for dtype in (torch.bfloat16, torch.float16):

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrq_kernels import ops, pack_codes
-from lrq_kernels.op_checks import A16_TILES
 from lrq_kernels.testing import Problem, assert_at_most_twice, make_problem, poisoned_memory
 
+planner = pytest.importorskip("lrq_kernels._planner")
 pytestmark = pytest.mark.gpu
 
 BITS = (4, 3, 2)
 DTYPES = (torch.bfloat16, torch.float16)
-TILES = A16_TILES[1:]
+TILES = tuple(range(len(planner.a16_tiles())))
 SHAPES = (
     (9, 64, 128),  # half a channel tile, one step
     (65, 136, 384),  # a second tile of eight channels
@@ -34,7 +34,7 @@ def needs_kernel() -> None:
         pytest.skip("the kernel is for compute capability 9.0; elsewhere gemm_a16 is torch's")
 
 
-def run(problem: Problem, x: Tensor, bias: Tensor | None = None, tile: int = 0) -> Tensor:
+def run(problem: Problem, x: Tensor, bias: Tensor | None = None, tile: int = -1) -> Tensor:
     constants = (problem.weight, problem.levels, problem.weight_scale)
     with poisoned_memory():
         return ops.gemm_a16(x, *constants, bias, problem.weight_bits, problem.sizes[1], tile)
@@ -72,7 +72,7 @@ def test_as_good_as_torch(bits: int, dtype: torch.dtype, m: int, n: int, k: int)
     oracle = x.double() @ (levels.double() * scale.double()[:, None]).T + problem.bias.double()
     dense = (levels.float() * scale[:, None]).to(dtype)
     baseline = F.linear(x, dense, problem.bias.to(dtype))
-    for tile in (0, *TILES) if torch.cuda.get_device_capability() == (9, 0) else (0,):
+    for tile in (-1, *TILES) if torch.cuda.get_device_capability() == (9, 0) else (-1,):
         assert_at_most_twice(run(problem, x, problem.bias, tile), baseline, oracle)
 
 
@@ -117,9 +117,9 @@ def test_a_token_does_not_depend_on_its_neighbours(tile: int):
     assert torch.equal(spoilt[:7], together[:7]) and torch.equal(spoilt[8:], together[8:])
 
 
-@pytest.mark.parametrize("tile", (0, *TILES))
+@pytest.mark.parametrize("tile", (-1, *TILES))
 def test_a_hundred_runs_are_bit_identical(tile: int):
-    if tile:
+    if tile >= 0:
         needs_kernel()
     problem = draw(3072, 3072, 4)
     x = torch.randn(600, 3072, device="cuda").half()
@@ -146,8 +146,8 @@ def test_what_the_kernel_cannot_read_goes_through_torch():
         got = run(problem, x, problem.bias)
         assert got.dtype == dtype
         assert_at_most_twice(got, baseline, oracle)
-    with pytest.raises(ValueError, match="tile_m must be 0 where"):
-        run(problem, torch.randn(20, 130, device="cuda"), tile=64)
+    with pytest.raises(ValueError, match="tile must be -1 where"):
+        run(problem, torch.randn(20, 130, device="cuda"), tile=0)
 
 
 def test_no_tokens():

@@ -182,6 +182,11 @@ constexpr int shared_bytes(const GemmConfig& config, int weight_bits) {
   return max_of(config.stages * stage_bytes(config, weight_bits), staging_bytes(config));
 }
 
+// 65536 registers of an SM: 168 a thread of two consumer warpgroups and one producer at launch, 128
+// of three and one, then these.
+constexpr int producer_registers(int consumers) { return consumers == 2 ? 40 : 56; }
+constexpr int consumer_registers(int consumers) { return consumers == 2 ? 232 : 152; }
+
 // Most shared memory that one block may have (CUDA C++ Programming Guide, compute capabilities).
 constexpr int max_shared_bytes(int arch) {
   switch (arch) {

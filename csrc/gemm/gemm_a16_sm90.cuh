@@ -6,11 +6,14 @@
 // than a dequantized weight, which rounds. Y^T = W * X^T as in gemm_sm90.cuh: a consumer warpgroup
 // decodes the codes of its 64 channels in registers (operand A). A block has
 //
-//     warpgroups 0, 1   consumers, channels 0..63 and 64..127 of the tile
-//     warpgroup 2       one thread of it asks for copies
+//     warpgroups 0, 1 (, 2)   consumers of 64 channels of the tile each
+//     the last warpgroup      one thread of it asks for copies
 //
 //     per stage of 128 k      x  two boxes [kTileM][64] by TMA, in the 128-byte swizzle
-//                             w  the 128 x 128 tile of the packed weight as it lies in memory
+//                             w  a half tile of the packed weight for each consumer
+//
+// Two consumers of up to 256 tokens; or three of fewer, so that while one waits for its decoding
+// there are products of two others to do.
 //
 // The packed weight is dealt out for operands of 8 bits: lane t of four has k 4t..4t+3 of every
 // sixteen, where operand A of 16 bits wants 2t, 2t+1 and 2t+8, 2t+9. So codes change lanes, eight
@@ -43,33 +46,32 @@
 
 namespace lrq {
 
-constexpr int kA16Threads = 3 * kWarpgroupThreads;
-constexpr int kA16ConsumerWarps = 8;
 constexpr int kA16BoxInputs = 64;     // 128 bytes of a token, a row of the swizzle
 constexpr int kA16StagedTokens = 32;  // of a warpgroup's results on their way out
 
-// 65536 registers: 168 a thread at launch, then these.
-constexpr int kA16ProducerRegisters = 40;
-constexpr int kA16ConsumerRegisters = 232;
-
-template <int kBits_, typename T_, int kTileM_>
+template <int kBits_, typename T_, int kTileM_, int kConsumers_>
 struct GemmA16 {
   using T = T_;
   static constexpr int kBits = kBits_;
   static constexpr int kTileM = kTileM_;
-  static constexpr int kTileWords = 2 * half_tile_words(kBits);
+  static constexpr int kConsumers = kConsumers_;
+  static constexpr int kTileN = kConsumers * kHalfTileChannels;
+  static constexpr int kConsumerWarps = kConsumers * kWarpgroupThreads / 32;
+  static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
+  static constexpr int kHalfWords = half_tile_words(kBits);
   static constexpr uint32_t kBoxBytes = kTileM * kA16BoxInputs * 2;
-  static constexpr uint32_t kWBytes = kTileWords * 4;
+  static constexpr uint32_t kHalfBytes = kHalfWords * 4;
   static constexpr int kStagingBytes = kA16StagedTokens * kHalfTileChannels * 2;
   static constexpr int kSharedLimit = 226 * 1024;
   static constexpr int kStagesThatFit =
-      (kSharedLimit - 2 * kStagingBytes) / static_cast<int>(2 * kBoxBytes + kWBytes + 16);
+      (kSharedLimit - kConsumers * kStagingBytes) /
+      static_cast<int>(2 * kBoxBytes + kConsumers * kHalfBytes + 16);
   static constexpr int kStages = kStagesThatFit < 8 ? kStagesThatFit : 8;
 
   struct Shared {
     alignas(kSwizzleBytes) unsigned char x[kStages][2][kBoxBytes];
-    alignas(kSwizzleBytes) unsigned char staging[2][kStagingBytes];
-    alignas(128) uint32_t w[kStages][kTileWords];
+    alignas(kSwizzleBytes) unsigned char staging[kConsumers][kStagingBytes];
+    alignas(128) uint32_t w[kStages][kConsumers][kHalfWords];
     uint64_t full[kStages];
     uint64_t empty[kStages];
   };
@@ -158,22 +160,36 @@ template <typename Gemm>
 __device__ __forceinline__ void produce_a16(typename Gemm::Shared& shared, const CUtensorMap& x_map,
                                             const GemmA16Params& params, int m_tiles, int n_tiles) {
   const int k_tiles = ceil_div(static_cast<int>(params.problem.k), kTileInputs);
+  const int half_tiles = 2 * ceil_div(static_cast<int>(params.problem.n), kTileChannels);
   A16Ring<Gemm::kStages> ring;
   for (int i = blockIdx.x; i < m_tiles * n_tiles; i += gridDim.x) {
     const A16Tile tile(i, m_tiles, n_tiles);
-    const uint32_t* w = params.weight + static_cast<int64_t>(tile.n) * k_tiles * Gemm::kTileWords;
+    // Past the last channel there is no weight: those consumers multiply what lies there.
+    const int half_tile = tile.n * Gemm::kConsumers;
+    const int halves = min_of(half_tiles - half_tile, Gemm::kConsumers);
+    const uint32_t* w[Gemm::kConsumers];
+#pragma unroll
+    for (int half = 0; half < Gemm::kConsumers; ++half) {
+      const int64_t channel = static_cast<int64_t>(half_tile + half) * kHalfTileChannels;
+      w[half] = params.weight + nk_to_half_tile(channel, 0, k_tiles) * Gemm::kHalfWords;
+    }
 #pragma unroll 1
     for (int k_tile = 0; k_tile < k_tiles; ++k_tile) {
       const uint32_t full = shared_address(&shared.full[ring.slot]);
       mbarrier_wait(shared_address(&shared.empty[ring.slot]), ring.parity ^ 1);
-      mbarrier_arrive_expect(full, 2 * Gemm::kBoxBytes + Gemm::kWBytes);
-      bulk_load(shared_address(shared.w[ring.slot]), w, Gemm::kWBytes, full);
+      mbarrier_arrive_expect(full, 2 * Gemm::kBoxBytes + halves * Gemm::kHalfBytes);
+#pragma unroll
+      for (int half = 0; half < Gemm::kConsumers; ++half) {
+        if (half < halves) {
+          bulk_load(shared_address(shared.w[ring.slot][half]), w[half], Gemm::kHalfBytes, full);
+          w[half] += 2 * Gemm::kHalfWords;
+        }
+      }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         tensor_load(shared_address(shared.x[ring.slot][half]), &x_map,
                     k_tile * kTileInputs + half * kA16BoxInputs, tile.m * Gemm::kTileM, full);
       }
-      w += Gemm::kTileWords;
       ring.advance();
     }
   }
@@ -203,8 +219,7 @@ __device__ __forceinline__ void consume_a16(typename Gemm::Shared& shared,
 
   // The first words are asked for before any is used, the others when those are used up.
   const auto load_words = [&](int slice) {
-    load_slice_words<kBits>(words, shared.w[slot] + warpgroup * half_tile_words(kBits), thread,
-                            slice);
+    load_slice_words<kBits>(words, shared.w[slot][warpgroup], thread, slice);
     constexpr int kFirst = kBits == 3 ? 6 : 4;
     exchange_pairs(words, slice == 0 ? 0 : 4, kFirst, lane);
   };
@@ -251,7 +266,7 @@ __device__ __forceinline__ void consume_a16(typename Gemm::Shared& shared,
   // Waits for the first stage of a tile, then for this warpgroup's lookup tables. Rows past N
   // decode to anything: they are not stored.
   const auto begin_tile = [&](const A16Tile& tile) {
-    const int n0 = tile.n * kTileChannels + warpgroup * kHalfTileChannels + channel;
+    const int n0 = tile.n * Gemm::kTileN + warpgroup * kHalfTileChannels + channel;
 #pragma unroll
     for (int row = 0; row < kRowsPerLane; ++row) {
       const int64_t n = min_of(n0 + 8 * row, n_size - 1);
@@ -275,7 +290,7 @@ __device__ __forceinline__ void consume_a16(typename Gemm::Shared& shared,
 #pragma unroll 1
   for (int i = blockIdx.x; i < m_tiles * n_tiles; i += gridDim.x) {
     const A16Tile tile = next;
-    const int n0 = tile.n * kTileChannels + warpgroup * kHalfTileChannels;
+    const int n0 = tile.n * Gemm::kTileN + warpgroup * kHalfTileChannels;
     float weight_scale[kRowsPerLane];
     float bias[kRowsPerLane];
 #pragma unroll
@@ -388,33 +403,33 @@ __device__ __forceinline__ void consume_a16(typename Gemm::Shared& shared,
   }
 }
 
-template <int kBits, typename T, int kTileM>
-__global__ void __launch_bounds__(kA16Threads, 1)
+template <int kBits, typename T, int kTileM, int kConsumers>
+__global__ void __launch_bounds__(GemmA16<kBits, T, kTileM, kConsumers>::kThreads, 1)
     gemm_a16_sm90_kernel(const __grid_constant__ CUtensorMap x_map,
                          const __grid_constant__ GemmA16Params params) {
-  using Gemm = GemmA16<kBits, T, kTileM>;
+  using Gemm = GemmA16<kBits, T, kTileM, kConsumers>;
   extern __shared__ __align__(kSwizzleBytes) unsigned char shared_bytes_of_block[];
   auto& shared = *reinterpret_cast<typename Gemm::Shared*>(shared_bytes_of_block);
 
   const int m_tiles = ceil_div(static_cast<int>(params.problem.m), kTileM);
-  const int n_tiles = ceil_div(static_cast<int>(params.problem.n), kTileChannels);
+  const int n_tiles = ceil_div(static_cast<int>(params.problem.n), Gemm::kTileN);
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);  // known uniform
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Gemm::kStages; ++stage) {
       mbarrier_init(shared_address(&shared.full[stage]), 1);
-      mbarrier_init(shared_address(&shared.empty[stage]), kA16ConsumerWarps);
+      mbarrier_init(shared_address(&shared.empty[stage]), Gemm::kConsumerWarps);
     }
     fence_mbarrier_init();
   }
   __syncthreads();
 
-  if (warp >= kA16ConsumerWarps) {
-    release_registers<kA16ProducerRegisters>();
-    if (warp == kA16ConsumerWarps && threadIdx.x % 32 == 0) {
+  if (warp >= Gemm::kConsumerWarps) {
+    release_registers<producer_registers(kConsumers)>();
+    if (warp == Gemm::kConsumerWarps && threadIdx.x % 32 == 0) {
       produce_a16<Gemm>(shared, x_map, params, m_tiles, n_tiles);
     }
   } else {
-    acquire_registers<kA16ConsumerRegisters>();
+    acquire_registers<consumer_registers(kConsumers)>();
     consume_a16<Gemm>(shared, params, m_tiles, n_tiles);
   }
 }

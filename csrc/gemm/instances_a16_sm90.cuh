@@ -3,15 +3,16 @@
 
 #include "gemm_a16_sm90.cuh"
 #include "launch.h"
+#include "plan_a16.h"
 #include "tensor_map_sm90.h"
 
 namespace lrq {
 
-template <int kBits, typename T, int kTileM>
-cudaError_t launch_a16_tile(const A16Args& args, int sms, cudaStream_t stream) {
-  using Gemm = GemmA16<kBits, T, kTileM>;
+template <int kBits, typename T, int kTileM, int kConsumers>
+cudaError_t launch_a16_instance(const A16Args& args, int sms, cudaStream_t stream) {
+  using Gemm = GemmA16<kBits, T, kTileM, kConsumers>;
   constexpr int kSharedBytes = sizeof(typename Gemm::Shared);
-  const auto kernel = gemm_a16_sm90_kernel<kBits, T, kTileM>;
+  const auto kernel = gemm_a16_sm90_kernel<kBits, T, kTileM, kConsumers>;
   const GemmProblem& problem = args.problem;
 
   // Only bits move here, so both types are the same.
@@ -34,10 +35,25 @@ cudaError_t launch_a16_tile(const A16Args& args, int sms, cudaStream_t stream) {
   params.y = args.y;
   params.aligned = problem.n % 8 == 0 && reinterpret_cast<uintptr_t>(args.y) % 16 == 0;
   const int64_t tiles =
-      ceil_div<int64_t>(problem.m, kTileM) * ceil_div<int64_t>(problem.n, kTileChannels);
-  kernel<<<static_cast<unsigned>(min_of<int64_t>(tiles, sms)), kA16Threads, kSharedBytes, stream>>>(
-      x_map, params);
+      ceil_div<int64_t>(problem.m, kTileM) * ceil_div<int64_t>(problem.n, Gemm::kTileN);
+  const auto blocks = static_cast<unsigned>(min_of<int64_t>(tiles, sms));
+  kernel<<<blocks, Gemm::kThreads, kSharedBytes, stream>>>(x_map, params);
   return cudaGetLastError();
+}
+
+// Compares the wanted tile with every one of the table.
+template <int kBits, typename T, int kTile = 0>
+cudaError_t launch_a16_tile(const A16Args& args, int sms, cudaStream_t stream) {
+  if constexpr (kTile == kA16TileCount) {
+    return cudaErrorInvalidValue;
+  } else {
+    if (args.tile == kTile) {
+      constexpr A16TileSize kSize = kA16Tiles[kTile];
+      constexpr int kConsumers = kSize.channels / kHalfTileChannels;
+      return launch_a16_instance<kBits, T, kSize.tokens, kConsumers>(args, sms, stream);
+    }
+    return launch_a16_tile<kBits, T, kTile + 1>(args, sms, stream);
+  }
 }
 
 template <int kBits, typename T>
@@ -48,21 +64,7 @@ cudaError_t launch_a16_type(const A16Args& args, cudaStream_t stream) {
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
   }
-  if (error != cudaSuccess) {
-    return error;
-  }
-  switch (args.tile_m) {
-    case 64:
-      return launch_a16_tile<kBits, T, 64>(args, sms, stream);
-    case 128:
-      return launch_a16_tile<kBits, T, 128>(args, sms, stream);
-    case 192:
-      return launch_a16_tile<kBits, T, 192>(args, sms, stream);
-    case 256:
-      return launch_a16_tile<kBits, T, 256>(args, sms, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return error == cudaSuccess ? launch_a16_tile<kBits, T>(args, sms, stream) : error;
 }
 
 template <int kBits>

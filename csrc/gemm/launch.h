@@ -23,7 +23,7 @@ cudaError_t launch_gemv(const A16Args& args, cudaStream_t stream);
 // Whether a kernel multiplies more tokens of 16 bits on this device: wgmma and TMA read them.
 bool has_gemm_a16(const A16Args& args, int arch);
 
-// Where has_gemm_a16; args.tile_m is one of kA16TileTokens.
+// Where has_gemm_a16; args.tile is a place in kA16Tiles.
 cudaError_t launch_gemm_a16(const A16Args& args, cudaStream_t stream);
 
 // The instances of one bit width, for sm_90a.

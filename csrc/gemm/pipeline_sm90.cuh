@@ -12,10 +12,6 @@
 
 namespace lrq {
 
-// 65536 registers: 168 a thread of three warpgroups or 128 of four at launch, then these.
-constexpr int producer_registers(int consumers) { return consumers == 2 ? 40 : 56; }
-constexpr int consumer_registers(int consumers) { return consumers == 2 ? 232 : 152; }
-
 // Named barriers 1..3 are the consumers' own (epilogue_sm90.cuh).
 constexpr int kAllConsumersBarrier = 4;
 

@@ -19,19 +19,27 @@
 
 namespace lrq {
 
-// Tokens of a tile, larger ones first: they win a tie, since they move fewer bytes.
-constexpr int kA16TileTokens[] = {256, 192, 128, 64};
-constexpr int kA16Dequantize = 0;  // no tile: torch's product
+struct A16TileSize {
+  int tokens;
+  int channels;  // 128 or 192: two or three consumers
+};
+
+// Larger ones first: they win a tie, since they move fewer bytes.
+inline constexpr A16TileSize kA16Tiles[] = {{256, 128}, {192, 128}, {128, 192},
+                                            {128, 128}, {64, 192},  {64, 128}};
+inline constexpr int kA16TileCount = sizeof(kA16Tiles) / sizeof(kA16Tiles[0]);
+constexpr int kA16Dequantize = -1;  // no tile: torch's product
 
 // us of the kernel on `sms` multiprocessors.
-inline double a16_kernel_us(const GemmProblem& problem, int tile_m, int sms) {
+inline double a16_kernel_us(const GemmProblem& problem, const A16TileSize& tile, int sms) {
   constexpr double kClocksPerUs = 1750.0;
   constexpr double kLaunchUs = 2.0;
   const int64_t tiles =
-      ceil_div<int64_t>(problem.m, tile_m) * ceil_div<int64_t>(problem.n, kTileChannels);
-  const int64_t step = 920 + 52 * tile_m / 10;  // the epilogue's share included
-  const int64_t tile = ceil_div<int64_t>(problem.k, kTileInputs) * step;
-  return static_cast<double>(ceil_div<int64_t>(tiles, sms) * tile) / kClocksPerUs + kLaunchUs;
+      ceil_div<int64_t>(problem.m, tile.tokens) * ceil_div<int64_t>(problem.n, tile.channels);
+  const int64_t step =
+      tile.channels == kTileChannels ? 920 + 52 * tile.tokens / 10 : 1330 + 78 * tile.tokens / 10;
+  const int64_t clocks = ceil_div<int64_t>(problem.k, kTileInputs) * step;
+  return static_cast<double>(ceil_div<int64_t>(tiles, sms) * clocks) / kClocksPerUs + kLaunchUs;
 }
 
 // us of dequantizing and torch's product, on a GPU of 132 multiprocessors.
@@ -45,17 +53,19 @@ inline double a16_dequantize_us(const GemmProblem& problem) {
          weights * (2.0 + problem.weight_bits / 8.0) / kBytesPerUs + kLaunchUs;
 }
 
-// Tokens of a tile of the kernel, or kA16Dequantize.
+// The tile of the kernel, a place in kA16Tiles, or kA16Dequantize.
 inline int choose_a16_tile(const GemmProblem& problem, int sms) {
-  int best = kA16TileTokens[0];
-  for (const int tile_m : kA16TileTokens) {
-    if (a16_kernel_us(problem, tile_m, sms) < a16_kernel_us(problem, best, sms)) {
-      best = tile_m;
+  int best = 0;
+  double best_us = a16_kernel_us(problem, kA16Tiles[0], sms);
+  for (int tile = 1; tile < kA16TileCount; ++tile) {
+    const double us = a16_kernel_us(problem, kA16Tiles[tile], sms);
+    if (us < best_us) {
+      best = tile;
+      best_us = us;
     }
   }
   constexpr double kWorthIt = 0.9;
-  return a16_dequantize_us(problem) < kWorthIt * a16_kernel_us(problem, best, sms) ? kA16Dequantize
-                                                                                   : best;
+  return a16_dequantize_us(problem) < kWorthIt * best_us ? kA16Dequantize : best;
 }
 
 }  // namespace lrq

@@ -50,7 +50,7 @@ struct A16Args {
   const float* bias;
   OutType type;  // of x and y: bf16 or fp16
   void* y;       // [M, N], contiguous
-  int tile_m;    // tokens of a tile of the GEMM
+  int tile;      // of kA16Tiles (plan_a16.h)
 };
 
 constexpr int kGemvMaxTokens = 16;
