@@ -147,7 +147,7 @@ def config_problems(config) -> list[tuple[int, int, int]]:  # type: ignore[no-un
     problems += [(40 * tile + 5, 12 * group, 640)]  # several tiles a block, odd k steps
     problems += [(37 * tile + 5, 9 * group - 64, 256)]  # even k steps, half a tile of channels
     problems += [(2 * tile + 9, 3 * group - 20, 1100)]  # k steps that no split_k divides
-    return [p for p in problems if -(-p[2] // 128) >= config.split_k]
+    return [p for p in problems if config.is_legal(*p, 4, 90 if config.arch == 90 else 80)]
 
 
 @pytest.mark.parametrize("bits", BITS)

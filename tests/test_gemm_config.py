@@ -52,11 +52,15 @@ def test_chosen_configuration_is_legal(arch: int, bits: int, sm90: bool) -> None
         (4608, 3072, 3072, 192, 192, 1),  # 256 tokens would leave a last wave of a quarter
         (4096, 1152, 4608, 192, 192, 1),  # PixArt: one wave of exactly 132 tiles
         (4096, 3456, 1152, 192, 192, 1),  # three of them
-        (512, 3072, 12288, 256, 128, 2),  # 48 tiles, too few for the GPU
+        (512, 3072, 12288, 128, 192, 2),  # 64 tiles, half the GPU
+        (512, 3072, 3072, 128, 192, 2),
+        (512, 12288, 3072, 128, 192, 1),  # 256 tiles: two waves, nearly full
+        (64, 18432, 3072, 128, 192, 1),  # 96 tiles, where 144 of 128 channels are two waves
         (256, 3072, 12288, 256, 128, 4),
         (256, 3072, 3072, 128, 128, 2),
         (64, 3072, 12288, 64, 128, 4),
-        (16, 18432, 3072, 16, 128, 1),  # as many channel tiles as SMs
+        (16, 18432, 3072, 128, 192, 1),
+        (16, 9216, 3072, 16, 128, 1),  # fewer channel tiles than SMs
         (300, 1152, 1152, 32, 128, 1),
     ],
 )
@@ -90,7 +94,10 @@ def test_hopper_rows_run_on_hopper_alone_and_clusters_want_whole_groups() -> Non
         assert [arch for arch in ARCHS if config.is_legal(300, 768, 1024, 4, arch)] == [90]
         # Three channel tiles of 128, or two of 192; two k tiles.
         whole_groups = config.cluster == 1 or config.tile_n == 192
-        assert config.is_legal(300, 384, 256, 4, 90) == (whole_groups and config.split_k <= 2)
+        # A part of K for three consumers has two k tiles.
+        steps = config.split_k * (2 if config.tile_n == 192 else 1)
+        parts = config.split_k == 1 or steps <= 2
+        assert config.is_legal(300, 384, 256, 4, 90) == (whole_groups and parts)
 
 
 def test_hopper_rows_are_chosen_on_hopper_alone() -> None:

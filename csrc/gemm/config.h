@@ -59,6 +59,7 @@ inline constexpr GemmConfig kGemmConfigs[] = {
     {"sm90_n192_m192", 90, 192, 192, 128, 12, 1, 4, 1, 1},
     {"sm90_m192_c2", 90, 192, 128, 128, 8, 1, 5, 1, 2},
     {"sm90_m192", 90, 192, 128, 128, 8, 1, 5, 1, 1},
+    {"sm90_n192_m128", 90, 128, 192, 128, 12, 1, 6, 1, 1},
     {"sm90_m144", 90, 144, 128, 128, 8, 1, 7, 1, 1},
     {"sm90_m128_c2", 90, 128, 128, 128, 8, 1, 7, 1, 2},
     {"sm90_m128", 90, 128, 128, 128, 8, 1, 7, 1, 1},
@@ -68,6 +69,7 @@ inline constexpr GemmConfig kGemmConfigs[] = {
     {"sm90_m256_k2", 90, 256, 128, 128, 8, 1, 4, 1, 1, 2},
     {"sm90_m256_k3", 90, 256, 128, 128, 8, 1, 4, 1, 1, 3},
     {"sm90_m256_k4", 90, 256, 128, 128, 8, 1, 4, 1, 1, 4},
+    {"sm90_n192_m128_k2", 90, 128, 192, 128, 12, 1, 6, 1, 1, 2},
     {"sm90_m128_k2", 90, 128, 128, 128, 8, 1, 7, 1, 1, 2},
     {"sm90_m128_k3", 90, 128, 128, 128, 8, 1, 7, 1, 1, 3},
     {"sm90_m128_k4", 90, 128, 128, 128, 8, 1, 7, 1, 1, 4},
@@ -144,6 +146,10 @@ constexpr int staging_bytes(const GemmConfig& config) {
 // arch 90: warpgroups that multiply.
 constexpr int sm90_consumers(const GemmConfig& config) { return config.tile_n / kHalfTileChannels; }
 
+// k tiles that a block multiplies at least: three consumers begin with two (consumer_sm90.cuh).
+// Past K they are zeros, but parts of K must not overlap.
+constexpr int sm90_fewest_steps(int consumers) { return consumers == 2 ? 1 : 2; }
+
 // arch 90, bytes of one consumer warpgroup's 64 channels of output: all tokens in 16 bits, in rows
 // of the 128-byte swizzle, whose pattern repeats every kSwizzleBytes. A small tile also fits as
 // int32.
@@ -214,7 +220,8 @@ constexpr bool is_legal(const GemmConfig& config, const GemmProblem& problem, in
          problem.k >= 1 && problem.m <= kLargestSize && problem.n <= kLargestSize &&
          problem.k <= kLargestGemmInputs && block_count(config, problem) <= INT32_MAX &&
          ceil_div<int64_t>(problem.n, config.tile_n) % config.cluster == 0 &&
-         ceil_div<int64_t>(problem.k, config.tile_k) >= config.split_k &&
+         (config.split_k == 1 || ceil_div<int64_t>(problem.k, config.tile_k) >=
+                                     sm90_fewest_steps(sm90_consumers(config)) * config.split_k) &&
          shared_bytes(config, problem.weight_bits) <= max_shared_bytes(arch);
 }
 
@@ -235,15 +242,17 @@ constexpr int64_t sm90_clusters_at_once(int blocks) {
 }
 
 constexpr int64_t sm90_clocks(const GemmConfig& config, const GemmProblem& problem) {
-  // By weight_bits: one consumer's decoding, and what three at once add to a step.
+  // By weight_bits: one consumer's decoding, what three at once add to a step, and its least.
   constexpr int kDecodeClocks[] = {0, 0, 340, 380, 490};
   constexpr int kCrowdClocks[] = {0, 0, 0, 30, 100};
+  constexpr int64_t kCrowdedStep[] = {0, 0, 780, 810, 980};
   constexpr int kLaunchClocks = 5000;
   const bool two = sm90_consumers(config) == 2;
   const int64_t products = 2 * config.tile_m * sm90_consumers(config);
   const int64_t in_turn = kDecodeClocks[problem.weight_bits] + 23 * config.tile_m / 10;
   const int64_t step =
-      two ? max_of(products + 40, in_turn) : products + kCrowdClocks[problem.weight_bits];
+      two ? max_of(products + 40, in_turn)
+          : max_of(products + kCrowdClocks[problem.weight_bits], kCrowdedStep[problem.weight_bits]);
   const int64_t steps =
       ceil_div<int64_t>(ceil_div<int64_t>(problem.k, config.tile_k), config.split_k);
   const int64_t epilogue = (two ? 1000 : 2500) + 9 * config.tile_m;

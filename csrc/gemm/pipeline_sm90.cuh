@@ -79,7 +79,7 @@ struct GemmSm90 {
   // tile over the epilogue (consumer_sm90.cuh).
   static constexpr bool kTwoOperands = kConsumers == 2;
   static constexpr bool kBeginsEarly = kTwoOperands;
-  static constexpr int kFewestSteps = kTwoOperands ? 1 : 2;
+  static constexpr int kFewestSteps = sm90_fewest_steps(kConsumers);
 
   struct Shared {
     alignas(kSwizzleBytes) int8_t x[kStages][kTileM * kTileInputs];
