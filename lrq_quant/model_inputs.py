@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from . import older_diffusers
+
 Config = Mapping[str, Any]
 
 
@@ -201,6 +203,7 @@ def _qwen_image(config: Config, shape: Shape) -> dict[str, Any]:
         "encoder_hidden_states_mask": None,
         "guidance": shape.times(3.5) if config["guidance_embeds"] else None,
         "img_shapes": [[(1, side, side)]] * shape.batch,
+        **older_diffusers.qwen_image_lengths(shape.batch, 512),
     }
 
 

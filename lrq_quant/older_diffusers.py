@@ -35,16 +35,25 @@ def dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
     return {"torch_dtype" if needed() else "dtype": dtype}
 
 
+def qwen_image_lengths(batch: int, tokens: int) -> dict[str, list[int]]:
+    """An argument of QwenImageTransformer2DModel, which 0.36 needs and later versions do not."""
+    return {"txt_seq_lens": [tokens] * batch} if _version() < (0, 37) else {}
+
+
 def supported() -> bool:
     """Whether it is one that was tried, or newer."""
+    return _version() >= (0, 36)
+
+
+def _version() -> tuple[int, int]:
     major, minor = (int(part) for part in diffusers.__version__.split(".")[:2])
-    return (major, minor) >= (0, 36)
+    return major, minor
 
 
+@functools.cache
 def call_hooks_of(quantizer_class: type[Any]) -> None:
-    """Make the diffusers at hand call the hooks of quantizers of this class."""
-    if hasattr(ModelMixin.save_pretrained, "__wrapped__"):
-        return  # done before
+    """Make the diffusers at hand call the hooks of quantizers of this class, once however often it
+    is asked for."""
     ModelMixin._load_pretrained_model = classmethod(
         _before_loading(ModelMixin._load_pretrained_model.__func__, quantizer_class)
     )

@@ -18,7 +18,7 @@ from peft import (
 )
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
-from tiny_models import TINY
+from tiny_models import TINY, asks_for_an_accelerator
 from torch import Tensor, nn
 
 from lrq_kernels import LRQLinear
@@ -122,6 +122,7 @@ def test_peft_takes_it_for_a_plain_linear(flux: Pair):
     assert not any("qweight" in name for name, _ in model.named_buffers())
 
 
+@asks_for_an_accelerator
 def test_a_control_lora_widens_the_input(flux: Pair):
     """It asks every linear for the shape of its weight, and doubles that of x_embedder."""
     tensors = lora_of(flux[0], prefix="transformer.")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_families import TINY_FAMILIES
+from tiny_families import TINY_FAMILIES, build
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -59,7 +59,7 @@ def tiny(name: str, **changes: Any) -> nn.Module:
     if not changes:
         return model
     own = {key: value for key, value in model.config.items() if not key.startswith("_")}
-    return type(model)(**{**own, **changes}).eval()
+    return build(type(model).__name__, **{**own, **changes})
 
 
 @torch.no_grad()

@@ -15,7 +15,16 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_submodules
 from safetensors.torch import load_file
-from tiny_models import BF16, TINY, linears, load, run, shared_folder, tiny_pipeline
+from tiny_models import (
+    BF16,
+    TINY,
+    asks_for_an_accelerator,
+    linears,
+    load,
+    run,
+    shared_folder,
+    tiny_pipeline,
+)
 from torch import Tensor, nn
 
 from lrq_kernels import LRQLinear
@@ -78,6 +87,7 @@ GROUPS = (
 )
 
 
+@asks_for_an_accelerator
 @every_model
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("group", GROUPS)
@@ -98,6 +108,7 @@ def test_group_offload(kind: str, fused: bool, group: dict, device: str, loaded:
     assert_same_bits(before, model)
 
 
+@asks_for_an_accelerator
 @every_model
 def test_group_offload_to_disk(kind: str, loaded: Callable, tmp_path: Path):
     """Remedy: no two linears share a buffer. Groups that do write it one after the other, and each
@@ -138,6 +149,7 @@ def test_group_offload_with_streams(kind: str, group: dict, loaded: Callable):
         assert torch.equal(run_on(model, kind, "cuda"), expected)
 
 
+@asks_for_an_accelerator
 @pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
 def test_group_offload_with_a_lora(offload_type: str, loaded: Callable):
     from test_lora import lora_of

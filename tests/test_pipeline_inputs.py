@@ -14,7 +14,9 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from tiny_families import TINY_FAMILIES
+from packaging.version import Version
+from tiny_families import TINY_FAMILIES, build
+from tiny_models import DIFFUSERS
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -186,9 +188,11 @@ def described(inputs: Inputs) -> dict[str, Any]:
 @pytest.mark.parametrize("name", CASES)
 def test_a_pipeline_passes_the_same(name: str):
     case = CASES[name]
+    if name == "qwen-image" and DIFFUSERS < Version("0.37"):
+        pytest.skip(f"QwenImagePipeline of diffusers {DIFFUSERS} passes a mask of ones")
     tiny = TINY_FAMILIES[case.family].make()
     own = {key: value for key, value in tiny.config.items() if not key.startswith("_")}
-    model = type(tiny)(**{**own, **case.changes}).to(BF16)
+    model = build(type(tiny).__name__, **{**own, **case.changes}).to(BF16)
     inputs = model_inputs(
         type(model).__name__, model.config, size=case.size, batch=2, device="cpu", dtype=BF16
     )

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import diffusers
 import pytest
 import torch
+from tiny_families import build
 from torch import nn
 
 from lrq_quant import LRQConfig, QuantPlan, QuantRecipe
@@ -98,7 +99,7 @@ def model_of() -> Callable[[str], nn.Module]:
         if name not in made:
             class_name, config = MODEL_CONFIGS[name]
             with torch.device("meta"):
-                made[name] = getattr(diffusers, class_name)(**config)
+                made[name] = build(class_name, **config)
         return made[name]
 
     return make

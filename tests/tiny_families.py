@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 from tiny_models import flux_inputs, of_the_run, pixart_inputs, tiny_flux, tiny_pixart
 from torch import nn
 
-from lrq_quant import QuantizedModel, QuantRecipe, quantize_model
+from lrq_quant import QuantizedModel, QuantRecipe, older_diffusers, quantize_model
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,23 @@ def _rand(*shape: int) -> torch.Tensor:
     return torch.randn(*shape)
 
 
+def build(name: str, **config: Any) -> nn.Module:
+    """A model of a class of diffusers. Skips the test where an older diffusers lacks the class or
+    an argument of it."""
+    if older_diffusers.needed():
+        cls = getattr(diffusers, name, None)
+        known = {} if cls is None else inspect.signature(cls).parameters
+        if (
+            lacks := [name]
+            if cls is None
+            else [f"{name}({key})" for key in config if key not in known]
+        ):
+            pytest.skip(f"diffusers {diffusers.__version__} lacks {', '.join(lacks)}")
+    return getattr(diffusers, name)(**config).eval()
+
+
 def _make(name: str, **config: Any) -> Callable[[], nn.Module]:
-    return lambda: getattr(diffusers, name)(**config).eval()
+    return lambda: build(name, **config)
 
 
 def _flux_ids() -> dict[str, torch.Tensor]:
@@ -142,6 +159,7 @@ def _qwen_inputs() -> dict[str, Any]:
         "encoder_hidden_states_mask": torch.ones(1, 5),
         "timestep": torch.tensor([0.5]),
         "img_shapes": [[(1, 3, 3)]],
+        **older_diffusers.qwen_image_lengths(1, 5),
     }
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import diffusers
+import pytest
 import torch
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
@@ -17,6 +19,7 @@ from diffusers import (
     SD3Transformer2DModel,
     WanTransformer3DModel,
 )
+from packaging.version import Version
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -29,6 +32,12 @@ from lrq_quant.demo.text import CaptionEncoder
 from lrq_quant.pipeline_io import save_transformer
 
 BF16 = torch.bfloat16
+DIFFUSERS = Version(diffusers.__version__)
+# For group offload and LoRAs that widen a linear, from CPU to CPU too.
+asks_for_an_accelerator = pytest.mark.skipif(
+    DIFFUSERS < Version("0.41") and not torch.accelerator.is_available(),
+    reason=f"diffusers {DIFFUSERS} asks which accelerator there is: from 0.41 on there may be none",
+)
 # By which a model with its roundings elsewhere may be further from fp32: chance. At fp16 an output
 # of 60 dB hangs on the few codes that turned; two of 16 draws differed by more than 1 dB.
 CHANCE_DB = {torch.bfloat16: 1.0, torch.float16: 3.0}
