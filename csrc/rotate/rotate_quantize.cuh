@@ -12,7 +12,7 @@
 //
 // Next to memory, the L1 cache and the shuffles, which share a unit, are the limit: about 160
 // cycles for 1024 elements (8 for each load or store of a warp, for it touches 8 lines; 1 for a
-// shuffle), of which 64 go to the channel scale.
+// shuffle), of which 64 go to the channel scale. NOTES.md has what was tried.
 #pragma once
 
 #include <type_traits>
