@@ -8,6 +8,7 @@ are those of a pipeline whose model is in `dtype`; tests hold shapes and dtypes 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -417,6 +418,12 @@ def _of_axes(config: Config) -> int:
     return int(min(config["axes_lens"][1:]))
 
 
+_wan_maker = functools.partial(
+    Maker,
+    patch=lambda config: config["patch_size"][-1],
+    most=lambda config: config["rope_max_seq_len"],
+)
+
 # A VAE of 8 pixels (vae_scale_factor of the pipelines) where nothing else is said.
 _MAKERS: dict[str, Maker] = {
     "FluxTransformer2DModel": Maker(_flux, patch=_two),
@@ -432,22 +439,11 @@ _MAKERS: dict[str, Maker] = {
     "Lumina2Transformer2DModel": Maker(_lumina2, most=_of_axes),
     "HiDreamImageTransformer2DModel": Maker(_hidream),
     # Wan 2.2's VAE compresses twice as much (scripts/convert_wan_to_diffusers.py).
-    "WanTransformer3DModel": Maker(
-        _wan,
-        pixels=lambda config: 16 if config["in_channels"] == _WAN22_VAE_CHANNELS else 8,
-        patch=lambda config: config["patch_size"][-1],
-        most=lambda config: config["rope_max_seq_len"],
+    "WanTransformer3DModel": _wan_maker(
+        _wan, pixels=lambda config: 16 if config["in_channels"] == _WAN22_VAE_CHANNELS else 8
     ),
-    "WanVACETransformer3DModel": Maker(
-        _wan_vace,
-        patch=lambda config: config["patch_size"][-1],
-        most=lambda config: config["rope_max_seq_len"],
-    ),
-    "WanAnimateTransformer3DModel": Maker(
-        _wan_animate,
-        patch=lambda config: config["patch_size"][-1],
-        most=lambda config: config["rope_max_seq_len"],
-    ),
+    "WanVACETransformer3DModel": _wan_maker(_wan_vace),
+    "WanAnimateTransformer3DModel": _wan_maker(_wan_animate),
     "HunyuanVideoTransformer3DModel": Maker(_hunyuan_video),
     "CogVideoXTransformer3DModel": Maker(_cogvideox),
     "LTXVideoTransformer3DModel": Maker(_ltx_video, pixels=_thirty_two),

@@ -111,11 +111,8 @@ def _wan_vace_inputs() -> dict[str, Any]:
 def _wan_animate_inputs() -> dict[str, Any]:
     # Frames of the face: 1 + 4 for each frame of the pose after the first, which has a reference
     # in front.
-    return {
+    return _wan_inputs() | {
         "hidden_states": _rand(1, 12, 3, 8, 8),
-        "encoder_hidden_states": _rand(1, 512, 96),
-        "encoder_hidden_states_image": _rand(1, 6, 48),
-        "timestep": torch.tensor([500.0]),
         "pose_hidden_states": _rand(1, 4, 2, 8, 8),
         "face_pixel_values": _rand(1, 3, 5, 16, 16),
     }

@@ -12,8 +12,8 @@
 //     per stage of 128 k      x  two boxes [kTileM][64] by TMA, in the 128-byte swizzle
 //                             w  a half tile of the packed weight for each consumer
 //
-// Two consumers of up to 256 tokens; or three of fewer, so that while one waits for its decoding
-// there are products of two others to do.
+// Two consumers of up to 256 tokens; or three of fewer, for weights that tiles of 192 channels
+// divide better.
 //
 // The packed weight is dealt out for operands of 8 bits: lane t of four has k 4t..4t+3 of every
 // sixteen, where operand A of 16 bits wants 2t, 2t+1 and 2t+8, 2t+9. So codes change lanes, eight
@@ -43,6 +43,7 @@
 #include "../layout/packed_weight.h"
 #include "config.h"
 #include "problem.h"
+#include "stages_sm90.cuh"
 
 namespace lrq {
 
@@ -60,12 +61,11 @@ struct GemmA16 {
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
   static constexpr int kHalfWords = half_tile_words(kBits);
   static constexpr uint32_t kBoxBytes = kTileM * kA16BoxInputs * 2;
-  static constexpr uint32_t kHalfBytes = kHalfWords * 4;
   static constexpr int kStagingBytes = kA16StagedTokens * kHalfTileChannels * 2;
   static constexpr int kSharedLimit = 226 * 1024;
   static constexpr int kStagesThatFit =
       (kSharedLimit - kConsumers * kStagingBytes) /
-      static_cast<int>(2 * kBoxBytes + kConsumers * kHalfBytes + 16);
+      static_cast<int>(2 * kBoxBytes + kConsumers * kHalfWords * 4 + 16);
   static constexpr int kStages = kStagesThatFit < 8 ? kStagesThatFit : 8;
 
   struct Shared {
@@ -102,20 +102,6 @@ struct A16Tile {
     const int width = min_of(band_tiles, n_tiles - band * band_tiles);
     m = within / width;
     n = band * band_tiles + within % width;
-  }
-};
-
-// Slot and parity of the stage that comes next.
-template <int kStages>
-struct A16Ring {
-  int slot = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++slot == kStages) {
-      slot = 0;
-      parity ^= 1;
-    }
   }
 };
 
@@ -161,30 +147,17 @@ __device__ __forceinline__ void produce_a16(typename Gemm::Shared& shared, const
                                             const GemmA16Params& params, int m_tiles, int n_tiles) {
   const int k_tiles = ceil_div(static_cast<int>(params.problem.k), kTileInputs);
   const int half_tiles = 2 * ceil_div(static_cast<int>(params.problem.n), kTileChannels);
-  A16Ring<Gemm::kStages> ring;
+  RingSlot<Gemm::kStages> ring;
   for (int i = blockIdx.x; i < m_tiles * n_tiles; i += gridDim.x) {
     const A16Tile tile(i, m_tiles, n_tiles);
-    // Past the last channel there is no weight: those consumers multiply what lies there.
-    const int half_tile = tile.n * Gemm::kConsumers;
-    const int halves = min_of(half_tiles - half_tile, Gemm::kConsumers);
-    const uint32_t* w[Gemm::kConsumers];
-#pragma unroll
-    for (int half = 0; half < Gemm::kConsumers; ++half) {
-      const int64_t channel = static_cast<int64_t>(half_tile + half) * kHalfTileChannels;
-      w[half] = params.weight + nk_to_half_tile(channel, 0, k_tiles) * Gemm::kHalfWords;
-    }
+    HalfTiles<Gemm::kConsumers, Gemm::kHalfWords> w(params.weight, tile.n * Gemm::kTileN,
+                                                    half_tiles, 0, k_tiles);
 #pragma unroll 1
     for (int k_tile = 0; k_tile < k_tiles; ++k_tile) {
       const uint32_t full = shared_address(&shared.full[ring.slot]);
       mbarrier_wait(shared_address(&shared.empty[ring.slot]), ring.parity ^ 1);
-      mbarrier_arrive_expect(full, 2 * Gemm::kBoxBytes + halves * Gemm::kHalfBytes);
-#pragma unroll
-      for (int half = 0; half < Gemm::kConsumers; ++half) {
-        if (half < halves) {
-          bulk_load(shared_address(shared.w[ring.slot][half]), w[half], Gemm::kHalfBytes, full);
-          w[half] += 2 * Gemm::kHalfWords;
-        }
-      }
+      mbarrier_arrive_expect(full, 2 * Gemm::kBoxBytes + w.bytes());
+      w.load(shared.w[ring.slot], full, true);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         tensor_load(shared_address(shared.x[ring.slot][half]), &x_map,
@@ -214,8 +187,8 @@ __device__ __forceinline__ void consume_a16(typename Gemm::Shared& shared,
   uint32_t a[kSlices][2][4];  // two k16 of operand A for each slice
   uint32_t words[words_per_lane(kBits)];
   LevelTable<kBits> tables[kRowsPerLane];
-  A16Ring<Gemm::kStages> ring;  // the stage that is decoded next
-  int slot = 0;                 // of the stage that is multiplied
+  RingSlot<Gemm::kStages> ring;  // the stage that is decoded next
+  int slot = 0;                  // of the stage that is multiplied
 
   // The first words are asked for before any is used, the others when those are used up.
   const auto load_words = [&](int slice) {

@@ -53,37 +53,21 @@ __device__ __forceinline__ void produce(typename Gemm::Shared& shared, const CUt
   for (TileWalk walk(params.schedule, place.cluster); !walk.done(); walk.advance()) {
     const TileOrigin origin = Gemm::tile_origin(walk, cluster, place.channel_rank);
     const int token = origin.m + place.channel_rank * slice_tokens;
-    // Past the last channel there is no weight: those consumers multiply what lies there.
-    const int half_tile = origin.n / kHalfTileChannels;
-    const int halves = min_of(half_tiles - half_tile, Gemm::kConsumers);
-    const uint32_t* w[Gemm::kConsumers];
-#pragma unroll
-    for (int i = 0; i < Gemm::kConsumers; ++i) {
-      const int64_t first =
-          nk_to_half_tile(static_cast<int64_t>(half_tile + i) * kHalfTileChannels,
-                          static_cast<int64_t>(range.first) * kTileInputs, k_tiles);
-      w[i] = params.args.weight + first * Gemm::kHalfWords;
-    }
+    HalfTiles<Gemm::kConsumers, Gemm::kHalfWords> w(params.args.weight, origin.n, half_tiles,
+                                                    range.first, k_tiles);
 #pragma unroll 1
     for (int k_tile = range.first; k_tile < range.last; ++k_tile) {
       const uint32_t full = shared_address(&shared.full[ring.slot]);
       const uint32_t x = shared_address(shared.x[ring.slot]) + slice_offset;
       mbarrier_wait(shared_address(&shared.empty[ring.slot]), ring.parity ^ 1);
       shared.origin[ring.slot] = origin;  // the arrival publishes it
-      mbarrier_arrive_expect(full, Gemm::kXBytes + halves * Gemm::kHalfBytes);
+      mbarrier_arrive_expect(full, Gemm::kXBytes + w.bytes());
       if (cluster > 1) {
         tensor_load_multicast(x, &x_map, k_tile * kTileInputs, token, full, every_block);
       } else {
         tensor_load(x, &x_map, k_tile * kTileInputs, token, full);
       }
-#pragma unroll
-      for (int i = 0; i < Gemm::kConsumers; ++i) {
-        if (i < halves) {
-          bulk_load(shared_address(shared.w[ring.slot][i]), w[i], Gemm::kHalfBytes, full);
-          // Past K, X is zeros whatever the weight.
-          w[i] += k_tile + 1 < k_tiles ? 2 * Gemm::kHalfWords : 0;
-        }
-      }
+      w.load(shared.w[ring.slot], full, k_tile + 1 < k_tiles);  // past K, X is zeros
       ring.advance();
     }
   }

@@ -9,6 +9,7 @@
 #include "epilogue_sm90.cuh"
 #include "problem.h"
 #include "schedule_sm90.h"
+#include "stages_sm90.cuh"
 
 namespace lrq {
 
@@ -23,20 +24,6 @@ struct GemmSm90Params {
   int split_k;      // blocks that share a tile; one of the two is 1
   bool aligned;     // has_aligned_octets
   TileStore store;  // how tiles leave
-};
-
-// A place in the ring of stages: the slot, and the parity of the phase that fills it this time.
-template <int kStages>
-struct RingSlot {
-  int slot = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++slot == kStages) {
-      slot = 0;
-      parity ^= 1;
-    }
-  }
 };
 
 // This block: the number of its cluster, and its own in it.
@@ -74,7 +61,6 @@ struct GemmSm90 {
   static constexpr int kConsumerWarps = kConsumers * kWarpgroupThreads / 32;
   static constexpr int kHalfWords = half_tile_words(kBits);
   static constexpr uint32_t kXBytes = kTileM * kTileInputs;
-  static constexpr uint32_t kHalfBytes = kHalfWords * 4;
   // Two consumers have registers for a second operand A, and to hold what is decoded of the next
   // tile over the epilogue (consumer_sm90.cuh).
   static constexpr bool kTwoOperands = kConsumers == 2;
