@@ -178,11 +178,14 @@ def _state_bytes(state: Any) -> int:
 class Models:
     """Makes the models of one run on `device`: the bf16 model once for variants in a row that do
     not change it, a quantized checkpoint once for each scheme, kept in `folder`. model: as of a
-    ModelSource, of which a quantized folder has variants of its scheme alone."""
+    ModelSource, of which a quantized folder has variants of its scheme alone. dtype: of what is not
+    quantized, and of the weights that are."""
 
-    def __init__(self, model: str, device: str, folder: Path) -> None:
+    def __init__(
+        self, model: str, device: str, folder: Path, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
         self.source = ModelSource(model)
-        self.device, self.folder = device, folder
+        self.device, self.folder, self.dtype = device, folder, dtype
         self._dense: nn.Module | None = None
 
     def release(self) -> None:
@@ -192,7 +195,7 @@ class Models:
 
     def dense(self) -> nn.Module:
         if self._dense is None:
-            self._dense = self.source.dense(self.device)
+            self._dense = self.source.dense(self.device, self.dtype)
         return self._dense
 
     def make(self, variant: Variant) -> tuple[nn.Module, dict[str, Any]]:
@@ -218,7 +221,7 @@ class Models:
         from lrq_quant.pipeline_io import load_transformer
 
         start = time.perf_counter()
-        model = load_transformer(folder, device=self.device).eval().requires_grad_(False)
+        model = load_transformer(folder, device=self.device, dtype=self.dtype).eval().requires_grad_(False)
         self._wait()
         return model, {**facts, "load_s": time.perf_counter() - start}
 
@@ -228,7 +231,8 @@ class Models:
         from lrq_quant import quantize_model
         from lrq_quant.pipeline_io import save_transformer
 
-        folder = self.folder / f"{self.source.label}-{base}"
+        kind = "" if self.dtype == torch.bfloat16 else f"-{str(self.dtype).removeprefix('torch.')}"
+        folder = self.folder / f"{self.source.label}-{base}{kind}"
         facts_file = folder / FACTS_FILE
         if facts_file.is_file():
             return folder, json.loads(facts_file.read_text())

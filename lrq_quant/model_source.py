@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from .model_inputs import model_inputs
@@ -76,13 +77,13 @@ class ModelSource:
         held: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
         return str(held["quantization_config"]["scheme"])
 
-    def dense(self, device: str) -> nn.Module:
-        """In bf16. Raises ValueError where the folder holds quantized weights."""
+    def dense(self, device: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+        """Raises ValueError where the folder holds quantized weights."""
         if self.is_published:
-            return make_model(self.model, device)
+            return make_model(self.model, device, dtype)
         if (held := self.held_scheme) is not None:
             raise ValueError(f"{self.folder} must be dense, it is quantized to {held}")
-        model = load_transformer(self.folder, device=device, fuse=False)
+        model = load_transformer(self.folder, device=device, dtype=dtype, fuse=False)
         return model.eval().requires_grad_(False)
 
     def quantized(self, device: str) -> nn.Module:
