@@ -1,28 +1,32 @@
 """How well codebooks fit trained weights, layer by layer, at no fewer bits than the twin-log one.
 
     python -m benchmarks.bench_codebook demo normal-3072 model.safetensors --json fit.json
+    python -m benchmarks.bench_codebook model.safetensors --shared-tables 0 16
 
 A model is a testbed of benchmarks.testbeds, a safetensors file, of which every matrix with at least
 128 columns counts but embeddings, or normal-K: a random matrix of K columns, which is what rotated
 weights come near to. Codebooks as stored, groups with scales of 16 bits:
 
-    twin-log    this package's: 2^b levels of 8 bits and a scale of 32 a row
+    twin-log    this package's: 2^b levels of 8 bits and a scale of 32 a row; with shared tables a
+                scale of 32 and a byte a row, and the tables
     symmetric   uniform codes, each group clipped at its least squared error
     asymmetric  the same with a zero point of b bits
     nf          quantiles of the normal distribution times the absmax of a group (NF4)
     lloyd-max   the best table for a normal distribution, each group scaled to least squared error
 
-Groups are the largest that cost no fewer bits than a row's table and scale: at 4 bits 256 of a row
-of 3072 columns, 32 of one of 384. The kernels of this package take a scale for each row alone: a
-scale within a row would have to be applied inside the integer sum. Weights are fitted as they are
-and rotated (signs and the largest Hadamard block). SQNR in dB over the whole matrix; wins: layers
-that twin-log fits best.
+Groups are the largest that cost no fewer bits than twin-log beside its codes: at 4 bits 256 of a
+row of 3072 columns, 32 of one of 384, 128 of one of 384 with shared tables. The kernels of this
+package take a scale for each row alone: a scale within a row would have to be applied inside the
+integer sum. Weights are fitted as they are and rotated (signs and the largest Hadamard block). SQNR
+in dB over the whole matrix; of all, and of uniform and nf: layers that twin-log fits best, and its
+least lead over the latter three.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import math
 import re
 import statistics
@@ -40,9 +44,11 @@ from benchmarks.testbeds import load_testbed
 from lrq_kernels.rotation import Rotation
 from lrq_quant.recipe import QuantRecipe
 from lrq_quant.rotation_search import largest_block
+from lrq_quant.shared_tables import fit_shared_tables
 from lrq_quant.twin_log import fit_twin_log, sqnr_db
 
 CODEBOOKS = ("twin-log", "symmetric", "asymmetric", "nf", "lloyd-max")
+RIVALS = ("symmetric", "asymmetric", "nf")
 LEAST_COLUMNS = 128
 
 
@@ -62,27 +68,34 @@ def weights(model: str) -> Iterator[tuple[str, Tensor]]:
                 yield name.removesuffix(".weight"), tensor.float()
 
 
-def table_bits(bits: int) -> int:
-    """Of levels and scale of a row of twin-log codes."""
-    return 8 * 2**bits + 32
+def row_bits(rows: int, bits: int, tables: int = 0) -> float:
+    """What twin-log codes take beside the codes, for each of `rows`: levels and scale, or, of
+    shared `tables`, a scale, the table's name and a part of the tables."""
+    if tables:
+        return 32 + 8 + tables * 8 * 2**bits / rows
+    return 32 + 8 * 2**bits
 
 
-def group_of(columns: int, bits: int, group_bits: int) -> int:
-    """The largest group that divides K and costs, at group_bits each, no less than twin-log."""
+def group_of(columns: int, group_bits: int, least: float) -> int:
+    """The largest group that divides K and costs, at group_bits each, at least so much a row."""
     divisors = (size for size in range(1, columns + 1) if columns % size == 0)
-    return max(size for size in divisors if group_bits * columns >= table_bits(bits) * size)
+    return max(size for size in divisors if group_bits * columns >= least * size)
 
 
-def fits(weight: Tensor, bits: int) -> dict[str, float]:
-    """SQNR in dB of each codebook."""
-    columns = weight.shape[1]
-    codebook = fit_twin_log(weight, bits)
+def fits(weight: Tensor, bits: int, tables: int = 0) -> dict[str, float]:
+    """SQNR in dB of each codebook; tables: that rows of twin-log codes share, 0 for their own."""
+    rows, columns = weight.shape
+    least = row_bits(rows, bits, tables)
+    if tables:
+        codebook = fit_shared_tables(weight, bits, tables)
+    else:
+        codebook = fit_twin_log(weight, bits)
     values = {"twin-log": codebook.decode(codebook.encode(weight))}
     for name, symmetric in (("symmetric", True), ("asymmetric", False)):
-        group = group_of(columns, bits, FLOAT_BITS + (0 if symmetric else bits))
+        group = group_of(columns, FLOAT_BITS + (0 if symmetric else bits), least)
         uniform = Uniform(symmetric=symmetric, clip="mse", group=group)
         values[name] = uniform(weight, bits, None).values
-    group = group_of(columns, bits, FLOAT_BITS)
+    group = group_of(columns, FLOAT_BITS, least)
     values["nf"] = NormalFloat(group)(weight, bits, None).values
     values["lloyd-max"] = scaled_table(weight, lloyd_max_levels(bits), group)
     return {name: sqnr_db(weight, values[name]) for name in CODEBOOKS}
@@ -132,54 +145,72 @@ def rotated(weight: Tensor) -> Tensor:
     return Rotation.hadamard(columns, largest_block(columns), generator=generator).apply(weight)
 
 
-def measure(model: str, widths: Sequence[int]) -> list[Row]:
-    """A row for each linear, width, and weight as it is or rotated."""
+def measure(model: str, widths: Sequence[int], tables: Sequence[int] = (0,)) -> list[Row]:
+    """A row for each linear, width, number of shared tables (0: rows' own), and weight as it is or
+    rotated."""
     rows: list[Row] = []
     for name, weight in weights(model):
         for kind in ("as trained", "rotated"):
             if kind == "rotated" and not largest_block(weight.shape[1]):
                 continue
             fitted = weight if kind == "as trained" else rotated(weight)
-            for bits in widths:
-                facts = {"model": Path(model).name, "linear": name, "weight": kind, "bits": bits}
-                shape = {"n": weight.shape[0], "k": weight.shape[1]}
-                real = {"real_bits": bits + table_bits(bits) / weight.shape[1]}
-                rows.append({**facts, **shape, **real, **fits(fitted, bits)})
+            n, k = weight.shape
+            facts = {"model": Path(model).name, "linear": name, "weight": kind, "n": n, "k": k}
+            for bits, shared in itertools.product(widths, tables):
+                shared = shared if n > shared else 0
+                real = bits + row_bits(n, bits, shared) / k
+                key = {"bits": bits, "tables": shared, "real_bits": real}
+                rows.append({**facts, **key, **fits(fitted, bits, shared)})
     if not rows:
         raise ValueError(f"bench_codebook: {model} has no matrix of {LEAST_COLUMNS} columns")
     return rows
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Medians by model, weight and width, and where twin-log is not the best."""
+    """Medians by model, weight, width and tables, and where twin-log is not the best: of all, and
+    of uniform codes and NF4."""
     lines = [
-        f"{'model':22}{'weight':12}{'bits':>5}{'real':>7}"
+        f"{'model':22}{'weight':12}{'bits':>5}{'tables':>7}{'real':>7}"
         + "".join(f"{name:>12}" for name in CODEBOOKS)
-        + f"{'wins':>12}{'least lead':>12}"
+        + f"{'of all':>12}{'of uniform, nf':>16}{'least lead':>12}"
     ]
-    for key in dict.fromkeys((r["model"], r["weight"], r["bits"]) for r in rows):
-        group = [r for r in rows if (r["model"], r["weight"], r["bits"]) == key]
-        leads = [r["twin-log"] - max(r[name] for name in CODEBOOKS[1:]) for r in group]
-        wins = f"{sum(lead > 0 for lead in leads)} of {len(leads)}"
+    for key in dict.fromkeys(map(_kind, rows)):
+        group = [r for r in rows if _kind(r) == key]
+        leads = [r["twin-log"] - max(r[name] for name in RIVALS) for r in group]
+        best = sum(r["twin-log"] >= max(r[name] for name in CODEBOOKS) for r in group)
+        wins = (f"{count} of {len(group)}" for count in (best, sum(lead > 0 for lead in leads)))
         medians = [statistics.median(r[name] for r in group) for name in CODEBOOKS]
         real = statistics.median(r["real_bits"] for r in group)
         lines.append(
-            f"{key[0]:22}{key[1]:12}{key[2]:>5}{real:>7.2f}"
+            f"{key[0]:22}{key[1]:12}{key[2]:>5}{key[3] or 'own':>7}{real:>7.2f}"
             + "".join(f"{value:>12.2f}" for value in medians)
-            + f"{wins:>12}{min(leads):>+12.2f}"
+            + "{:>12}{:>16}".format(*wins)
+            + f"{min(leads):>+12.2f}"
         )
     return "\n".join(lines)
+
+
+def _kind(row: Row) -> tuple[str, str, int, int]:
+    return row["model"], row["weight"], row["bits"], row["tables"]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+", help="testbeds, safetensors files, normal-K")
     parser.add_argument("--bits", nargs="+", type=int, choices=(2, 3, 4), default=[4, 3, 2])
+    parser.add_argument(
+        "--shared-tables",
+        nargs="+",
+        type=int,
+        default=[0],
+        metavar="T",
+        help="tables that rows share, 0 for a table each row",
+    )
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     arguments = parser.parse_args(argv)
     rows: list[Row] = []
     for model in arguments.models:
-        rows += measure(model, arguments.bits)
+        rows += measure(model, arguments.bits, arguments.shared_tables)
         if arguments.json:
             write_json(rows, arguments.json)
     print(table(rows))

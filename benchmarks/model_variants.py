@@ -221,8 +221,9 @@ class Models:
         from lrq_quant.pipeline_io import load_transformer
 
         start = time.perf_counter()
-        model = load_transformer(folder, device=self.device, dtype=self.dtype).eval().requires_grad_(False)
+        model = load_transformer(folder, device=self.device, dtype=self.dtype)
         self._wait()
+        model = model.eval().requires_grad_(False)
         return model, {**facts, "load_s": time.perf_counter() - start}
 
     def _checkpoint(self, base: str) -> tuple[Path, dict[str, Any]]:

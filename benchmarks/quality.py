@@ -37,7 +37,6 @@ from benchmarks.baselines.registry import EXPERIMENTS, METHODS
 from benchmarks.quality_metrics import FeatureNet, feature_net, psnr_db, ssim
 from benchmarks.testbeds import Testbed, load_testbed
 from lrq_kernels.checkpoint import LinearState
-from lrq_kernels.codebook import TwinLogCodebook
 from lrq_kernels.loader import build_linears
 from lrq_kernels.packing import unpack_codes
 from lrq_kernels.scheme import ACT_BITS, WEIGHT_BITS
@@ -266,7 +265,7 @@ def dequantized_linear(state: LinearState) -> FakeLinear:
     """The layer that LRQLinear is, in fp32 torch: for machines on which its kernels are slow."""
     scheme = state.scheme
     codes = unpack_codes(state.codes, scheme.weight_bits, state.in_features)
-    weight = TwinLogCodebook(state.levels, state.weight_scale).decode(codes)
+    weight = state.codebook().decode(codes)
     transform = InputTransform(smooth=state.smooth_scale, rotation=state.rotation)
     act = scale_rule(scheme.scale_mode, scheme.scale_factor)
     return FakeLinear(weight, state.bias, transform, act, scheme.act_bits)

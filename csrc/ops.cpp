@@ -50,12 +50,34 @@ void check_weight(const char* op, const Tensor& weight, int64_t out_features, in
   check_aligned({op, "weight"}, weight, 16);
 }
 
-void check_codebook(const char* op, const Tensor& levels, const Tensor& weight_scale,
-                    int64_t out_features, int64_t weight_bits, const Tensor& first) {
+constexpr int64_t kMaxSharedTables = 256;  // that one byte tells apart
+
+// What codes of a weight stand for: int8 levels [N, 2^bits], or [T, 2^bits] with the table of each
+// row, uint8 [N], whose values are not looked at here; and the scale of each row, fp32 [N].
+struct Codebook {
+  const Tensor& levels;
+  const Tensor& weight_scale;
+  const std::optional<Tensor>& table_of_row;
+};
+
+void check_codebook(const char* op, const Codebook& codebook, int64_t out_features,
+                    int64_t weight_bits, const Tensor& first) {
   const int64_t level_count = int64_t{1} << weight_bits;
-  check_tensor({op, "levels"}, levels, ScalarType::Char, {out_features, level_count}, first);
-  check_aligned({op, "levels"}, levels, level_count);
-  check_tensor({op, "weight_scale"}, weight_scale, ScalarType::Float, {out_features}, first);
+  const Argument of_levels{op, "levels"};
+  int64_t tables = out_features;
+  if (codebook.table_of_row.has_value()) {
+    LRQ_CHECK(codebook.levels.dim() == 2 && codebook.levels.size(0) >= 1 &&
+                  codebook.levels.size(0) <= kMaxSharedTables,
+              of_levels, "[T, " + std::to_string(level_count) + "] with T from 1 to 256",
+              "shape " + list_text(codebook.levels.sizes()));
+    tables = codebook.levels.size(0);
+    check_tensor({op, "table_of_row"}, *codebook.table_of_row, ScalarType::Byte, {out_features},
+                 first);
+  }
+  check_tensor(of_levels, codebook.levels, ScalarType::Char, {tables, level_count}, first);
+  check_aligned(of_levels, codebook.levels, level_count);
+  check_tensor({op, "weight_scale"}, codebook.weight_scale, ScalarType::Float, {out_features},
+               first);
 }
 
 void check_bias(const char* op, const std::optional<Tensor>& bias, int64_t out_features,
@@ -120,13 +142,13 @@ Tensor unprepack(const Tensor& weight, int64_t out_features, int64_t in_features
 
 Tensor dequantize(const Tensor& weight, const Tensor& levels, const Tensor& weight_scale,
                   int64_t out_features, int64_t in_features, int64_t weight_bits,
-                  ScalarType out_dtype) {
+                  ScalarType out_dtype, const std::optional<Tensor>& table_of_row) {
   constexpr const char* kOp = "dequantize";
   const std::optional<OutType> out_type = out_type_of(out_dtype);
   LRQ_CHECK(out_type.has_value() && *out_type != OutType::kInt32, (Argument{kOp, "out_dtype"}),
             "one of (torch.bfloat16, torch.float16, torch.float32)", dtype_text(out_dtype));
   check_weight(kOp, weight, out_features, in_features, weight_bits, weight);
-  check_codebook(kOp, levels, weight_scale, out_features, weight_bits, weight);
+  check_codebook(kOp, {levels, weight_scale, table_of_row}, out_features, weight_bits, weight);
 
   const int32_t device = weight.get_device_index();
   const DeviceGuard guard(device);
@@ -138,6 +160,7 @@ Tensor dequantize(const Tensor& weight, const Tensor& levels, const Tensor& weig
   DequantizeArgs args;
   args.weight = const_pointer<uint32_t>(weight);
   args.levels = const_pointer<int8_t>(levels);
+  args.table_of_row = const_pointer<uint8_t>(table_of_row);
   args.scale = const_pointer<float>(weight_scale);
   args.out = out.mutable_data_ptr();
   args.n = out_features;
@@ -191,7 +214,7 @@ void check_residual_and_gate(const char* op, const std::optional<Tensor>& residu
 
 // lrq::gemm, and lrq::gemm_config where `config` is a row of kGemmConfigs.
 Tensor run_gemm(const char* op, const Tensor& x_q, const Tensor& x_scale, const Tensor& weight,
-                const Tensor& levels, const Tensor& weight_scale, const std::optional<Tensor>& bias,
+                const Codebook& codebook, const std::optional<Tensor>& bias,
                 const std::optional<Tensor>& residual, const std::optional<Tensor>& gate,
                 int64_t weight_bits, int64_t out_features, const std::string& activation,
                 ScalarType out_dtype, std::optional<int64_t> config) {
@@ -208,7 +231,7 @@ Tensor run_gemm(const char* op, const Tensor& x_q, const Tensor& x_scale, const 
             "one of (torch.bfloat16, torch.float16, torch.float32, torch.int32)",
             dtype_text(out_dtype));
   check_weight(op, weight, out_features, k, weight_bits, x_q);
-  check_codebook(op, levels, weight_scale, out_features, weight_bits, x_q);
+  check_codebook(op, codebook, out_features, weight_bits, x_q);
   check_tensor({op, "x_scale"}, x_scale, ScalarType::Float, {m}, x_q);
   check_bias(op, bias, out_features, x_q);
   if (*out_type == OutType::kInt32) {
@@ -232,8 +255,9 @@ Tensor run_gemm(const char* op, const Tensor& x_q, const Tensor& x_scale, const 
   args.x_stride = m == 1 ? 0 : x_q.stride(0);
   args.x_scale = const_pointer<float>(x_scale);
   args.weight = const_pointer<uint32_t>(weight);
-  args.levels = const_pointer<int8_t>(levels);
-  args.weight_scale = const_pointer<float>(weight_scale);
+  args.levels = const_pointer<int8_t>(codebook.levels);
+  args.table_of_row = const_pointer<uint8_t>(codebook.table_of_row);
+  args.weight_scale = const_pointer<float>(codebook.weight_scale);
   args.bias = const_pointer<float>(bias);
   args.residual = const_pointer<void>(residual);
   args.residual_stride = residual.has_value() ? residual->stride(0) : 0;
@@ -255,41 +279,41 @@ Tensor gemm(const Tensor& x_q, const Tensor& x_scale, const Tensor& weight, cons
             const Tensor& weight_scale, const std::optional<Tensor>& bias,
             const std::optional<Tensor>& residual, const std::optional<Tensor>& gate,
             int64_t weight_bits, int64_t out_features, const std::string& activation,
-            ScalarType out_dtype) {
-  return run_gemm("gemm", x_q, x_scale, weight, levels, weight_scale, bias, residual, gate,
-                  weight_bits, out_features, activation, out_dtype, std::nullopt);
+            ScalarType out_dtype, const std::optional<Tensor>& table_of_row) {
+  return run_gemm("gemm", x_q, x_scale, weight, {levels, weight_scale, table_of_row}, bias,
+                  residual, gate, weight_bits, out_features, activation, out_dtype, std::nullopt);
 }
 
 Tensor gemm_config(const Tensor& x_q, const Tensor& x_scale, const Tensor& weight,
                    const Tensor& levels, const Tensor& weight_scale,
                    const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
                    const std::optional<Tensor>& gate, int64_t weight_bits, int64_t out_features,
-                   const std::string& activation, ScalarType out_dtype, int64_t config) {
-  return run_gemm("gemm_config", x_q, x_scale, weight, levels, weight_scale, bias, residual, gate,
-                  weight_bits, out_features, activation, out_dtype, config);
+                   const std::string& activation, ScalarType out_dtype, int64_t config,
+                   const std::optional<Tensor>& table_of_row) {
+  return run_gemm("gemm_config", x_q, x_scale, weight, {levels, weight_scale, table_of_row}, bias,
+                  residual, gate, weight_bits, out_features, activation, out_dtype, config);
 }
 
 // x [M, K] in 16 bits and its weight, as gemv and gemm_a16 take them.
-void check_a16(const char* op, const Tensor& x, const Tensor& weight, const Tensor& levels,
-               const Tensor& weight_scale, const std::optional<Tensor>& bias, int64_t weight_bits,
-               int64_t out_features) {
+void check_a16(const char* op, const Tensor& x, const Tensor& weight, const Codebook& codebook,
+               const std::optional<Tensor>& bias, int64_t weight_bits, int64_t out_features) {
   check_rows({op, "x"}, x);
   check_size(op, "M", x.size(0));
   check_weight(op, weight, out_features, x.size(1), weight_bits, x);
-  check_codebook(op, levels, weight_scale, out_features, weight_bits, x);
+  check_codebook(op, codebook, out_features, weight_bits, x);
   check_bias(op, bias, out_features, x);
 }
 
-A16Args a16_args(const Tensor& x, const Tensor& weight, const Tensor& levels,
-                 const Tensor& weight_scale, const std::optional<Tensor>& bias, int64_t weight_bits,
-                 int64_t out_features) {
+A16Args a16_args(const Tensor& x, const Tensor& weight, const Codebook& codebook,
+                 const std::optional<Tensor>& bias, int64_t weight_bits, int64_t out_features) {
   A16Args args;
   args.problem = {x.size(0), out_features, x.size(1), static_cast<int>(weight_bits)};
   args.x = x.const_data_ptr();
   args.x_stride = x.stride(0);
   args.weight = const_pointer<uint32_t>(weight);
-  args.levels = const_pointer<int8_t>(levels);
-  args.weight_scale = const_pointer<float>(weight_scale);
+  args.levels = const_pointer<int8_t>(codebook.levels);
+  args.table_of_row = const_pointer<uint8_t>(codebook.table_of_row);
+  args.weight_scale = const_pointer<float>(codebook.weight_scale);
   args.bias = const_pointer<float>(bias);
   args.type = *out_type_of(x.scalar_type());
   args.y = nullptr;
@@ -298,7 +322,8 @@ A16Args a16_args(const Tensor& x, const Tensor& weight, const Tensor& levels,
 }
 
 Tensor gemv(const Tensor& x, const Tensor& weight, const Tensor& levels, const Tensor& weight_scale,
-            const std::optional<Tensor>& bias, int64_t weight_bits, int64_t out_features) {
+            const std::optional<Tensor>& bias, int64_t weight_bits, int64_t out_features,
+            const std::optional<Tensor>& table_of_row) {
   constexpr const char* kOp = "gemv";
   const ScalarType dtype = x.scalar_type();
   LRQ_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
@@ -307,7 +332,8 @@ Tensor gemv(const Tensor& x, const Tensor& weight, const Tensor& levels, const T
   LRQ_CHECK(x.dim() == 2 && x.size(0) <= kGemvMaxTokens, (Argument{kOp, "x"}),
             "[M, K] with M at most " + std::to_string(kGemvMaxTokens),
             "shape " + list_text(x.sizes()));
-  check_a16(kOp, x, weight, levels, weight_scale, bias, weight_bits, out_features);
+  const Codebook codebook = {levels, weight_scale, table_of_row};
+  check_a16(kOp, x, weight, codebook, bias, weight_bits, out_features);
 
   const int32_t device = x.get_device_index();
   const DeviceGuard guard(device);
@@ -316,27 +342,17 @@ Tensor gemv(const Tensor& x, const Tensor& weight, const Tensor& levels, const T
   if (y.numel() == 0) {
     return y;
   }
-  A16Args args = a16_args(x, weight, levels, weight_scale, bias, weight_bits, out_features);
+  A16Args args = a16_args(x, weight, codebook, bias, weight_bits, out_features);
   args.y = y.mutable_data_ptr();
   check_cuda(kOp, launch_gemv(args, current_stream(device)));
   return y;
-}
-
-// torch's own product with a weight [N, K] of x's dtype.
-Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack = {from(x), from(weight), from(bias)};
-  // Not STABLE_TORCH_ERROR_CODE_CHECK: torch 2.10 and 2.11 do not have it.
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 // gemv for few rows; for more a kernel of its own where there is one and it is the quicker way,
 // dequantize and torch elsewhere.
 Tensor gemm_a16(const Tensor& x, const Tensor& weight, const Tensor& levels,
                 const Tensor& weight_scale, const std::optional<Tensor>& bias, int64_t weight_bits,
-                int64_t out_features, int64_t tile) {
+                int64_t out_features, int64_t tile, const std::optional<Tensor>& table_of_row) {
   constexpr const char* kOp = "gemm_a16";
   const ScalarType dtype = x.scalar_type();
   const bool wide = dtype == ScalarType::Float;
@@ -346,15 +362,16 @@ Tensor gemm_a16(const Tensor& x, const Tensor& weight, const Tensor& levels,
   LRQ_CHECK(x.dim() == 2, (Argument{kOp, "x"}), "[M, K]", "shape " + list_text(x.sizes()));
   LRQ_CHECK(tile >= -1 && tile < kA16TileCount, (Argument{kOp, "tile"}),
             "in [-1, " + std::to_string(kA16TileCount - 1) + "]", std::to_string(tile));
-  check_a16(kOp, x, weight, levels, weight_scale, bias, weight_bits, out_features);
+  const Codebook codebook = {levels, weight_scale, table_of_row};
+  check_a16(kOp, x, weight, codebook, bias, weight_bits, out_features);
   if (tile == -1 && !wide && x.size(0) <= kGemvMaxTokens) {
-    return gemv(x, weight, levels, weight_scale, bias, weight_bits, out_features);
+    return gemv(x, weight, levels, weight_scale, bias, weight_bits, out_features, table_of_row);
   }
 
   const int32_t device = x.get_device_index();
   const DeviceGuard guard(device);
   const int arch = device_arch(kOp, device);
-  A16Args args = a16_args(x, weight, levels, weight_scale, bias, weight_bits, out_features);
+  A16Args args = a16_args(x, weight, codebook, bias, weight_bits, out_features);
   const bool has_kernel = !wide && has_gemm_a16(args, arch);
   LRQ_CHECK(has_kernel || tile == -1, (Argument{kOp, "tile"}),
             "-1 where dtype, alignment or GPU leave no kernel", std::to_string(tile));
@@ -363,8 +380,8 @@ Tensor gemm_a16(const Tensor& x, const Tensor& weight, const Tensor& levels,
     args.tile = choose_a16_tile(args.problem, multiprocessors(kOp, device));
   }
   if (!has_kernel || args.tile == kA16Dequantize) {
-    const Tensor dense =
-        dequantize(weight, levels, weight_scale, out_features, x.size(1), weight_bits, dtype);
+    const Tensor dense = dequantize(weight, levels, weight_scale, out_features, x.size(1),
+                                    weight_bits, dtype, table_of_row);
     std::optional<Tensor> narrow_bias;
     if (bias.has_value()) {
       narrow_bias = torch::stable::to(*bias, dtype);

@@ -173,6 +173,16 @@ inline std::optional<OutType> out_type_of(ScalarType dtype) {
   }
 }
 
+// torch's own product with a weight [N, K] of x's dtype.
+inline Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack = {from(x), from(weight), from(bias)};
+  // Not STABLE_TORCH_ERROR_CODE_CHECK: torch 2.10 and 2.11 do not have it.
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 // ---- device and stream ------------------------------------------------------------------------
 
 inline void check_cuda(const char* op, cudaError_t error) {

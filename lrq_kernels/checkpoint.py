@@ -9,11 +9,11 @@ under the first of them; the others name it.
 A checkpoint is one file, or several (shards) listed in an index as diffusers writes it. Every file
 carries the metadata of the whole. Metadata (strings, as safetensors asks):
     format             "lrq"
-    version            "1", or "2" where a linear has a low-rank branch: the lowest that knows all
-                       fields in the file
+    version            "1", "2" where a linear has a low-rank branch, "3" where rows share tables of
+                       levels: the lowest that knows all fields in the file
     model_class        class name of the model
     layers             JSON: name -> {scheme fields, in_features, out_features, shared_input?,
-                       low_rank?: rank of the branch}
+                       low_rank?: rank of the branch, shared_tables?: of levels}
     checksums          JSON: tensor name -> CRC-32 of "dtype shape" (as "int32 [64, 16]") and bytes
     metadata_checksum  CRC-32 of model_class, layers and checksums, joined by zero bytes
 """
@@ -37,6 +37,7 @@ from .linear_state import (
     FIELDS,
     CheckpointError,
     LinearState,
+    Sizes,
     fields_table,
     state_from_tensors,
     state_tensors,
@@ -70,7 +71,7 @@ __all__ = [
 
 FORMAT = "lrq"
 # That this package reads; it writes the lowest that has what a file holds (version_with).
-VERSIONS = (1, 2)
+VERSIONS = (1, 2, 3)
 # diffusers looks for these names in a model folder.
 FILE_NAME = "diffusion_pytorch_model.safetensors"
 INDEX_NAME = f"{FILE_NAME}.index.json"
@@ -166,15 +167,18 @@ def encode(
                 f"{name}: shared_input must name a linear that stores it, got {owner!r}"
             )
         own = state_tensors(state, with_input=True)
-        sizes = (state.out_features, state.in_features)
-        state_from_tensors(own, state.scheme, *sizes, name, low_rank=state.low_rank)
+        facts = LayerFacts.of(state)
+        state_from_tensors(own, state.scheme, facts.sizes, name)
         if owner != name:
             _check_same_input(name, state, owner, states[owner])
-        layer = {**state.scheme.to_dict(), "out_features": sizes[0], "in_features": sizes[1]}
+        layer = {**state.scheme.to_dict(), "out_features": facts.sizes.n}
+        layer["in_features"] = facts.sizes.k
         if owner != name:
             layer["shared_input"] = owner
         if state.low_rank:
             layer["low_rank"] = state.low_rank
+        if state.shared_tables:
+            layer["shared_tables"] = state.shared_tables
         layers[name] = layer
         fields.update(own)
         for key, tensor in state_tensors(state, with_input=owner == name).items():
@@ -241,20 +245,25 @@ def _separate_on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class LayerFacts(NamedTuple):
-    """What the description of a linear says; low_rank: 0 without a branch."""
+    """What the description of a linear says."""
 
-    out_features: int
-    in_features: int
     scheme: QuantScheme
-    low_rank: int
+    sizes: Sizes
+
+    @staticmethod
+    def of(state: LinearState) -> LayerFacts:
+        n, k, scheme = state.out_features, state.in_features, state.scheme
+        sizes = Sizes(n, k, scheme.weight_bits, state.low_rank, state.shared_tables)
+        return LayerFacts(scheme, sizes)
+
+    def of_input(self) -> dict[str, Any]:
+        """What linears that share an input agree on."""
+        scheme = {key: getattr(self.scheme, key) for key in INPUT_FIELDS}
+        return {"in_features": self.sizes.k, "low_rank": self.sizes.rank, **scheme}
 
 
 def _check_same_input(name: str, state: LinearState, owner: str, owner_state: LinearState) -> None:
-    facts, owner_facts = (
-        LayerFacts(s.out_features, s.in_features, s.scheme, s.low_rank)
-        for s in (state, owner_state)
-    )
-    _check_same_input_facts(name, facts, owner, owner_facts)
+    _check_same_input_facts(name, LayerFacts.of(state), owner, LayerFacts.of(owner_state))
     own = state_tensors(state, with_input=True)
     stored = state_tensors(owner_state, with_input=True)
     for key, spec in FIELDS.items():
@@ -271,11 +280,9 @@ def _check_same_input(name: str, state: LinearState, owner: str, owner_state: Li
 def _check_same_input_facts(
     name: str, facts: LayerFacts, owner: str, owner_facts: LayerFacts
 ) -> None:
-    for key in ("in_features", "low_rank", *INPUT_FIELDS):
-        mine, theirs = (
-            getattr(of.scheme if key in INPUT_FIELDS else of, key) for of in (facts, owner_facts)
-        )
-        if mine != theirs:
+    expected = owner_facts.of_input()
+    for key, mine in facts.of_input().items():
+        if mine != (theirs := expected[key]):
             raise CheckpointError(
                 f"{name}: {key} must be {theirs!r} as in {owner}, whose input it shares, "
                 f"got {mine!r}"
@@ -341,7 +348,7 @@ def _check_metadata(file: Path, raw: Mapping[str, str]) -> None:
     if raw.get("format") != FORMAT:
         raise CheckpointError(f"{file}: format must be {FORMAT!r}, got {raw.get('format')!r}")
     if raw.get("version") not in [str(version) for version in VERSIONS]:
-        known = " and ".join(map(str, VERSIONS))
+        known = ", ".join(map(str, VERSIONS))
         raise CheckpointError(
             f"{file} has format version {raw.get('version')}; this package reads versions {known}"
         )
@@ -410,20 +417,21 @@ def layer_state(name: str, header: Header, tensors: Mapping[str, Tensor]) -> Lin
                 raise CheckpointError(f"{name}.{key} must be stored under {owner} alone")
             if spec.per_input and key in stored:
                 own[key] = tensors[stored[key]]
-    sizes = (facts.out_features, facts.in_features)
-    return state_from_tensors(own, facts.scheme, *sizes, name, owner, facts.low_rank)
+    return state_from_tensors(own, facts.scheme, facts.sizes, name, owner)
 
 
 def _layer_facts(name: str, description: Mapping[str, Any]) -> LayerFacts:
     rest = {key: value for key, value in description.items() if key != "shared_input"}
     try:
         sizes = (rest.pop("out_features"), rest.pop("in_features"))
-        low_rank = rest.pop("low_rank", None)
+        optional = {key: rest.pop(key, None) for key in ("low_rank", "shared_tables")}
         scheme = QuantScheme.from_dict(rest)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{name}: damaged description: {error}") from error
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         raise CheckpointError(f"{name}: out_features, in_features must be positive, got {sizes}")
-    if low_rank is not None and not (isinstance(low_rank, int) and low_rank > 0):
-        raise CheckpointError(f"{name}: low_rank must be positive, got {low_rank!r}")
-    return LayerFacts(*sizes, scheme, low_rank or 0)
+    for key, value in optional.items():
+        if value is not None and not (isinstance(value, int) and value > 0):
+            raise CheckpointError(f"{name}: {key} must be positive, got {value!r}")
+    rank, tables = (value or 0 for value in optional.values())
+    return LayerFacts(scheme, Sizes(*sizes, scheme.weight_bits, rank, tables))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from .codebook import joined_tables, tables_of_part
 from .input_quantizer import InputQuantizer, as_they_are, own_copy, with_last_stride_1
 from .linear_state import BRANCH_DTYPE, LinearState, as_bits
 from .placeholder import WeightPlaceholder
@@ -54,8 +55,9 @@ def _exchanges(hook: object) -> bool:
 class LRQLinear(nn.Linear):
     """y = x @ W.T + bias with W as 2^b int8 levels per row, selected by b-bit codes.
 
-    Buffers: packed_weight (int32, device layout of lrq::prepack), levels (int8 [N, 2^b]),
-    weight_scale and bias_bits (fp32 [N] as int32), low_rank_up (bf16 [N, R] as int16, None without
+    Buffers: packed_weight (int32, device layout of lrq::prepack), levels (int8 [N, 2^b], or
+    [T, 2^b] where rows share tables, and table_of_row, uint8 [N], says which), weight_scale and
+    bias_bits (fp32 [N] as int32), low_rank_up (bf16 [N, R] as int16, None without
     a low-rank branch), and row_order (int32 [N]): which canonical row each row is, None where they
     are in order (module row_order reorders them). x is [..., K] in bf16, fp16 or fp32; y has x's
     dtype. act_bits 8 and 4 take two launches: rotate_quantize and gemm. act_bits 16 rotates, then
@@ -75,6 +77,7 @@ class LRQLinear(nn.Linear):
 
     packed_weight: Tensor
     levels: Tensor
+    table_of_row: Tensor | None
     weight_scale: Tensor
     bias_bits: Tensor | None
     low_rank_up: Tensor | None
@@ -119,6 +122,8 @@ class LRQLinear(nn.Linear):
         packed = ops.prepack(state.codes, state.in_features, scheme.weight_bits)
         self.register_buffer("packed_weight", packed)
         self.register_buffer("levels", own_copy(state.levels))
+        of_row = state.table_of_row
+        self.register_buffer("table_of_row", None if of_row is None else own_copy(of_row))
         self.register_buffer("weight_scale", as_bits(state.weight_scale))
         self.register_buffer("bias_bits", None if state.bias is None else as_bits(state.bias))
         self.register_buffer("low_rank_up", None if up is None else as_bits(up, BRANCH_DTYPE))
@@ -183,6 +188,7 @@ class LRQLinear(nn.Linear):
             self.in_features,
             self.scheme.weight_bits,
             dtype,
+            self.table_of_row,
         )
         return self._canonical(weight)
 
@@ -238,6 +244,7 @@ class LRQLinear(nn.Linear):
             self.out_features,
             activation,
             out_dtype,
+            buffers["table_of_row"],
         )
         return y.view(*x_q.shape[:-1], self.out_features)
 
@@ -259,6 +266,7 @@ class LRQLinear(nn.Linear):
             None if bias is None else bias.view(torch.float32),
             self.scheme.weight_bits,
             self.out_features,
+            table_of_row=self.table_of_row,
         )
         if projected is None:
             return y
@@ -304,9 +312,10 @@ class LRQLinear(nn.Linear):
 
     def to_state(self) -> LinearState:
         """The canonical form of this linear (as one, even when fused from several)."""
+        of_row = self.table_of_row
         return LinearState(
             codes=self.codes(),
-            levels=self._canonical(self.levels),
+            levels=self.levels if of_row is not None else self._canonical(self.levels),
             weight_scale=self._canonical(self.weight_scale.view(torch.float32)),
             bias=self.bias,
             scheme=self.scheme,
@@ -316,6 +325,7 @@ class LRQLinear(nn.Linear):
             rotation=self.input_quantizer.rotation(),
             low_rank_down=self.input_quantizer.low_rank_factor(),
             low_rank_up=self._canonical_up(),
+            table_of_row=None if of_row is None else self._canonical(of_row),
         )
 
     def part_states(self) -> dict[str, LinearState]:
@@ -324,10 +334,12 @@ class LRQLinear(nn.Linear):
         for name, count in self.parts:
             rows = slice(start, start + count)
             start += count
+            levels, of_row = tables_of_part(whole.levels, whole.table_of_row, rows)
             states[name] = dataclasses.replace(
                 whole,
                 codes=whole.codes[rows],
-                levels=whole.levels[rows],
+                levels=levels,
+                table_of_row=of_row,
                 weight_scale=whole.weight_scale[rows],
                 bias=None if whole.bias is None else whole.bias[rows],
                 low_rank_up=None if whole.low_rank_up is None else whole.low_rank_up[rows],
@@ -366,10 +378,12 @@ def fuse_linears(linears: list[LRQLinear]) -> LRQLinear:
     biases = [state.bias for state in states if state.bias is not None]
     # All or none have a branch, as their input has.
     ups = [state.low_rank_up for state in states if state.low_rank_up is not None]
+    levels, of_row = joined_tables([(state.levels, state.table_of_row) for state in states])
     state = dataclasses.replace(
         states[0],
         codes=torch.cat([state.codes for state in states]),
-        levels=torch.cat([state.levels for state in states]),
+        levels=levels,
+        table_of_row=of_row,
         weight_scale=torch.cat([state.weight_scale for state in states]),
         bias=torch.cat(biases) if biases else None,
         low_rank_up=torch.cat(ups) if ups else None,

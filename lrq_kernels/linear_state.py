@@ -24,14 +24,25 @@ class CheckpointError(ValueError):
     """The file is not an intact lrq checkpoint, or not one of this model."""
 
 
+class Sizes(NamedTuple):
+    """[n, k] weights of so many bits; rank of the low-rank branch, 0 without one; shared_tables:
+    the tables of levels that rows share, 0 where each has its own."""
+
+    n: int
+    k: int
+    bits: int
+    rank: int = 0
+    shared_tables: int = 0
+
+
 class Field(NamedTuple):
-    """dtype: as stored. shape: of (N, K, bits, R), R of the low-rank branch. required: "always",
-    "optional", by a rotation or, LOW_RANK, by a branch. float_dtype: of the floats that the
-    integers are a view of. per_input: belongs to the shared input, stored under its first linear.
-    since: the format version that has it."""
+    """dtype: as stored. shape: of Sizes. required: "always", "optional", by a rotation, by a branch
+    (LOW_RANK) or by tables of levels that rows share (SHARED_TABLES). float_dtype: of the floats
+    that the integers are a view of. per_input: belongs to the shared input, stored under its first
+    linear. since: the format version that has it."""
 
     dtype: torch.dtype
-    shape: Callable[[int, int, int, int], tuple[int, ...]]
+    shape: Callable[[Sizes], tuple[int, ...]]
     shape_text: str
     required: str
     float_dtype: torch.dtype | None
@@ -42,14 +53,15 @@ class Field(NamedTuple):
 
 # Of both factors of a low-rank branch.
 BRANCH_DTYPE = torch.bfloat16
-# Required, and allowed, where the description of a linear says low_rank.
+# Required, and allowed, where the description of a linear says low_rank, or tables.
 LOW_RANK = "low-rank"
+SHARED_TABLES = "shared tables"
 
 
 FIELDS: dict[str, Field] = {
     "codes": Field(
         torch.int32,
-        lambda n, k, b, r: (n, packed_words(k, b)),
+        lambda s: (s.n, packed_words(s.k, s.bits)),
         "[N, ceil(K/32)*b]",
         "always",
         None,
@@ -58,16 +70,26 @@ FIELDS: dict[str, Field] = {
     ),
     "levels": Field(
         torch.int8,
-        lambda n, k, b, r: (n, 1 << b),
-        "[N, 2^b]",
+        lambda s: (s.shared_tables or s.n, 1 << s.bits),
+        "[N, 2^b]; [T, 2^b] with table_of_row",
         "always",
         None,
         False,
-        "int8 level of each code, per output row",
+        "int8 level of each code, per output row or in T <= 256 tables that rows share",
+    ),
+    "table_of_row": Field(
+        torch.uint8,
+        lambda s: (s.n,),
+        "[N]",
+        SHARED_TABLES,
+        None,
+        False,
+        "the table of levels that each output row has",
+        since=3,
     ),
     "weight_scale": Field(
         torch.int32,
-        lambda n, k, b, r: (n,),
+        lambda s: (s.n,),
         "[N]",
         "always",
         torch.float32,
@@ -76,7 +98,7 @@ FIELDS: dict[str, Field] = {
     ),
     "bias": Field(
         torch.int32,
-        lambda n, k, b, r: (n,),
+        lambda s: (s.n,),
         "[N]",
         "optional",
         torch.float32,
@@ -85,7 +107,7 @@ FIELDS: dict[str, Field] = {
     ),
     "smooth_scale": Field(
         torch.int32,
-        lambda n, k, b, r: (k,),
+        lambda s: (s.k,),
         "[K]",
         "optional",
         torch.float32,
@@ -94,7 +116,7 @@ FIELDS: dict[str, Field] = {
     ),
     "signs": Field(
         torch.int8,
-        lambda n, k, b, r: (k,),
+        lambda s: (s.k,),
         "[K]",
         "hadamard",
         None,
@@ -103,7 +125,7 @@ FIELDS: dict[str, Field] = {
     ),
     "permutation": Field(
         torch.int32,
-        lambda n, k, b, r: (k,),
+        lambda s: (s.k,),
         "[K]",
         "optional",
         None,
@@ -112,7 +134,7 @@ FIELDS: dict[str, Field] = {
     ),
     "rotation_matrices": Field(
         torch.int32,
-        lambda n, k, b, r: (2, DUAL_BLOCK_SIZE, DUAL_BLOCK_SIZE),
+        lambda s: (2, DUAL_BLOCK_SIZE, DUAL_BLOCK_SIZE),
         "[2, 128, 128]",
         "dual",
         torch.float32,
@@ -121,7 +143,7 @@ FIELDS: dict[str, Field] = {
     ),
     "low_rank_down": Field(
         torch.int16,
-        lambda n, k, b, r: (r, k),
+        lambda s: (s.rank, s.k),
         "[R, K]",
         LOW_RANK,
         BRANCH_DTYPE,
@@ -131,7 +153,7 @@ FIELDS: dict[str, Field] = {
     ),
     "low_rank_up": Field(
         torch.int16,
-        lambda n, k, b, r: (n, r),
+        lambda s: (s.n, s.rank),
         "[N, R]",
         LOW_RANK,
         BRANCH_DTYPE,
@@ -147,7 +169,8 @@ class LinearState:
     """One quantized linear in canonical form.
 
     codes int32 [N, ceil(K/32)*b], levels int8 [N, 2^b], weight_scale fp32 [N], bias fp32 [N],
-    smooth_scale fp32 [K], rotation of K channels. shared_input names the linear under which the
+    smooth_scale fp32 [K], rotation of K channels. table_of_row uint8 [N]: levels are [T, 2^b], and
+    this is the table of each row. shared_input names the linear under which the
     smoothing and rotation of this one are stored; None: under itself. low_rank_down bf16 [R, K],
     shared with the input as they are, and low_rank_up bf16 [N, R]: a branch beside the codes,
 
@@ -168,6 +191,16 @@ class LinearState:
     shared_input: str | None = None
     low_rank_down: Tensor | None = None
     low_rank_up: Tensor | None = None
+    table_of_row: Tensor | None = None
+
+    def codebook(self, rows: slice = slice(None)) -> TwinLogCodebook:
+        """Levels and scales of these output rows. Raises what TwinLogCodebook raises."""
+        return TwinLogCodebook(self.levels, self.weight_scale, self.table_of_row).rows(rows)
+
+    @property
+    def shared_tables(self) -> int:
+        """Tables of levels that rows share, 0 where each has its own."""
+        return 0 if self.table_of_row is None else self.levels.shape[0]
 
     @property
     def low_rank(self) -> int:
@@ -190,6 +223,7 @@ class LinearState:
             rotation=self.rotation.to(device),
             low_rank_down=move(self.low_rank_down),
             low_rank_up=move(self.low_rank_up),
+            table_of_row=move(self.table_of_row),
         )
 
 
@@ -211,7 +245,9 @@ def fields_table() -> str:
         if present in ROTATIONS:
             present = f"rotation {present}"
         elif present == LOW_RANK:
-            present = f"{present} branch (version {spec.since})"
+            present += " branch"
+        if spec.since > 1:
+            present += f" (version {spec.since})"
         if spec.per_input:
             present += ", once per input"
         lines.append(f"| `{name}` | {stored} | {spec.shape_text} | {present} | {spec.meaning} |")
@@ -224,6 +260,7 @@ def state_tensors(state: LinearState, *, with_input: bool) -> dict[str, Tensor]:
     values: dict[str, Tensor | None] = {
         "codes": state.codes,
         "levels": state.levels,
+        "table_of_row": state.table_of_row,
         "weight_scale": state.weight_scale,
         "bias": state.bias,
         "smooth_scale": state.smooth_scale,
@@ -247,19 +284,18 @@ def state_tensors(state: LinearState, *, with_input: bool) -> dict[str, Tensor]:
 def state_from_tensors(
     tensors: Mapping[str, Tensor],
     scheme: QuantScheme,
-    out_features: int,
-    in_features: int,
+    sizes: Sizes,
     where: str,
     shared_input: str | None = None,
-    low_rank: int = 0,
 ) -> LinearState:
     """Inverse of state_tensors. Raises CheckpointError, naming `where`.field, unless every tensor
-    has the dtype, shape and values that FIELDS, the scheme and the rank of the branch ask for."""
+    has the dtype, shape and values that FIELDS, the scheme and the sizes ask for."""
     for name in tensors:
         if name not in FIELDS:
             raise CheckpointError(f"{where}.{name} is not a field of the format: {list(FIELDS)}")
     values: dict[str, Tensor | None] = {}
-    needed = ["always", scheme.rotation, *([LOW_RANK] if low_rank else [])]
+    described = {LOW_RANK: sizes.rank, SHARED_TABLES: sizes.shared_tables}
+    needed = ["always", scheme.rotation, *(key for key, given in described.items() if given)]
     for name, spec in FIELDS.items():
         tensor = tensors.get(name)
         if tensor is None:
@@ -267,9 +303,10 @@ def state_from_tensors(
                 raise CheckpointError(f"{where}.{name} is missing")
             values[name] = None
             continue
-        if spec.required == LOW_RANK and not low_rank:
-            raise CheckpointError(f"{where}.{name} is there, and the linear has no low_rank")
-        shape = spec.shape(out_features, in_features, scheme.weight_bits, low_rank)
+        if not described.get(spec.required, 1):
+            key = {LOW_RANK: "low_rank", SHARED_TABLES: "shared_tables"}[spec.required]
+            raise CheckpointError(f"{where}.{name} is there, and the linear has no {key}")
+        shape = spec.shape(sizes)
         if tensor.dtype != spec.dtype or tuple(tensor.shape) != shape:
             raise CheckpointError(
                 f"{where}.{name} must be {spec.dtype} {list(shape)}, "
@@ -285,8 +322,8 @@ def state_from_tensors(
     )
     smooth = values["smooth_scale"]
     try:
-        rotation.validate(in_features)
-        TwinLogCodebook(values["levels"], values["weight_scale"])
+        rotation.validate(sizes.k)
+        TwinLogCodebook(values["levels"], values["weight_scale"], values["table_of_row"])
         if smooth is not None and not bool(((smooth > 0) & torch.isfinite(smooth)).all()):
             raise ValueError("smooth_scale must be positive and finite")
         for name in ("bias", "low_rank_down", "low_rank_up"):
@@ -301,13 +338,14 @@ def state_from_tensors(
         weight_scale=values["weight_scale"],
         bias=values["bias"],
         scheme=scheme,
-        in_features=in_features,
-        out_features=out_features,
+        in_features=sizes.k,
+        out_features=sizes.n,
         smooth_scale=smooth,
         rotation=rotation,
         shared_input=shared_input,
         low_rank_down=values["low_rank_down"],
         low_rank_up=values["low_rank_up"],
+        table_of_row=values["table_of_row"],
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .codebook import MAX_SHARED_TABLES
 from .packing import packed_words
 from .reference import TILE
 from .scheme import BLOCK_SIZES, DUAL_BLOCK_SIZE, ROTATIONS, SCALE_MODES, WEIGHT_BITS
@@ -265,10 +266,23 @@ def check_weight(
 
 
 def check_codebook(
-    op: str, weight: Tensor, levels: Tensor, weight_scale: Tensor, out_features: int, bits: int
+    op: str,
+    weight: Tensor,
+    levels: Tensor,
+    weight_scale: Tensor,
+    table_of_row: Tensor | None,
+    out_features: int,
+    bits: int,
 ) -> None:
-    shape = (out_features, 1 << bits)
-    check_tensor(op, "levels", levels, torch.int8, shape, weight.device)
+    tables = out_features
+    if table_of_row is not None:
+        if levels.dim() != 2 or not 1 <= levels.shape[0] <= MAX_SHARED_TABLES:
+            expected = f"[T, {1 << bits}] with T from 1 to {MAX_SHARED_TABLES}"
+            fail(op, "levels", expected, f"shape {list(levels.shape)}")
+        tables = levels.shape[0]
+        shape = (out_features,)
+        check_tensor(op, "table_of_row", table_of_row, torch.uint8, shape, weight.device)
+    check_tensor(op, "levels", levels, torch.int8, (tables, 1 << bits), weight.device)
     check_tensor(op, "weight_scale", weight_scale, torch.float32, (out_features,), weight.device)
 
 
@@ -293,6 +307,8 @@ def check_gemm(
     out_features: int,
     activation: str,
     out_dtype: torch.dtype,
+    table_of_row: Tensor | None = None,
+    *,
     op: str = "gemm",
 ) -> None:
     if x_q.dtype != torch.int8 or x_q.dim() != 2:
@@ -306,7 +322,7 @@ def check_gemm(
     check_weight(op, weight, out_features, in_features, weight_bits)
     if weight.device != device:
         fail(op, "weight", f"on {device}", f"a tensor on {weight.device}")
-    check_codebook(op, weight, levels, weight_scale, out_features, weight_bits)
+    check_codebook(op, weight, levels, weight_scale, table_of_row, out_features, weight_bits)
     check_tensor(op, "x_scale", x_scale, torch.float32, (m,), device)
     check_optional(op, "bias", bias, torch.float32, (out_features,), device)
     if out_dtype == torch.int32 and (activation != "none" or bias is not None):
@@ -336,9 +352,10 @@ def check_gemm(
 
 
 def check_gemm_config(*arguments):  # type: ignore[no-untyped-def]
-    if arguments[-1] < 0:  # the end of the list is known where there are kernels
-        fail("gemm_config", "config", "a place in _planner.gemm_configs()", arguments[-1])
-    check_gemm(*(*arguments[:-1], "gemm_config"))
+    config = arguments[12]
+    if config < 0:  # the end of the list is known where there are kernels
+        fail("gemm_config", "config", "a place in _planner.gemm_configs()", config)
+    check_gemm(*arguments[:12], *arguments[13:], op="gemm_config")
 
 
 def check_gemv(
@@ -349,11 +366,13 @@ def check_gemv(
     bias: Tensor | None,
     weight_bits: int,
     out_features: int,
+    table_of_row: Tensor | None = None,
 ) -> None:
     check_choice("gemv", "dtype of x", x.dtype, ORACLE_DTYPES)
     if x.dim() != 2 or x.shape[0] > GEMV_MAX_ROWS:
         fail("gemv", "x", f"[M, K] with M at most {GEMV_MAX_ROWS}", f"shape {list(x.shape)}")
-    check_a16("gemv", x, weight, levels, weight_scale, bias, weight_bits, out_features)
+    codebook = (levels, weight_scale, table_of_row)
+    check_a16("gemv", x, weight, codebook, bias, weight_bits, out_features)
 
 
 def check_gemm_a16(
@@ -365,30 +384,32 @@ def check_gemm_a16(
     weight_bits: int,
     out_features: int,
     tile: int = -1,
+    table_of_row: Tensor | None = None,
 ) -> None:
     check_choice("gemm_a16", "dtype of x", x.dtype, ORACLE_DTYPES)
     if x.dim() != 2:
         fail("gemm_a16", "x", "[M, K]", f"shape {list(x.shape)}")
     if tile < -1:  # the other end is the CUDA kernel's to know
         fail("gemm_a16", "tile", "a place in _planner.a16_tiles() or -1", tile)
-    check_a16("gemm_a16", x, weight, levels, weight_scale, bias, weight_bits, out_features)
+    codebook = (levels, weight_scale, table_of_row)
+    check_a16("gemm_a16", x, weight, codebook, bias, weight_bits, out_features)
 
 
 def check_a16(
     op: str,
     x: Tensor,
     weight: Tensor,
-    levels: Tensor,
-    weight_scale: Tensor,
+    codebook: tuple[Tensor, Tensor, Tensor | None],
     bias: Tensor | None,
     weight_bits: int,
     out_features: int,
 ) -> None:
+    """codebook: levels, weight_scale and table_of_row."""
     check_rows(op, "x", x)
     check_weight(op, weight, out_features, x.shape[1], weight_bits)
     if weight.device != x.device:
         fail(op, "weight", f"on {x.device}", f"a tensor on {weight.device}")
-    check_codebook(op, weight, levels, weight_scale, out_features, weight_bits)
+    check_codebook(op, weight, *codebook, out_features, weight_bits)
     check_optional(op, "bias", bias, torch.float32, (out_features,), x.device)
 
 
@@ -400,10 +421,12 @@ def check_dequantize(
     in_features: int,
     weight_bits: int,
     out_dtype: torch.dtype,
+    table_of_row: Tensor | None = None,
 ) -> None:
     check_choice("dequantize", "out_dtype", out_dtype, FLOAT_DTYPES)
     check_weight("dequantize", weight, out_features, in_features, weight_bits)
-    check_codebook("dequantize", weight, levels, weight_scale, out_features, weight_bits)
+    codebook = (levels, weight_scale, table_of_row)
+    check_codebook("dequantize", weight, *codebook, out_features, weight_bits)
 
 
 def check_qk_norm_rope_parts(*arguments: Any) -> tuple[int, int]:

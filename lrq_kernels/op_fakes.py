@@ -67,7 +67,7 @@ def _unprepack_fake(weight, out_features, in_features, weight_bits):  # type: ig
 
 def _dequantize_fake(*arguments):  # type: ignore[no-untyped-def]
     checks.check_dequantize(*arguments)
-    weight, _, _, out_features, in_features, _, out_dtype = arguments
+    weight, _, _, out_features, in_features, _, out_dtype = arguments[:7]
     return weight.new_empty(out_features, in_features, dtype=out_dtype)
 
 
@@ -79,7 +79,7 @@ def _gemm_fake(*arguments):  # type: ignore[no-untyped-def]
 
 def _gemm_config_fake(*arguments):  # type: ignore[no-untyped-def]
     checks.check_gemm_config(*arguments)
-    return _gemm_fake(*arguments[:-1])
+    return _gemm_fake(*arguments[:12], *arguments[13:])
 
 
 def _gemv_fake(*arguments):  # type: ignore[no-untyped-def]

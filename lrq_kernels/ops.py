@@ -69,17 +69,18 @@ _SCHEMAS = {
     "prepack": "(Tensor codes, int in_features, int weight_bits) -> Tensor",
     "unprepack": "(Tensor weight, int out_features, int in_features, int weight_bits) -> Tensor",
     "dequantize": "(Tensor weight, Tensor levels, Tensor weight_scale, int out_features, "
-    "int in_features, int weight_bits, ScalarType out_dtype) -> Tensor",
+    "int in_features, int weight_bits, ScalarType out_dtype, Tensor? table_of_row=None) -> Tensor",
     "gemm": "(Tensor x_q, Tensor x_scale, Tensor weight, Tensor levels, Tensor weight_scale, "
     "Tensor? bias, Tensor? residual, Tensor? gate, int weight_bits, int out_features, "
-    "str activation, ScalarType out_dtype) -> Tensor",
+    "str activation, ScalarType out_dtype, Tensor? table_of_row=None) -> Tensor",
     "gemm_config": "(Tensor x_q, Tensor x_scale, Tensor weight, Tensor levels, "
     "Tensor weight_scale, Tensor? bias, Tensor? residual, Tensor? gate, int weight_bits, "
-    "int out_features, str activation, ScalarType out_dtype, int config) -> Tensor",
+    "int out_features, str activation, ScalarType out_dtype, int config, "
+    "Tensor? table_of_row=None) -> Tensor",
     "gemv": "(Tensor x, Tensor weight, Tensor levels, Tensor weight_scale, Tensor? bias, "
-    "int weight_bits, int out_features) -> Tensor",
+    "int weight_bits, int out_features, Tensor? table_of_row=None) -> Tensor",
     "gemm_a16": "(Tensor x, Tensor weight, Tensor levels, Tensor weight_scale, Tensor? bias, "
-    "int weight_bits, int out_features, int tile=-1) -> Tensor",
+    "int weight_bits, int out_features, int tile=-1, Tensor? table_of_row=None) -> Tensor",
     "qk_norm_rope": f"({_QK_NORM_ROPE}) -> (Tensor, Tensor, Tensor)",
     "qk_norm_rope_parts": f"({_QK_NORM_ROPE}, int parts) -> Tensor",
 }
@@ -144,7 +145,7 @@ def _gemm_cpu(*arguments):  # type: ignore[no-untyped-def]
 
 def _gemm_config_cpu(*arguments):  # type: ignore[no-untyped-def]
     checks.check_gemm_config(*arguments)
-    return reference.gemm(*arguments[:-1])
+    return reference.gemm(*arguments[:12], *arguments[13:])
 
 
 def _gemv_cpu(*arguments):  # type: ignore[no-untyped-def]
@@ -155,7 +156,7 @@ def _gemv_cpu(*arguments):  # type: ignore[no-untyped-def]
 def _gemm_a16_cpu(*arguments):  # type: ignore[no-untyped-def]
     checks.check_gemm_a16(*arguments)
     few = arguments[0].shape[0] <= GEMV_MAX_ROWS
-    return (reference.gemv if few else reference.gemm_a16)(*arguments[:7])
+    return (reference.gemv if few else reference.gemm_a16)(*arguments[:7], *arguments[8:])
 
 
 def _qk_norm_rope_cpu(*arguments):  # type: ignore[no-untyped-def]
@@ -455,10 +456,15 @@ def dequantize(
     in_features: int,
     weight_bits: int,
     out_dtype: torch.dtype,
+    table_of_row: Tensor | None = None,
 ) -> Tensor:
-    """Prepacked weight to [N, K] in out_dtype (bf16, fp16 or fp32)."""
+    """Prepacked weight to [N, K] in out_dtype (bf16, fp16 or fp32).
+
+    levels int8 [N, 2^b], or [T, 2^b] with T <= 256 and table_of_row uint8 [N], the table that row
+    n has, below T (nothing checks its values); so in all ops that take a weight."""
+    sizes = (out_features, in_features, weight_bits)
     return torch.ops.lrq.dequantize.default(
-        weight, levels, weight_scale, out_features, in_features, weight_bits, out_dtype
+        weight, levels, weight_scale, *sizes, out_dtype, table_of_row
     )
 
 
@@ -475,6 +481,7 @@ def gemm(
     out_features: int,
     activation: str,
     out_dtype: torch.dtype,
+    table_of_row: Tensor | None = None,
 ) -> Tensor:
     """Quantized linear: x_q int8 [M, K], x_scale fp32 [M] -> [M, N]. See reference.gemm."""
     return torch.ops.lrq.gemm.default(
@@ -490,6 +497,7 @@ def gemm(
         out_features,
         activation,
         out_dtype,
+        table_of_row,
     )
 
 
@@ -501,10 +509,11 @@ def gemv(
     bias: Tensor | None,
     weight_bits: int,
     out_features: int,
+    table_of_row: Tensor | None = None,
 ) -> Tensor:
     """Weight-only linear for at most 16 rows, x [M, K] in 16 bits. See reference.gemv."""
     return torch.ops.lrq.gemv.default(
-        x, weight, levels, weight_scale, bias, weight_bits, out_features
+        x, weight, levels, weight_scale, bias, weight_bits, out_features, table_of_row
     )
 
 
@@ -517,6 +526,7 @@ def gemm_a16(
     weight_bits: int,
     out_features: int,
     tile: int = -1,
+    table_of_row: Tensor | None = None,
 ) -> Tensor:
     """Weight-only linear for any number of rows, x [M, K] -> [M, N] of x's dtype.
 
@@ -526,7 +536,7 @@ def gemm_a16(
     runs for few rows too. See reference.gemm_a16.
     """
     return torch.ops.lrq.gemm_a16.default(
-        x, weight, levels, weight_scale, bias, weight_bits, out_features, tile
+        x, weight, levels, weight_scale, bias, weight_bits, out_features, tile, table_of_row
     )
 
 

@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .codebook import ascending_to_code, decode_levels
+from .exact_math import fused_multiply_add, integer_matmul
 from .packing import pack_codes, to_int32, unpack_codes
 from .rotation import block_dense, block_hadamard, plain_matmul
 from .scheme import activation_qmax
 
 TILE = 128  # both N and K of a device tile pair are padded to this
-# |x| <= 128, |level| <= 128: 1024 products stay within 2^24, so a float32 dot product is exact.
-_EXACT_K = 1024
 # Rows of the epilogue are processed in chunks that stay in a CPU core's cache.
 _EPILOGUE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 27}
 
@@ -367,10 +366,18 @@ def _codes(weight: Tensor, out_features: int, in_features: int, weight_bits: int
 
 
 def weight_levels(
-    weight: Tensor, levels: Tensor, out_features: int, in_features: int, weight_bits: int
+    weight: Tensor,
+    levels: Tensor,
+    out_features: int,
+    in_features: int,
+    weight_bits: int,
+    table_of_row: Tensor | None = None,
 ) -> Tensor:
-    """int8 level of every weight, [N, K]: the operand of the integer GEMM."""
-    return decode_levels(_codes(weight, out_features, in_features, weight_bits), levels)
+    """int8 level of every weight, [N, K]: the operand of the integer GEMM.
+
+    levels int8 [N, 2^b], or [T, 2^b] with the table of each row, uint8 [N]."""
+    codes = _codes(weight, out_features, in_features, weight_bits)
+    return decode_levels(codes, levels, table_of_row)
 
 
 def dequantize(
@@ -381,51 +388,14 @@ def dequantize(
     in_features: int,
     weight_bits: int,
     out_dtype: torch.dtype,
+    table_of_row: Tensor | None = None,
 ) -> Tensor:
     """level * weight_scale in fp32, rounded once to out_dtype: [N, K]."""
-    int8 = weight_levels(weight, levels, out_features, in_features, weight_bits)
+    int8 = weight_levels(weight, levels, out_features, in_features, weight_bits, table_of_row)
     return (int8.float() * weight_scale[:, None]).to(out_dtype)
 
 
 # ---- GEMM ---------------------------------------------------------------------------------------
-
-
-def integer_matmul(x_q: Tensor, w_q: Tensor) -> Tensor:
-    """x_q int8 [M, K] times w_q int8 [N, K] transposed: int32 [M, N], exact.
-
-    Runs on float32 matrix products short enough to be exact, which every BLAS has.
-    """
-    total = torch.zeros(x_q.shape[0], w_q.shape[0], dtype=torch.int32, device=x_q.device)
-    for start in range(0, x_q.shape[1], _EXACT_K):
-        stop = start + _EXACT_K
-        product = plain_matmul(x_q[:, start:stop].float(), w_q[:, start:stop].float().T)
-        total += product.to(torch.int32)
-    return total
-
-
-def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """fma(a, b, c) of float32 tensors, rounded once.
-
-    The product is exact in float64. Rounding its sum with c to float64 and then to float32 can go
-    wrong only where the float64 sum sits on a midpoint of two float32 values (or near zero, where
-    float32 is denser): there the sum is rounded to odd first (Boldo and Melquiond 2008).
-    """
-    product = a.double() * b.double()
-    addend = c.double()
-    total = product + addend
-    midpoint = (total.view(torch.int64) & 0x1FFFFFFF) == 0x10000000
-    suspect = midpoint | (total.abs() < 2.0**-125)
-    if bool(suspect.any()):
-        p, q = torch.broadcast_tensors(product, addend)
-        p, q, s = p[suspect], q[suspect], total[suspect]
-        # Two-sum: error is p + q - s exactly.
-        virtual = s - p
-        error = (p - (s - virtual)) + (q - virtual)
-        even = (s.view(torch.int64) & 1) == 0
-        toward = torch.where(error > 0, torch.inf, -torch.inf).to(s)
-        odd = torch.nextafter(s, toward)
-        total[suspect] = torch.where((error != 0) & even, odd, s)
-    return total.float()
 
 
 def epilogue(
@@ -472,13 +442,14 @@ def gemm(
     out_features: int,
     activation: str,
     out_dtype: torch.dtype,
+    table_of_row: Tensor | None = None,
 ) -> Tensor:
     """x_q int8 [M, K], x_scale fp32 [M], prepacked weight -> [M, N] in out_dtype.
 
     out_dtype int32 returns the accumulators. See `epilogue` for the float order.
     """
     m, in_features = x_q.shape
-    w_q = weight_levels(weight, levels, out_features, in_features, weight_bits)
+    w_q = weight_levels(weight, levels, out_features, in_features, weight_bits, table_of_row)
     accumulator = integer_matmul(x_q, w_q)
     if out_dtype == torch.int32:
         return accumulator
@@ -535,6 +506,7 @@ def gemv(
     bias: Tensor | None,
     weight_bits: int,
     out_features: int,
+    table_of_row: Tensor | None = None,
 ) -> Tensor:
     """x [M, K] (bf16, fp16, fp32) times the decoded weight: fma(sum_k x * level, scale, bias).
 
@@ -543,8 +515,10 @@ def gemv(
     added in order. For fp32 the sum is fp32 in no fixed order. The result has x's dtype.
     """
     if x.dtype not in (torch.bfloat16, torch.float16):
-        return gemm_a16(x, weight, levels, weight_scale, bias, weight_bits, out_features)
-    w_q = weight_levels(weight, levels, out_features, x.shape[1], weight_bits)
+        return gemm_a16(
+            x, weight, levels, weight_scale, bias, weight_bits, out_features, table_of_row
+        )
+    w_q = weight_levels(weight, levels, out_features, x.shape[1], weight_bits, table_of_row)
     total = _sum_of_blocks(*split_limbs(x), w_q)
     if bias is None:
         return (total * weight_scale).to(x.dtype)
@@ -559,12 +533,13 @@ def gemm_a16(
     bias: Tensor | None,
     weight_bits: int,
     out_features: int,
+    table_of_row: Tensor | None = None,
 ) -> Tensor:
     """x [M, K] (bf16, fp16, fp32) times the decoded weight: fma(sum_k x * level, scale, bias).
 
     The sum is fp32 in no fixed order, over exact products; the result has x's dtype.
     """
-    w_q = weight_levels(weight, levels, out_features, x.shape[1], weight_bits)
+    w_q = weight_levels(weight, levels, out_features, x.shape[1], weight_bits, table_of_row)
     if x.dtype == torch.float64:
         y = (x @ w_q.double().T) * weight_scale.double()
         return y if bias is None else y + bias.double()

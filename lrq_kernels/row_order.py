@@ -22,7 +22,7 @@ from . import ops
 from .input_quantizer import InputQuantizer
 from .linear import LRQLinear
 
-_BY_ROW = ("levels", "weight_scale", "bias_bits", "low_rank_up")
+_BY_ROW = ("weight_scale", "bias_bits", "low_rank_up")
 
 
 def order_rows(linear: LRQLinear, order: Tensor) -> None:
@@ -81,7 +81,9 @@ def _taken(linear: LRQLinear, order: Tensor) -> dict[str, Tensor]:
     sizes = (linear.in_features, linear.scheme.weight_bits)
     codes = ops.unprepack(linear.packed_weight, linear.out_features, *sizes)
     taken = {"packed_weight": ops.prepack(codes[index], *sizes)}
-    for name in _BY_ROW:
+    # Of shared tables the rows are elsewhere.
+    tables = "levels" if linear.table_of_row is None else "table_of_row"
+    for name in (tables, *_BY_ROW):
         buffer = linear._buffers[name]
         if buffer is not None:
             taken[name] = buffer[index]

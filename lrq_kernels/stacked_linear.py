@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .codebook import joined_tables, tables_of_part
 from .input_quantizer import InputQuantizer
 from .linear import LRQLinear, has_hooks, refuse_gradients
 from .reference import TILE
 from .rotation import Rotation
 
-_BUFFERS = ("packed_weight", "levels", "weight_scale", "bias_bits")
+_CONCATENATED = ("packed_weight", "weight_scale", "bias_bits")
 _HALF_TYPES = (torch.bfloat16, torch.float16)
 
 
@@ -86,10 +87,12 @@ class StackedLinear(LRQLinear):
             raise ValueError(f"StackedLinear: {obstacle}")
         nn.Module.__init__(self)
         buffers = {}
-        for name in _BUFFERS:
+        for name in _CONCATENATED:
             of_all = [linear._buffers[name] for linear in linears]
             present = [buffer for buffer in of_all if buffer is not None]
             buffers[name] = torch.cat(present) if present else None
+        tables = [(linear.levels, linear.table_of_row) for linear in linears]
+        buffers["levels"], buffers["table_of_row"] = joined_tables(tables)
         _fill(self, linears[0], [part for linear in linears for part in linear.parts], buffers)
         self._sizes = [linear.out_features for linear in linears]
         self._forget()
@@ -151,10 +154,15 @@ class StackedRows(nn.Module):
         rows = slice(self.start, self.start + self.out_features)
         tiles = slice(rows.start // TILE, rows.stop // TILE)
         whole = self.stack._buffers
-        return {
+        if whole["table_of_row"] is not None:
+            whole = {**whole, "levels": None}
+        views = {
             name: None if buffer is None else buffer[tiles if name == "packed_weight" else rows]
             for name, buffer in whole.items()
         }
+        if views["levels"] is None:
+            views["levels"] = self.stack.levels
+        return views
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] to [..., N], of these rows alone."""
@@ -172,6 +180,7 @@ class StackedRows(nn.Module):
             None if bias is None else bias.view(torch.float32),
             stack.scheme.weight_bits,
             self.out_features,
+            table_of_row=buffers["table_of_row"],
         )
         return y.view(*x.shape[:-1], self.out_features)
 
@@ -191,6 +200,12 @@ class StackedRows(nn.Module):
         linear = LRQLinear.__new__(LRQLinear)
         nn.Module.__init__(linear)
         rows = self._buffers_of_rows()
+        part = slice(0, self.out_features)
+        rows["levels"], rows["table_of_row"] = tables_of_part(
+            self.stack.levels if rows["table_of_row"] is not None else rows["levels"],
+            rows["table_of_row"],
+            part,
+        )
         own = {name: None if b is None else b.clone() for name, b in rows.items()}
         _fill(linear, self.stack, list(self.parts), own)
         return linear

@@ -30,14 +30,17 @@ class Problem:
     weight_scale: Tensor
     bias: Tensor
     weight_bits: int
+    table_of_row: Tensor | None = None
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        return self.x_q.shape[0], self.levels.shape[0], self.x_q.shape[1]
+        return self.x_q.shape[0], self.codes.shape[0], self.x_q.shape[1]
 
     def weight_levels(self) -> Tensor:
         """int8 [N, K] from the codes, past every packing and every kernel."""
-        return torch.gather(self.levels, 1, self.codes.long())
+        of_row = self.table_of_row
+        levels = self.levels if of_row is None else self.levels[of_row.long()]
+        return torch.gather(levels, 1, self.codes.long())
 
 
 def random_levels(
@@ -68,22 +71,26 @@ def make_problem(
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
     extreme: bool = False,
+    tables: int | None = None,
 ) -> Problem:
     """A random GEMM problem, drawn on the generator's device, or on `device` without one.
 
     x_q has rows 16 bytes apart, as lrq::gemm wants; what lies between K and the next row is random.
-    extreme: levels reach -128 and 127.
+    extreme: levels reach -128 and 127. tables: so many, shared by the rows, in place of one each.
     """
     qmax = 2 ** (act_bits - 1) - 1
     where = torch.device(device) if generator is None else generator.device
     options = {"device": where, "generator": generator}
     codes = torch.randint(0, 1 << weight_bits, (n, k), dtype=torch.uint8, **options)
-    levels = random_levels(n, weight_bits, extreme=extreme, **options)
+    levels = random_levels(tables or n, weight_bits, extreme=extreme, **options)
+    of_row = None
+    if tables is not None:
+        of_row = torch.randint(0, tables, (n,), dtype=torch.uint8, **options)
     x_q = torch.randint(-qmax, qmax + 1, (m, -(-k // 16) * 16), dtype=torch.int8, **options)
     x_scale = torch.rand(m, **options) * 0.02 + 1e-4
     weight_scale = torch.rand(n, **options) * 0.002 + 1e-5
     bias = torch.randn(n, **options)
-    TwinLogCodebook(levels, weight_scale)
+    TwinLogCodebook(levels, weight_scale, of_row)
     packed = pack_codes(codes, weight_bits).to(device)
     return Problem(
         x_q.to(device)[:, :k],
@@ -94,6 +101,7 @@ def make_problem(
         weight_scale.to(device),
         bias.to(device),
         weight_bits,
+        None if of_row is None else of_row.to(device),
     )
 
 
@@ -127,9 +135,11 @@ def make_state(
     smooth: bool = True,
     permuted: bool = False,
     shared_with: tuple[str, LinearState] | None = None,
+    shared_tables: int = 0,
     generator: torch.Generator | None = None,
 ) -> LinearState:
-    """A random quantized linear; shared_with (name, state): one that has the same input."""
+    """A random quantized linear; shared_with (name, state): one that has the same input.
+    shared_tables: so many tables of levels, each of which some row has."""
     codes = torch.randint(
         0, 1 << scheme.weight_bits, (out_features, in_features), generator=generator
     )
@@ -140,9 +150,15 @@ def make_state(
     else:
         owner = shared_with[0]
         rotation, smooth_scale = shared_with[1].rotation, shared_with[1].smooth_scale
+    of_row = None
+    if shared_tables:
+        order = torch.randperm(out_features, generator=generator)
+        of_row = (order % shared_tables).to(torch.uint8)
+    tables = shared_tables or out_features
     return LinearState(
         codes=pack_codes(codes.to(torch.uint8), scheme.weight_bits),
-        levels=random_levels(out_features, scheme.weight_bits, generator=generator),
+        levels=random_levels(tables, scheme.weight_bits, generator=generator),
+        table_of_row=of_row,
         weight_scale=torch.rand(out_features, generator=generator) * 0.002 + 1e-5,
         bias=torch.randn(out_features, generator=generator) if bias else None,
         scheme=scheme,

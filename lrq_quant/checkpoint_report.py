@@ -29,10 +29,14 @@ def report_of_checkpoint(header: Header) -> QuantReport:
     )
     quantized = sum(linear.weights for linear in linears)
     biases = sum(linear.out_features for linear in linears if "bias" in header.fields(linear.name))
-    ranks = [header.facts(name).low_rank for name in header.layers]
+    sizes = [header.facts(name).sizes for name in header.layers]
+    recipe = {
+        "low_rank": max((of.rank for of in sizes), default=0),
+        "shared_tables": max((of.shared_tables for of in sizes), default=0),
+    }
     return QuantReport(
         model_class=header.model_class,
-        recipe={"low_rank": max(ranks, default=0)},
+        recipe=recipe,
         calibrated=False,
         coverage=quantized / max(1, quantized + sum(linear.weights for linear in kept)),
         parameters=quantized + biases + sum(map(math.prod, shapes.values())),
@@ -53,17 +57,16 @@ def _dense_shapes(header: Header) -> dict[str, tuple[int, ...]]:
 
 def _linear(name: str, header: Header) -> LinearReport:
     facts = header.facts(name)
-    n, k, bits = facts.out_features, facts.in_features, facts.scheme.weight_bits
     owner = header.layers[name].get("shared_input", name)
     stored = [FIELDS[field] for field in header.fields(name) if field != "bias"]
-    sizes = (math.prod(field.shape(n, k, bits, facts.low_rank)) for field in stored)
+    sizes = (math.prod(field.shape(facts.sizes)) for field in stored)
     return LinearReport(
         name=name,
         role="",
         scheme=facts.scheme,
         shared_input=owner,
-        out_features=n,
-        in_features=k,
+        out_features=facts.sizes.n,
+        in_features=facts.sizes.k,
         rotation=_rotation(facts.scheme, header.fields(owner)),
         why=NO_REPORT,
         alpha=None,

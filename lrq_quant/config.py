@@ -16,11 +16,20 @@ from lrq_kernels.checkpoint import CheckpointError
 
 from .auto_family import family_by_names
 from .families import find_family
-from .recipe import EXCLUDED, KeptLinear, QuantPlan, QuantRecipe, check_low_rank
+from .recipe import (
+    EXCLUDED,
+    KeptLinear,
+    QuantPlan,
+    QuantRecipe,
+    check_low_rank,
+    check_shared_tables,
+)
 from .recipe_patterns import check_patterns
 
 logger = logging.getLogger(__name__)
 
+# Keys of config.json that are there where they are not 0.
+_OPTIONAL = ("low_rank", "shared_tables")
 DTYPES = (None, torch.bfloat16, torch.float16, torch.float32)
 Scheme = QuantScheme | str | Mapping[str, Any] | None
 
@@ -37,9 +46,10 @@ class LRQConfig(QuantizationConfigMixin):
     scheme: of attention and feed-forward linears, as "w4a8" or a QuantScheme; modulation: of the
     adaLN linears, None to keep them. modules_to_not_convert and the keys of overrides are fnmatch
     patterns on full module names; a pattern that matches a module holds for every linear in it.
-    overrides: pattern -> scheme, or None to keep; the first that matches wins. low_rank: as in
-    QuantRecipe. Of a checkpoint that is quantized already this is a description: the file says what
-    its linears are. format_version: by default the one that such a checkpoint has.
+    overrides: pattern -> scheme, or None to keep; the first that matches wins. low_rank and
+    shared_tables: as in QuantRecipe. Of a checkpoint that is quantized already this is a
+    description: the file says what its linears are. format_version: by default the one that such a
+    checkpoint has.
 
     Raises TypeError for an unknown argument and ValueError for a bad scheme, CheckpointError for a
     format version that this package does not read.
@@ -53,6 +63,7 @@ class LRQConfig(QuantizationConfigMixin):
         modules_to_not_convert: Sequence[str] | None = None,
         overrides: Mapping[str, Scheme] | None = None,
         low_rank: int = 0,
+        shared_tables: int = 0,
         format_version: int | None = None,
         quant_method: str = checkpoint.FORMAT,
     ) -> None:
@@ -61,13 +72,15 @@ class LRQConfig(QuantizationConfigMixin):
                 f"LRQConfig: quant_method must be {checkpoint.FORMAT!r}, got {quant_method!r}"
             )
         if format_version is None:
-            format_version = checkpoint.version_with(["low_rank_up"] if low_rank else [])
+            fields = {"low_rank_up": low_rank, "table_of_row": shared_tables}
+            format_version = checkpoint.version_with(f for f, given in fields.items() if given)
         if format_version not in checkpoint.VERSIONS:
-            known = " and ".join(map(str, checkpoint.VERSIONS))
+            known = ", ".join(map(str, checkpoint.VERSIONS))
             raise CheckpointError(
                 f"LRQConfig: format version {format_version}; this package reads versions {known}"
             )
         check_low_rank(low_rank, "LRQConfig")
+        check_shared_tables(shared_tables, "LRQConfig")
         if isinstance(modules_to_not_convert, str):
             raise TypeError("LRQConfig: modules_to_not_convert must be a list of patterns")
         block = _scheme(scheme)
@@ -80,13 +93,14 @@ class LRQConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = list(modules_to_not_convert or ())
         self.overrides = {name: _scheme(value) for name, value in (overrides or {}).items()}
         self.low_rank = low_rank
+        self.shared_tables = shared_tables
 
     @classmethod
     def from_dict(
         cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
         """Inverse of to_dict. A key that this version does not know is left out with a warning."""
-        known = {*cls().to_dict(), "low_rank"}
+        known = {*cls().to_dict(), *_OPTIONAL}
         values = {**config_dict, **kwargs}
         unknown = {key: values.pop(key) for key in sorted(set(values) - known)}
         if unknown:
@@ -106,13 +120,13 @@ class LRQConfig(QuantizationConfigMixin):
             modulation=recipe["modulation"],
             modules_to_not_convert=exclude,
             overrides=dict(recipe["overrides"]),
-            low_rank=recipe.get("low_rank", 0),
+            **{key: recipe.get(key, 0) for key in _OPTIONAL},
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values. Without a low-rank branch its rank is left out: readers of format
-        version 1 do not know it."""
-        branch = {"low_rank": self.low_rank} if self.low_rank else {}
+        """Plain JSON values. What came with a later format version is left out where it is 0:
+        readers of version 1 do not know it."""
+        optional = {key: value for key in _OPTIONAL if (value := getattr(self, key))}
         return {
             "quant_method": self.quant_method.value,
             "format_version": self.format_version,
@@ -120,7 +134,7 @@ class LRQConfig(QuantizationConfigMixin):
             "modulation": _plain(self.modulation, rotation="none"),
             "modules_to_not_convert": list(self.modules_to_not_convert),
             "overrides": {name: _plain(scheme) for name, scheme in self.overrides.items()},
-            **branch,
+            **optional,
         }
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -152,6 +166,7 @@ class LRQConfig(QuantizationConfigMixin):
             exclude=tuple(dict.fromkeys((*exclude, *self.modules_to_not_convert))),
             overrides=tuple(self.overrides.items()),
             low_rank=self.low_rank,
+            shared_tables=self.shared_tables,
             family=family,
         )
 

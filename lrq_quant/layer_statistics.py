@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lrq_kernels.checkpoint import LinearState
+from lrq_kernels.codebook import levels_of_rows
 
 from .calibration import ActivationStats
 
@@ -53,7 +54,8 @@ class WeightHistogram:
         units = rotated[index] / torch.where(scale > 0, scale, 1.0)
         bins = ((units + RANGE) * (BINS / (2 * RANGE))).floor_().clamp_(0, BINS - 1)
         counts = torch.bincount(bins.flatten().to(torch.int64), minlength=BINS)
-        ascending = state.levels.sort(dim=1).values.sort(dim=0).values
+        levels = levels_of_rows(state.levels, state.table_of_row)
+        ascending = levels.sort(dim=1).values.sort(dim=0).values
         last = ascending.shape[0] - 1
         low, middle, high = (
             tuple(ascending[place].tolist()) for place in (last // 4, last // 2, last - last // 4)

@@ -25,12 +25,10 @@ class PendingLinear(nn.Module):
 
     def __init__(self, name: str, header: Header) -> None:
         super().__init__()
-        facts = header.layers[name]
-        keys = ("out_features", "in_features", "weight_bits")
-        sizes = (*(facts[key] for key in keys), facts.get("low_rank", 0))
+        sizes = header.facts(name).sizes
         for field in header.fields(name):
             spec = FIELDS[field]
-            empty = torch.empty(spec.shape(*sizes), dtype=spec.dtype, device="meta")
+            empty = torch.empty(spec.shape(sizes), dtype=spec.dtype, device="meta")
             self.register_buffer(field, empty)
 
 
@@ -118,7 +116,11 @@ class DenseLoader:
         for i, member in enumerate(members):
             try:
                 state = quantize_linear(
-                    rests[i], biases[i], choice.scheme(member.scheme), rotation=choice.rotation
+                    rests[i],
+                    biases[i],
+                    choice.scheme(member.scheme),
+                    rotation=choice.rotation,
+                    shared_tables=self._recipe.shared_tables_of(member),
                 )
             except ValueError as error:
                 raise ValueError(f"{member.name}: {error}") from error

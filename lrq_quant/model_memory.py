@@ -19,6 +19,7 @@ BRANCHES = "low-rank branches"
 _KIND_OF_BUFFER = {
     (LRQLinear, "packed_weight"): PACKED,
     (LRQLinear, "levels"): LEVELS,
+    (LRQLinear, "table_of_row"): LEVELS,
     (LRQLinear, "weight_scale"): LEVELS,
     (LRQLinear, "bias_bits"): LEVELS,
     (LRQLinear, "low_rank_up"): BRANCHES,

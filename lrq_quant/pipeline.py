@@ -23,8 +23,6 @@ from torch import Tensor, nn
 
 from lrq_kernels import LRQLinear, checkpoint
 from lrq_kernels.checkpoint import LinearState
-from lrq_kernels.codebook import TwinLogCodebook
-from lrq_kernels.packing import pack_codes, unpack_codes
 from lrq_kernels.rotation import Rotation
 from lrq_kernels.scheme import QuantScheme
 
@@ -47,14 +45,14 @@ from .rotation_search import (
     data_free_rotation,
     dequantized_activation,
 )
+from .row_codes import decoded_weight, packed_codes
 from .sharding import OtherProcessError, Shards, alone, processes
+from .shared_tables import fit_shared_tables
 from .twin_log import fit_twin_log, fit_twin_log_paper, lost_gain, sensible_gain
 from .work_folder import WorkFolder
 
 logger = logging.getLogger(__name__)
 
-# Weights encoded, packed or decoded at once: bounds the int64 temporaries of gather and packing.
-_CHUNK_WEIGHTS = 1 << 24
 # Token rows on which the output of the finished layer is compared.
 _OUTPUT_ROWS = 256
 
@@ -167,6 +165,7 @@ def quantize_linear(
     quantized_input: QuantizedInput | None = None,
     importance: Tensor | None = None,
     mode: str = "default",
+    shared_tables: int = 0,
 ) -> LinearState:
     """One linear in canonical form: rotation.apply(weight / smooth_scale), fitted and coded.
 
@@ -174,7 +173,8 @@ def quantize_linear(
     smoothed, rotated and quantized tokens; the weight then makes up for their noise and is rounded
     with error feedback.  Without it weights are rounded to nearest, importance [K] weighing the
     columns in the fit.  Either way rows are then scaled so that their products lose no gain.  mode
-    "paper" fits the published grid and leaves it.  Tensors of the result are on the weight's
+    "paper" fits the published grid and leaves it.  shared_tables: the rows share so many tables of
+    levels; 0: each has its own.  Tensors of the result are on the weight's
     device.  Raises ValueError or TypeError on NaN, inf and shapes that do not fit.
     """
     rotation = rotation or Rotation.none()
@@ -190,14 +190,19 @@ def quantize_linear(
         rotated = quantized_input.target(exact, scheme.act_bits)
     if mode == "paper":
         codebook = fit_twin_log_paper(rotated, scheme.weight_bits)
+    elif shared_tables:
+        codebook = fit_shared_tables(
+            rotated, scheme.weight_bits, shared_tables, importance=importance
+        )
     else:
         codebook = fit_twin_log(rotated, scheme.weight_bits, importance=importance)
     if quantized_input is not None:
         # Every value is a level of its row, so the nearest level below is the one chosen here.
         rotated = quantized_input.round(rotated, codebook_nearest(codebook))
     state = LinearState(
-        codes=_packed_codes(rotated, codebook),
+        codes=packed_codes(rotated, codebook),
         levels=codebook.levels,
+        table_of_row=codebook.table_of_row,
         weight_scale=codebook.scale,
         bias=None if bias is None else bias.detach().float().contiguous(),
         scheme=scheme,
@@ -211,7 +216,7 @@ def quantize_linear(
     elif mode == "paper":
         return state
     else:
-        gain = lost_gain(exact, _decoded_weight(state), importance)
+        gain = lost_gain(exact, decoded_weight(state), importance)
     return replace(state, weight_scale=state.weight_scale * gain)
 
 
@@ -398,6 +403,7 @@ class _GroupJob:
             quantized_input=quantized_input,
             importance=self._importance(choice, sample),
             mode=self.recipe.mode,
+            shared_tables=self.recipe.shared_tables_of(member.plan),
         )
         if quantized_input is None and sample is not None and self.recipe.mode != "paper":
             state = replace(state, weight_scale=state.weight_scale / sample.kept_gain)
@@ -426,7 +432,7 @@ class _GroupJob:
         if self.stats is None or sample is None or state.bias is None or not self._corrects(member):
             return state, None
         rotated = _rotated_weight(member.rest, state.smooth_scale, state.rotation)
-        decoded = _decoded_weight(state)
+        decoded = decoded_weight(state)
         if quantized_input is not None:
             offset = quantized_input.bias_offset(rotated, decoded)
         else:
@@ -447,7 +453,7 @@ class _GroupJob:
         whole = rotated
         if member.rest is not member.weight:
             whole = _rotated_weight(member.weight, state.smooth_scale, state.rotation)
-        decoded = _decoded_weight(state)
+        decoded = decoded_weight(state)
         error = rotated - decoded
         weight_db = _decibel(whole.double().square().sum(), error.double().square().sum())
         histogram = WeightHistogram.of(rotated, state)
@@ -466,33 +472,6 @@ def _rotated_weight(weight: Tensor, smooth_scale: Tensor | None, rotation: Rotat
     """What is fitted, fp32 [N, K]."""
     wide = weight.detach().float()
     return rotation.apply(wide if smooth_scale is None else wide / smooth_scale)
-
-
-def _row_chunks(tensor: Tensor) -> int:
-    return max(1, _CHUNK_WEIGHTS // max(1, tensor.shape[1]))
-
-
-def _packed_codes(rotated: Tensor, codebook: TwinLogCodebook) -> Tensor:
-    """Canonical codes int32 [N, ceil(K/32)*b] of the nearest levels."""
-    size = _row_chunks(rotated)
-    packed = []
-    for start in range(0, rotated.shape[0], size):
-        rows = slice(start, start + size)
-        part = TwinLogCodebook(codebook.levels[rows], codebook.scale[rows])
-        packed.append(pack_codes(part.encode(rotated[rows]), codebook.bits))
-    return torch.cat(packed)
-
-
-def _decoded_weight(state: LinearState) -> Tensor:
-    """levels[code] * scale, fp32 [N, K], in the rotated domain."""
-    bits, columns = state.scheme.weight_bits, state.in_features
-    decoded = torch.empty(state.out_features, columns, device=state.codes.device)
-    size = _row_chunks(decoded)
-    for start in range(0, state.out_features, size):
-        rows = slice(start, start + size)
-        part = TwinLogCodebook(state.levels[rows], state.weight_scale[rows])
-        decoded[rows] = part.decode(unpack_codes(state.codes[rows], bits, columns))
-    return decoded
 
 
 def _decibel(signal: Tensor, noise: Tensor) -> float:

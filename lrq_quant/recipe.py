@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from lrq_kernels.codebook import MAX_SHARED_TABLES
 from lrq_kernels.scheme import BLOCK_SIZES, QuantScheme
 
 from .families import MODULATION, Family, family_of
@@ -25,6 +26,16 @@ EXCLUDED = "excluded by the recipe"
 ROUNDINGS = ("feedback", "nearest")
 # The GEMM and the canonical packing take any K that is a multiple of this.
 K_MULTIPLE = 32
+
+
+def check_shared_tables(shared_tables: int, where: str) -> None:
+    """Raise ValueError, naming `where`, unless rows can share so many tables; 0 for none."""
+    known = isinstance(shared_tables, int) and not isinstance(shared_tables, bool)
+    if not known or not 0 <= shared_tables <= MAX_SHARED_TABLES:
+        raise ValueError(
+            f"{where}: shared_tables must be a whole number from 0 to {MAX_SHARED_TABLES}, "
+            f"got {shared_tables!r}"
+        )
 
 
 def check_low_rank(low_rank: int, where: str) -> None:
@@ -95,7 +106,9 @@ class QuantRecipe:
     over its quantized input, damped by that share of the input's mean power, and refined in so many
     passes (calibrated, mode "default"); "nearest" rounds each weight by itself. low_rank: rank of a
     16-bit branch beside the linears of every input but modulation (module low_rank), 0 for none;
-    not in mode "paper". family describes a model unknown to lrq_quant.families."""
+    not in mode "paper". shared_tables: levels of a linear in so many tables that its rows share,
+    0 for one of each row's own (module shared_tables); modulation keeps those, and so does a linear
+    of no more rows; not in mode "paper". family describes a model unknown to lrq_quant.families."""
 
     block: QuantScheme = QuantScheme(weight_bits=4, act_bits=8)
     modulation: QuantScheme | None = QuantScheme(weight_bits=4, act_bits=16, rotation="none")
@@ -108,6 +121,7 @@ class QuantRecipe:
     damping: float = 0.01
     refinement: int = 1
     low_rank: int = 0
+    shared_tables: int = 0
     family: Family | None = None
     search: SearchOptions = field(default_factory=SearchOptions)
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
@@ -125,10 +139,10 @@ class QuantRecipe:
                 f"got {self.damping} and {self.refinement}"
             )
         check_low_rank(self.low_rank, "QuantRecipe")
-        if self.low_rank and self.mode == "paper":
-            raise ValueError(
-                f"QuantRecipe: low_rank must be 0 in mode 'paper', got {self.low_rank}"
-            )
+        check_shared_tables(self.shared_tables, "QuantRecipe")
+        for argument in ("low_rank", "shared_tables"):
+            if self.mode == "paper" and (given := getattr(self, argument)):
+                raise ValueError(f"QuantRecipe: {argument} must be 0 in mode 'paper', got {given}")
         for argument in ("include", "exclude"):
             if isinstance(getattr(self, argument), str):
                 raise TypeError(f"QuantRecipe: {argument} must be a tuple of patterns, got a str")
@@ -152,6 +166,11 @@ class QuantRecipe:
         if group.linears[0].role == MODULATION:
             return 0  # one row a sample: its launch decodes weights, a branch would be two more
         return min(self.low_rank, group.in_features, group.weights // group.in_features)
+
+    def shared_tables_of(self, linear: LinearPlan) -> int:
+        """Tables that the rows of one linear share, 0 for their own."""
+        keep = linear.role == MODULATION or linear.out_features <= self.shared_tables
+        return 0 if keep else self.shared_tables
 
     def resolve(self, model: nn.Module, family: Family | None = None) -> QuantPlan:
         """The plan for `model`; it may live on the meta device.  The family is the given one, the

@@ -175,7 +175,9 @@ class QuantReport:
         """What weight_bits holds beside codes, in words."""
         rank = self.recipe.get("low_rank", 0)
         branches = f", branches of rank {rank}" if rank else ""
-        return f"codebooks, scales{branches} and rotations included"
+        tables = self.recipe.get("shared_tables", 0)
+        shared = f" of {tables} tables that rows share" if tables else ""
+        return f"codebooks{shared}, scales{branches} and rotations included"
 
     @property
     def gathered(self) -> tuple[str, ...]:

@@ -61,20 +61,20 @@ def fit_twin_log(
     [N, 2^bits] in canonical code order and fp32 scales [N], on the weight's device.  Raises
     ValueError or TypeError on anything else.
     """
-    _check_weight("fit_twin_log", weight, bits)
+    check_weight("fit_twin_log", weight, bits)
     if importance is not None and importance.shape not in (weight.shape, weight.shape[1:]):
         raise ValueError(
             f"fit_twin_log: importance must be [K] = [{weight.shape[1]}] or [N, K], "
             f"got shape {tuple(importance.shape)}"
         )
     levels, scales = [], []
-    size = _chunk_rows(weight)
+    size = chunk_rows(weight)
     for start in range(0, weight.shape[0], size):
         rows = slice(start, start + size)
         known = importance
         if known is not None and known.dim() == 2:
             known = known[rows]
-        problem = _SortedRows.of(weight[rows], _relative_importance(known, weight.device))
+        problem = SortedRows.of(weight[rows], relative_importance(known, weight.device))
         magnitudes = _search_magnitudes(problem, bits, rounds)
         stretches = _INT8_STRETCH if rounds else _INT8_STRETCH[:1]
         chunk_levels, chunk_scale = _round_levels(problem, magnitudes, stretches)
@@ -92,11 +92,11 @@ def fit_twin_log_paper(weight: Tensor, bits: int) -> TwinLogCodebook:
     coded as the smallest magnitude (T4).  Codes are the nearest level, as the format stores them,
     and levels are rounded to int8 like those of fit_twin_log.  Arguments and result as there.
     """
-    _check_weight("fit_twin_log_paper", weight, bits)
-    chunks = weight.split(_chunk_rows(weight))
+    check_weight("fit_twin_log_paper", weight, bits)
+    chunks = weight.split(chunk_rows(weight))
     errors = torch.zeros(len(PAPER_ETAS), len(PAPER_QUANTILES), 2, dtype=torch.float64)
     for rows in chunks:
-        problem = _SortedRows.of(rows, None, normalize=False)
+        problem = SortedRows.of(rows, None, normalize=False)
         for i, eta in enumerate(PAPER_ETAS):
             for j, quantile in enumerate(PAPER_QUANTILES):
                 magnitudes = _paper_magnitudes(problem, bits, eta, quantile, quantile)
@@ -107,7 +107,7 @@ def fit_twin_log_paper(weight: Tensor, bits: int) -> TwinLogCodebook:
     negative, positive = (PAPER_QUANTILES[int(q)] for q in best_quantile[eta_index])
     levels, scales = [], []
     for rows in chunks:
-        problem = _SortedRows.of(rows, None, normalize=False)
+        problem = SortedRows.of(rows, None, normalize=False)
         magnitudes = _paper_magnitudes(problem, bits, PAPER_ETAS[eta_index], negative, positive)
         chunk_levels, chunk_scale = _round_levels(problem, magnitudes)
         levels.append(chunk_levels)
@@ -124,7 +124,7 @@ def lost_gain(weight: Tensor, decoded: Tensor, importance: Tensor | None = None)
     small: by the share of the error, 1 % at 4 bits, 3.5 % at 3, 12 % at 2, in every layer alike.
     """
     factors = []
-    size = _chunk_rows(weight)
+    size = chunk_rows(weight)
     for rows, approximate in zip(weight.split(size), decoded.split(size), strict=True):
         exact = rows.double() if importance is None else rows.double() * importance.double()
         factors.append((exact * rows).sum(1) / (exact * approximate).sum(1))
@@ -147,7 +147,7 @@ def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class _SortedRows:
+class SortedRows:
     """Rows sorted ascending with prefix sums; halves are indexed 0 = negative, 1 = the other.
 
     values fp32 [R, K]; count, total fp64 [R, K + 1] prefix sums of the importance and of importance
@@ -164,7 +164,7 @@ class _SortedRows:
     half_max: Tensor
 
     @staticmethod
-    def of(rows: Tensor, importance: Tensor | None, *, normalize: bool = True) -> _SortedRows:
+    def of(rows: Tensor, importance: Tensor | None, *, normalize: bool = True) -> SortedRows:
         rows = rows.float()
         norm = rows.new_ones(rows.shape[0], dtype=torch.float64)
         if normalize:
@@ -186,7 +186,7 @@ class _SortedRows:
 
         half_rms = (halves(square) / halves(count).clamp_min(1e-300)).clamp_min(0).sqrt()
         half_max = torch.stack([-values[:, 0], values[:, -1]], dim=1).clamp_min(0).double()
-        return _SortedRows(values, count, total, zero, norm, half_rms, half_max)
+        return SortedRows(values, count, total, zero, norm, half_rms, half_max)
 
     def half_cells(self, magnitudes: Tensor) -> tuple[Tensor, Tensor]:
         """Importance and importance-weighted sum of |w| per cell [R, 2, L], split by sign.
@@ -228,7 +228,7 @@ def _grid(shape: Tensor, half_levels: int) -> Tensor:
     return first + (last - first) * growth
 
 
-def _search_magnitudes(problem: _SortedRows, bits: int, rounds: int) -> Tensor:
+def _search_magnitudes(problem: SortedRows, bits: int, rounds: int) -> Tensor:
     """Magnitudes fp64 [R, 2, L] of the best twin-log grid found for each half.
 
     The best start, then a coordinate search: each number up and down by a step that shrinks every
@@ -256,7 +256,7 @@ def _search_magnitudes(problem: _SortedRows, bits: int, rounds: int) -> Tensor:
     return _grid(best, half_levels)
 
 
-def _starts(problem: _SortedRows, half_levels: int) -> list[Tensor]:
+def _starts(problem: SortedRows, half_levels: int) -> list[Tensor]:
     rms = problem.half_rms.clamp_min(_TINY)
     starts = [
         torch.stack([first * rms, last * rms, torch.full_like(rms, math.log(ratio))])
@@ -280,7 +280,7 @@ def _moved(shape: Tensor, number: int, step: float, half_levels: int) -> Tensor:
     return torch.stack([first, last, rho])
 
 
-def _least_squares(problem: _SortedRows, shape: Tensor, half_levels: int) -> Tensor:
+def _least_squares(problem: SortedRows, shape: Tensor, half_levels: int) -> Tensor:
     """Best (first, last) for the present rho and cells: levels are linear in them."""
     first, last, rho = shape
     unit = torch.stack([torch.zeros_like(rho), torch.ones_like(rho), rho])
@@ -298,7 +298,7 @@ def _least_squares(problem: _SortedRows, shape: Tensor, half_levels: int) -> Ten
 
 
 def _round_levels(
-    problem: _SortedRows, magnitudes: Tensor, stretches: tuple[float, ...] = _INT8_STRETCH
+    problem: SortedRows, magnitudes: Tensor, stretches: tuple[float, ...] = _INT8_STRETCH
 ) -> tuple[Tensor, Tensor]:
     """int8 levels [R, 2^b] in canonical order and fp32 scales [R] near magnitudes [R, 2, L].
 
@@ -315,7 +315,7 @@ def _round_levels(
         negative, positive = -levels[:, 0].clamp(1, 128), levels[:, 1].clamp(0, 127)
         ascending = torch.cat([negative.flip(1), positive], dim=1)
         for _ in range(2):
-            scale, error = _refit_scale(problem, ascending, scale)
+            scale, error = refit_scale(problem, ascending, scale)
         better = error < best_error
         best_levels = torch.where(better[:, None], ascending, best_levels)
         best_scale = torch.where(better, scale, best_scale)
@@ -325,7 +325,7 @@ def _round_levels(
     return canonical.to(torch.int8), (best_scale * problem.norm).float()
 
 
-def _refit_scale(problem: _SortedRows, ascending: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def refit_scale(problem: SortedRows, ascending: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Least-squares scale [R] for the cells of ascending * scale, and its error [R]."""
     counts, totals = problem.level_cells(ascending * scale[:, None])
     moment = (ascending * totals).sum(1)
@@ -335,7 +335,7 @@ def _refit_scale(problem: _SortedRows, ascending: Tensor, scale: Tensor) -> tupl
 
 
 def _paper_magnitudes(
-    problem: _SortedRows, bits: int, eta: float, negative: float, positive: float
+    problem: SortedRows, bits: int, eta: float, negative: float, positive: float
 ) -> Tensor:
     """Magnitudes fp64 [R, 2, L] of the published grid (method.md 1.2) with T1-T3 fixed."""
     half_levels = 1 << (bits - 1)
@@ -363,7 +363,7 @@ def _prefix_sum(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x.cumsum(1), (1, 0))
 
 
-def _chunk_rows(weight: Tensor) -> int:
+def chunk_rows(weight: Tensor) -> int:
     limit = _CHUNK_WEIGHTS.get(weight.device.type, 1 << 20)
     return max(1, limit // max(1, weight.shape[1]))
 
@@ -372,7 +372,7 @@ def _codebook(levels: list[Tensor], scales: list[Tensor]) -> TwinLogCodebook:
     return TwinLogCodebook(torch.cat(levels).contiguous(), torch.cat(scales).contiguous())
 
 
-def _check_weight(where: str, weight: Tensor, bits: int) -> None:
+def check_weight(where: str, weight: Tensor, bits: int) -> None:
     check_weight_bits(bits, where)
     if not weight.is_floating_point():
         raise TypeError(f"{where}: weight must be floating point, got {weight.dtype}")
@@ -384,7 +384,7 @@ def _check_weight(where: str, weight: Tensor, bits: int) -> None:
         raise ValueError(f"{where}: weight must be finite, got NaN or inf")
 
 
-def _relative_importance(importance: Tensor | None, device: torch.device) -> Tensor | None:
+def relative_importance(importance: Tensor | None, device: torch.device) -> Tensor | None:
     """fp64 importance [K] or [R, K] of mean 1 over the columns; None when it says nothing.  Raises
     ValueError for NaN, inf and negative numbers."""
     if importance is None:

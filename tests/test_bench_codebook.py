@@ -10,17 +10,21 @@ from safetensors.torch import save_file
 
 from benchmarks import bench_codebook as bench
 from benchmarks.baselines.method import FLOAT_BITS
+from lrq_quant.shared_tables import fit_shared_tables
 from lrq_quant.twin_log import fit_twin_log
 
 
+@pytest.mark.parametrize("tables", [0, 2])
 @pytest.mark.parametrize("columns", [128, 384, 1152, 3072, 15360])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_groups_cost_no_fewer_bits_than_a_table(columns, bits, generator):
-    codebook = fit_twin_log(torch.randn(3, columns, generator=generator), bits)
-    beside = sum(t.numel() * t.element_size() * 8 for t in (codebook.levels, codebook.scale)) / 3
-    assert bench.table_bits(bits) == beside
+def test_groups_cost_no_fewer_bits_than_tables(columns, bits, tables, generator):
+    weight = torch.randn(6, columns, generator=generator)
+    made = fit_shared_tables(weight, bits, tables) if tables else fit_twin_log(weight, bits)
+    stored = (made.levels, made.scale, made.table_of_row)
+    beside = sum(t.numel() * t.element_size() * 8 for t in stored if t is not None) / 6
+    assert bench.row_bits(6, bits, tables) == pytest.approx(beside)
     for group_bits in (FLOAT_BITS, FLOAT_BITS + bits):
-        group = bench.group_of(columns, bits, group_bits)
+        group = bench.group_of(columns, group_bits, beside)
         assert columns % group == 0 and group_bits * columns // group >= beside
         wider = next((g for g in range(group + 1, columns + 1) if columns % g == 0), None)
         assert wider is None or group_bits * columns // wider < beside
@@ -55,14 +59,18 @@ def test_rows_and_table_of_a_file(tmp_path, generator, capsys):
         "norm.weight": heavy[0].clone(),
     }
     save_file({**tensors, "narrow.weight": heavy[:, :64].contiguous()}, file)
-    bench.main([str(file), "--bits", "3", "--json", str(out)])
+    options = ["--bits", "3", "--shared-tables", "0", "4", "64", "--json", str(out)]
+    bench.main([str(file), *options])
     rows = json.loads(out.read_text())
-    assert [(r["linear"], r["weight"]) for r in rows] == [("a", "as trained"), ("a", "rotated")]
+    # 24 rows do not share 64 tables.
+    real = {0: 3 + 96 / 3072, 4: 3 + (40 + 4 * 64 / 24) / 3072}
+    expected = [(kind, t) for kind in ("as trained", "rotated") for t in (0, 4, 0)]
+    assert [(r["weight"], r["tables"]) for r in rows] == expected
     for row in rows:
         assert row["twin-log"] > max(row[n] for n in ("symmetric", "asymmetric", "nf"))
-        assert row["real_bits"] == pytest.approx(3.031, abs=1e-3)
+        assert row["real_bits"] == pytest.approx(real[row["tables"]])
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 3 and " of 1" in printed[1]
+    assert len(printed) == 5 and printed[1].split().count("of") == 2
     save_file({"norm.weight": heavy[0].contiguous()}, file)
     with pytest.raises(ValueError, match=f"{file} has no matrix of 128 columns"):
         bench.main([str(file)])

@@ -67,7 +67,8 @@ def file(tmp_path: Path) -> Path:
 
 def tensors_of(state: LinearState) -> dict[str, Tensor | None]:
     rotation = state.rotation
-    own = {name: getattr(state, name) for name in ("codes", "levels", "weight_scale", "bias")}
+    names = ("codes", "levels", "table_of_row", "weight_scale", "bias")
+    own = {name: getattr(state, name) for name in names}
     return {
         **own,
         "smooth_scale": state.smooth_scale,
@@ -264,8 +265,8 @@ def rewrite(file: Path, change: Callable[[Contents], None], *, forge: bool = Tru
 
 
 def test_a_newer_version_is_refused_and_both_are_named(file: Path):
-    rewrite(file, lambda c: c["metadata"].update(version="3", new="field"), forge=False)
-    with pytest.raises(CheckpointError, match="version 3; this package reads versions 1 and 2"):
+    rewrite(file, lambda c: c["metadata"].update(version="4", new="field"), forge=False)
+    with pytest.raises(CheckpointError, match="version 4; this package reads versions 1, 2, 3"):
         load(file)
 
 

@@ -90,7 +90,7 @@ def test_config_has_a_repr_and_an_enum_member():
 
 
 def test_config_of_another_version_is_refused_with_both():
-    with pytest.raises(CheckpointError, match="version 99; this package reads versions 1 and 2"):
+    with pytest.raises(CheckpointError, match="version 99; this package reads versions 1, 2, 3"):
         LRQConfig.from_dict({"quant_method": "lrq", "format_version": 99})
 
 

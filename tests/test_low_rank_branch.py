@@ -159,8 +159,8 @@ def test_only_a_file_with_a_branch_needs_the_newer_version(file: Path, tmp_path:
 
 
 def test_a_newer_version_than_this_is_refused(file: Path):
-    rewrite(file, lambda c: c["metadata"].update(version="3"), forge=False)
-    with pytest.raises(CheckpointError, match="version 3; this package reads versions 1 and 2"):
+    rewrite(file, lambda c: c["metadata"].update(version="4"), forge=False)
+    with pytest.raises(CheckpointError, match="version 4; this package reads versions 1, 2, 3"):
         load(file)
 
 

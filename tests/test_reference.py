@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lrq_kernels import reference
+from lrq_kernels import exact_math, reference
 from lrq_kernels.packing import pack_codes, unpack_codes
 from lrq_kernels.scheme import QuantScheme
 from lrq_kernels.testing import assert_at_most_twice, make_problem, make_rotation, relative_error
@@ -48,7 +48,8 @@ def test_fma_where_rounding_twice_is_wrong():
     c = torch.tensor([1 + 2.0**-23])
     # a * b is just below half an ulp of c: float64 rounds the sum up to the midpoint.
     assert naive_fma(a, b, c).item() == 1 + 2.0**-22
-    assert reference.fused_multiply_add(a, b, c).item() == 1 + 2.0**-23 == exact_fma(a, b, c).item()
+    fused = exact_math.fused_multiply_add(a, b, c)
+    assert fused.item() == 1 + 2.0**-23 == exact_fma(a, b, c).item()
 
 
 @pytest.mark.parametrize("exponent", [0, -20, 60, -101, -125, -126, -127, -140, -148])
@@ -64,7 +65,7 @@ def test_fma_next_to_midpoints(exponent: int):
     a = (sign[1] * split * (1 + i * 2.0**-20)).float()
     b = (sign[2] * half / split * (1 - i * 2.0**-20)).float()
     expected = exact_fma(a, b, c)
-    assert torch.equal(reference.fused_multiply_add(a, b, c), expected)
+    assert torch.equal(exact_math.fused_multiply_add(a, b, c), expected)
     assert not torch.equal(naive_fma(a, b, c), expected)  # or these cases prove nothing
 
 
@@ -77,7 +78,7 @@ def test_fma_of_random_numbers_of_every_size():
     a, b = draw(-60, 40), draw(-60, 40)
     # The addend is as large as the product, or up to 2^40 away from it.
     c = (a.double() * b.double() * draw(-40, 40).double()).clamp(-1e38, 1e38).float()
-    assert torch.equal(reference.fused_multiply_add(a, b, c), exact_fma(a, b, c))
+    assert torch.equal(exact_math.fused_multiply_add(a, b, c), exact_fma(a, b, c))
 
 
 def test_fma_of_subnormal_results():
@@ -85,7 +86,7 @@ def test_fma_of_subnormal_results():
     a = torch.randint(-(1 << 24), 1 << 24, (size,)).float() * 2.0**-100
     b = torch.randint(-(1 << 12), 1 << 12, (size,)).float() * 2.0**-66
     c = torch.randint(-(1 << 12), 1 << 12, (size,)).float() * 2.0**-149
-    assert torch.equal(reference.fused_multiply_add(a, b, c), exact_fma(a, b, c))
+    assert torch.equal(exact_math.fused_multiply_add(a, b, c), exact_fma(a, b, c))
 
 
 def test_fma_carries_nan_and_infinity():
@@ -93,7 +94,7 @@ def test_fma_carries_nan_and_infinity():
     a = torch.tensor([inf, inf, 1.0, nan, 1e30, 0.0])
     b = torch.tensor([1.0, 0.0, 1.0, 1.0, 1e30, -1.0])
     c = torch.tensor([1.0, 1.0, -inf, 1.0, 0.0, -0.0])
-    result = reference.fused_multiply_add(a, b, c)
+    result = exact_math.fused_multiply_add(a, b, c)
     expected = torch.tensor([inf, nan, -inf, nan, inf, -0.0])
     assert torch.equal(result.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
     assert bool(torch.signbit(result[5]))
@@ -102,7 +103,7 @@ def test_fma_carries_nan_and_infinity():
 def test_fma_broadcasts():
     a, b, c = torch.randn(5, 1), torch.randn(4), torch.randn(5, 4)
     full = [t.expand(5, 4).contiguous() for t in (a, b, c)]
-    assert torch.equal(reference.fused_multiply_add(a, b, c), exact_fma(*full))
+    assert torch.equal(exact_math.fused_multiply_add(a, b, c), exact_fma(*full))
 
 
 # ---- integer accumulation -----------------------------------------------------------------------
@@ -112,7 +113,7 @@ def test_fma_broadcasts():
 def test_integer_matmul_equals_int64(k: int):
     x = torch.randint(-128, 128, (5, k), dtype=torch.int8)
     w = torch.randint(-128, 128, (7, k), dtype=torch.int8)
-    assert torch.equal(reference.integer_matmul(x, w).long(), x.long() @ w.long().T)
+    assert torch.equal(exact_math.integer_matmul(x, w).long(), x.long() @ w.long().T)
 
 
 def test_integer_matmul_at_the_largest_magnitudes():
@@ -121,7 +122,7 @@ def test_integer_matmul_at_the_largest_magnitudes():
     x[1] = 127
     w = torch.full((2, k), -128, dtype=torch.int8)
     w[1] = 127
-    assert reference.integer_matmul(x, w).tolist() == [
+    assert exact_math.integer_matmul(x, w).tolist() == [
         [128 * 128 * k, -128 * 127 * k],
         [-127 * 128 * k, 127 * 127 * k],
     ]
@@ -130,16 +131,16 @@ def test_integer_matmul_at_the_largest_magnitudes():
 def test_integer_matmul_where_one_float32_product_is_not_exact():
     x = torch.zeros(1, 4096, dtype=torch.int8)
     x[0, :2048], x[0, 2048] = 127, 1  # the sum is odd and above 2^24
-    assert reference.integer_matmul(x, x).item() == 127 * 127 * 2048 + 1
+    assert exact_math.integer_matmul(x, x).item() == 127 * 127 * 2048 + 1
     assert (x.float() @ x.float().T).item() != 127 * 127 * 2048 + 1
 
 
 def test_autocast_does_not_reach_the_accumulation():
     problem = make_problem(4, 40, 256, 4)
     arguments = (problem.x_q, problem.codes.to(torch.int8))
-    expected = reference.integer_matmul(*arguments)
+    expected = exact_math.integer_matmul(*arguments)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(reference.integer_matmul(*arguments), expected)
+        assert torch.equal(exact_math.integer_matmul(*arguments), expected)
 
 
 # ---- device layout ------------------------------------------------------------------------------

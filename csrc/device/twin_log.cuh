@@ -87,10 +87,13 @@ __device__ __forceinline__ LevelTable<kBits> make_level_table(
   }
 }
 
-// Table of the channel whose canonical levels start at `levels`.
+// Table of channel n: its own, or, where `table_of_row` is not null, the one that it names.
 template <int kBits>
-__device__ __forceinline__ LevelTable<kBits> load_level_table(const int8_t* levels) {
-  return make_level_table<kBits>(load_canonical_levels<kBits>(levels));
+__device__ __forceinline__ LevelTable<kBits> load_level_table(const int8_t* levels,
+                                                              const uint8_t* table_of_row,
+                                                              int64_t n) {
+  const int64_t table = table_of_row == nullptr ? n : __ldg(table_of_row + n);
+  return make_level_table<kBits>(load_canonical_levels<kBits>(levels + (table << kBits)));
 }
 
 // The levels of four codes, whose nibbles are the low 16 bits of `nibbles` (codes below 8 for

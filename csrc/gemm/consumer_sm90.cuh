@@ -48,7 +48,7 @@ class ConsumerBase {
 #pragma unroll
     for (int row = 0; row < kRowsPerLane; ++row) {
       const int64_t n = min_of(channel0 + self_.channel + 8 * row, n_size - 1);
-      tables_[row] = load_level_table<kBits>(params_.args.levels + (n << kBits));
+      tables_[row] = load_level_table<kBits>(params_.args.levels, params_.args.table_of_row, n);
     }
   }
 

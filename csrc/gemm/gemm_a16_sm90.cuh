@@ -84,6 +84,7 @@ struct GemmA16Params {
   GemmProblem problem;
   const uint32_t* weight;
   const int8_t* levels;
+  const uint8_t* table_of_row;
   const float* weight_scale;
   const float* bias;
   void* y;
@@ -243,7 +244,7 @@ __device__ __forceinline__ void consume_a16(typename Gemm::Shared& shared,
 #pragma unroll
     for (int row = 0; row < kRowsPerLane; ++row) {
       const int64_t n = min_of(n0 + 8 * row, n_size - 1);
-      tables[row] = load_level_table<kBits>(params.levels + (n << kBits));
+      tables[row] = load_level_table<kBits>(params.levels, params.table_of_row, n);
     }
     await_stage();
     load_words(0);

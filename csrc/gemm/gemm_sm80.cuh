@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(GemmSm80<kBits, kConfigIndex>::kThreads,
 #pragma unroll
     for (int row = 0; row < kRowsPerLane; ++row) {
       const int n = min_of(n0 + warp_channel + 16 * i + group + 8 * row, n_size - 1);
-      tables[i][row] = load_level_table<kBits>(args.levels + (static_cast<int64_t>(n) << kBits));
+      tables[i][row] = load_level_table<kBits>(args.levels, args.table_of_row, n);
     }
   }
 

@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(G::kThreads, kOverlaps ? G::kBlocksThatFit : 1
       const int channel = i % kChannels;
       const int n = min_of(group_of(of_team, batch + held) * kChannels + channel, n_size - 1);
       shared.tables[of_team][held][channel] =
-          load_level_table<kBits>(args.levels + (static_cast<int64_t>(n) << kBits));
+          load_level_table<kBits>(args.levels, args.table_of_row, n);
       shared.weight_scale[of_team][held][channel] = __ldg(args.weight_scale + n);
       // fma(a, b, -0) is rn(a * b) in every case, sign of zero included.
       shared.bias[of_team][held][channel] = args.bias == nullptr ? -0.0f : __ldg(args.bias + n);

@@ -30,6 +30,7 @@ cudaError_t launch_a16_instance(const A16Args& args, int sms, cudaStream_t strea
   params.problem = problem;
   params.weight = args.weight;
   params.levels = args.levels;
+  params.table_of_row = args.table_of_row;
   params.weight_scale = args.weight_scale;
   params.bias = args.bias;
   params.y = args.y;

@@ -1,6 +1,6 @@
 // What a GEMM is asked to do: sizes for the planner, pointers for the kernel. No torch, no kernels.
 //
-//     y[m, n] = epilogue(sum_k x_q[m, k] * levels[n, code[n, k]])
+//     y[m, n] = epilogue(sum_k x_q[m, k] * levels[table_of_row[n], code[n, k]])
 #pragma once
 
 #include <cstdint>
@@ -22,14 +22,15 @@ enum class Activation : int { kNone, kGeluTanh };
 // Device pointers and strides (in elements). Absent operands are null.
 struct GemmArgs {
   GemmProblem problem;
-  const int8_t* x_q;          // [M, K], rows 16-byte aligned
-  int64_t x_stride;           // multiple of 16
-  const float* x_scale;       // [M]
-  const uint32_t* weight;     // packed, layout/packed_weight.h
-  const int8_t* levels;       // canonical order [N, 2^bits], rows aligned to their size
-  const float* weight_scale;  // [N]
-  const float* bias;          // [N]
-  const void* residual;       // [M, N] of out_type
+  const int8_t* x_q;            // [M, K], rows 16-byte aligned
+  int64_t x_stride;             // multiple of 16
+  const float* x_scale;         // [M]
+  const uint32_t* weight;       // packed, layout/packed_weight.h
+  const int8_t* levels;         // canonical order [T, 2^bits], rows aligned to their size
+  const uint8_t* table_of_row;  // [N], the table of each row, below T; null: T = N, its own
+  const float* weight_scale;    // [N]
+  const float* bias;            // [N]
+  const void* residual;         // [M, N] of out_type
   int64_t residual_stride;
   const void* gate;  // [B, N] of out_type
   int64_t gate_stride;
@@ -45,7 +46,8 @@ struct A16Args {
   const void* x;  // [M, K] of type
   int64_t x_stride;
   const uint32_t* weight;
-  const int8_t* levels;
+  const int8_t* levels;         // as in GemmArgs
+  const uint8_t* table_of_row;  // as in GemmArgs
   const float* weight_scale;
   const float* bias;
   OutType type;  // of x and y: bf16 or fp16

@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kHalfTileLanes) dequantize_kernel(const Dequan
 #pragma unroll
   for (int row = 0; row < kRowsPerLane; ++row) {
     const int64_t n = min_of(origin.n + lane_to_nk({lane, 0, row, 0}).channel, args.n - 1);
-    tables[row] = load_level_table<kBits>(args.levels + (n << kBits));
+    tables[row] = load_level_table<kBits>(args.levels, args.table_of_row, n);
     scale[row] = args.scale[n];
   }
   uint32_t words[words_per_lane(kBits)];

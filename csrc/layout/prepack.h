@@ -27,10 +27,11 @@ struct UnprepackArgs {
 };
 
 struct DequantizeArgs {
-  const uint32_t* weight;  // [ceil(N/128), ceil(K/128), 2, 256 * bits]
-  const int8_t* levels;    // canonical order [N, 2^bits]
-  const float* scale;      // [N]
-  void* out;               // [N, K] of out_type
+  const uint32_t* weight;       // [ceil(N/128), ceil(K/128), 2, 256 * bits]
+  const int8_t* levels;         // canonical order [T, 2^bits]
+  const uint8_t* table_of_row;  // [N], the table of each row, below T; null: T = N, its own
+  const float* scale;           // [N]
+  void* out;                    // [N, K] of out_type
   int64_t n;
   int64_t k;
   int bits;
