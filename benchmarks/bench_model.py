@@ -266,7 +266,7 @@ def notes(row: dict[str, Any]) -> Iterator[str]:
     if "compile" in row:
         yield row["compile"]
     if "fused_blocks" in row:
-        yield f"{row['fused_blocks']} blocks fused"
+        yield f"blocks fused: {row['fused_blocks']}"
     if "fusion" in row:
         yield " ".join(f"{name} {n}" for name, n in row["fusion"].items()) or "no fusion"
     if "output_error" in row:

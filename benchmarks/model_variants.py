@@ -58,13 +58,13 @@ DEFAULT_VARIANTS = (
     "w3a8-graph",
 )
 FACTS_FILE = "bench_model.json"
-_SCHEME = re.compile(r"(w[234]a(?:4|8|16))(?:\+rank([1-9]\d*))?")
+_SCHEME = re.compile(r"(w[234]a(?:4|8|16))(?:\+rank([1-9]\d*))?(?:\+tables([1-9]\d*))?")
 
 
 @dataclass(frozen=True)
 class Variant:
     """base: a key of PEER_MODES, a scheme such as "w4a8", or one with a low-rank branch as in
-    "w4a8+rank32"; mode: how it runs."""
+    "w4a8+rank32", shared tables as in "w4a8+tables16", or both; mode: how it runs."""
 
     name: str
     base: str
@@ -81,7 +81,7 @@ class Variant:
             return Variant(name, base, mode)
         raise ValueError(
             f"a variant must be one of {peer_names()} or SCHEME-MODE as in w4a8-graph or "
-            f"w4a8+rank32-graph, with a mode of {MODES}, got {name!r}"
+            f"w4a8+rank32+tables16-graph, with a mode of {MODES}, got {name!r}"
         )
 
     @property
@@ -264,8 +264,9 @@ def _recipe(base: str) -> Any:
 
     match = _SCHEME.fullmatch(base)
     if match is None:
-        raise ValueError(f"a scheme must be as w4a8 or w4a8+rank32, got {base!r}")
-    return QuantRecipe.from_name(match[1], low_rank=int(match[2] or 0))
+        raise ValueError(f"a scheme must be as w4a8 or w4a8+rank32+tables16, got {base!r}")
+    scheme, rank, tables = match.groups()
+    return QuantRecipe.from_name(scheme, low_rank=int(rank or 0), shared_tables=int(tables or 0))
 
 
 # ---- ways to run --------------------------------------------------------------------------------

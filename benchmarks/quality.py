@@ -77,6 +77,8 @@ PRODUCT_RECIPES: dict[str, Callable[[str], QuantRecipe]] = {
     "lrq-no-refinement": _recipe(refinement=0),
     # With the branch that --low-rank adds: on inputs of 512, about the bits of rank 36 on 3072.
     "lrq+rank6": _recipe(low_rank=6),
+    "lrq+tables16": _recipe(shared_tables=16),
+    "lrq+rank6+tables16": _recipe(low_rank=6, shared_tables=16),
 }
 ALL_METHODS: dict[str, Method] = {**METHODS, **EXPERIMENTS}
 DEFAULT_RECIPES = ("lrq", "lrq-dit", *METHODS)

@@ -160,18 +160,20 @@ def test_products_are_held_to_the_limit_of_their_bits(name: str, limit: float, m
     assert row["gemm_share"] == pytest.approx(700.0 / limit)
 
 
-def test_a_low_rank_branch_is_a_variant(cache: Path, tmp_path: Path):
-    """Its bits are counted, and its weights are nearer to those of bf16."""
-    names = ("w4a8-loaded", "w4a8+rank8-loaded")
-    code, (plain, branch) = run(tmp_path, cache, *names, model="tiny-pixart")
+def test_a_low_rank_branch_and_shared_tables_are_variants(cache: Path, tmp_path: Path):
+    """Bits are counted, and with a branch weights are nearer to those of bf16."""
+    names = ("w4a8-loaded", "w4a8+rank8-loaded", "w4a8+rank8+tables4-loaded")
+    code, (plain, branch, both) = run(tmp_path, cache, *names, model="tiny-pixart")
     assert code == 0 and branch["weight_bits"] > plain["weight_bits"] + 0.5
+    assert both["weight_bits"] < branch["weight_bits"] - 0.3
+    assert both["weights_gb"] < branch["weights_gb"]
     models = variants.Models("tiny-pixart", "cpu", cache)
     of_block = "transformer_blocks.1.ff.net.2"
     weight = models.dense().get_submodule(of_block).weight.float()
-    held = [models.make(Variant.parse(name))[0].get_submodule(of_block) for name in names]
+    held = [models.make(Variant.parse(name))[0].get_submodule(of_block) for name in names[:2]]
     errors = [relative_error(linear.dense_weight(), weight) for linear in held]
     assert errors[1] < 0.97 * errors[0]
-    with pytest.raises(ValueError, match=r"w4a8\+rank32-graph, .*got 'w4a8\+rank0-graph'"):
+    with pytest.raises(ValueError, match=r"w4a8\+rank32\+tables16-graph, .*got 'w4a8\+rank0-graph'"):
         Variant.parse("w4a8+rank0-graph")
 
 
