@@ -44,7 +44,7 @@ from benchmarks.testbeds import load_testbed
 from lrq_kernels.rotation import Rotation
 from lrq_quant.recipe import QuantRecipe
 from lrq_quant.rotation_search import largest_block
-from lrq_quant.shared_tables import fit_shared_tables
+from lrq_quant.shared_tables import fit_shared_tables, tables_of_rows
 from lrq_quant.twin_log import fit_twin_log, sqnr_db
 
 CODEBOOKS = ("twin-log", "symmetric", "asymmetric", "nf", "lloyd-max")
@@ -146,8 +146,8 @@ def rotated(weight: Tensor) -> Tensor:
 
 
 def measure(model: str, widths: Sequence[int], tables: Sequence[int] = (0,)) -> list[Row]:
-    """A row for each linear, width, number of shared tables (0: rows' own), and weight as it is or
-    rotated."""
+    """A row for each linear, width, number of shared tables at most (0: rows' own), and weight as
+    it is or rotated."""
     rows: list[Row] = []
     for name, weight in weights(model):
         for kind in ("as trained", "rotated"):
@@ -156,10 +156,10 @@ def measure(model: str, widths: Sequence[int], tables: Sequence[int] = (0,)) -> 
             fitted = weight if kind == "as trained" else rotated(weight)
             n, k = weight.shape
             facts = {"model": Path(model).name, "linear": name, "weight": kind, "n": n, "k": k}
-            for bits, shared in itertools.product(widths, tables):
-                shared = shared if n > shared else 0
+            for bits, most in itertools.product(widths, tables):
+                shared = tables_of_rows(n, most) if most else 0
                 real = bits + row_bits(n, bits, shared) / k
-                key = {"bits": bits, "tables": shared, "real_bits": real}
+                key = {"bits": bits, "most_tables": most, "tables": shared, "real_bits": real}
                 rows.append({**facts, **key, **fits(fitted, bits, shared)})
     if not rows:
         raise ValueError(f"bench_codebook: {model} has no matrix of {LEAST_COLUMNS} columns")
@@ -191,7 +191,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _kind(row: Row) -> tuple[str, str, int, int]:
-    return row["model"], row["weight"], row["bits"], row["tables"]
+    return row["model"], row["weight"], row["bits"], row["most_tables"]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
         type=int,
         default=[0],
         metavar="T",
-        help="tables that rows share, 0 for a table each row",
+        help="tables that rows share, at most, as the recipe has it; 0 for a table each row",
     )
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     arguments = parser.parse_args(argv)

@@ -20,6 +20,7 @@ from lrq_kernels.scheme import BLOCK_SIZES, QuantScheme
 
 from .families import MODULATION, Family, family_of
 from .recipe_patterns import check_patterns, matches
+from .shared_tables import tables_of_rows
 
 MODES = ("default", "paper")
 EXCLUDED = "excluded by the recipe"
@@ -107,8 +108,9 @@ class QuantRecipe:
     passes (calibrated, mode "default"); "nearest" rounds each weight by itself. low_rank: rank of a
     16-bit branch beside the linears of every input but modulation (module low_rank), 0 for none;
     not in mode "paper". shared_tables: levels of a linear in so many tables that its rows share,
-    0 for one of each row's own (module shared_tables); modulation keeps those, and so does a linear
-    of no more rows; not in mode "paper". family describes a model unknown to lrq_quant.families."""
+    16 rows a table at least, 0 for a table of each row's own, which modulation keeps (module
+    shared_tables); not in mode "paper". family describes a model unknown to
+    lrq_quant.families."""
 
     block: QuantScheme = QuantScheme(weight_bits=4, act_bits=8)
     modulation: QuantScheme | None = QuantScheme(weight_bits=4, act_bits=16, rotation="none")
@@ -169,8 +171,9 @@ class QuantRecipe:
 
     def shared_tables_of(self, linear: LinearPlan) -> int:
         """Tables that the rows of one linear share, 0 for their own."""
-        keep = linear.role == MODULATION or linear.out_features <= self.shared_tables
-        return 0 if keep else self.shared_tables
+        if linear.role == MODULATION or not self.shared_tables:
+            return 0
+        return tables_of_rows(linear.out_features, self.shared_tables)
 
     def resolve(self, model: nn.Module, family: Family | None = None) -> QuantPlan:
         """The plan for `model`; it may live on the meta device.  The family is the given one, the

@@ -36,6 +36,13 @@ _SHAPE_ROUNDS, _DESIGN_ROUNDS = 10, 3
 _SCALE_STARTS = (0.85, 0.92, 1.0, 1.08, 1.17)
 _SCALE_STEPS = 3
 _TINY = 1e-30
+# A table for so many rows at least: its 16 bytes cost each no more than the byte that names it.
+_ROWS_A_TABLE = 16
+
+
+def tables_of_rows(rows: int, tables: int) -> int:
+    """How many of at most `tables` so many rows share: fewer where they are few, at least one."""
+    return min(tables, max(1, rows // _ROWS_A_TABLE))
 
 
 def fit_shared_tables(
@@ -122,9 +129,12 @@ def _rms(rows: Tensor) -> Tensor:
 
 def _clusters(shapes: Tensor, count: int) -> Tensor:
     """Place int64 [R] of each of the shapes [R, 2^b] in `count` clusters: k-means from shapes that
-    are spread over the rows."""
-    first = torch.arange(count, device=shapes.device) * shapes.shape[0] // count
-    centres = shapes[first]
+    are spread along the direction in which they differ most."""
+    centred = shapes - shapes.mean(0)
+    main = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -1]
+    order = (centred @ main).argsort(stable=True)
+    steps = 2 * torch.arange(count, device=shapes.device) + 1
+    centres = shapes[order[steps * shapes.shape[0] // (2 * count)]]
     place = torch.cdist(shapes, centres).argmin(1)
     for _ in range(_SHAPE_ROUNDS):
         members = torch.nn.functional.one_hot(place, count).to(shapes.dtype)

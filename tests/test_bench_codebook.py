@@ -62,15 +62,15 @@ def test_rows_and_table_of_a_file(tmp_path, generator, capsys):
     options = ["--bits", "3", "--shared-tables", "0", "4", "64", "--json", str(out)]
     bench.main([str(file), *options])
     rows = json.loads(out.read_text())
-    # 24 rows do not share 64 tables.
-    real = {0: 3 + 96 / 3072, 4: 3 + (40 + 4 * 64 / 24) / 3072}
-    expected = [(kind, t) for kind in ("as trained", "rotated") for t in (0, 4, 0)]
+    # 24 rows share one table.
+    real = {0: 3 + 96 / 3072, 1: 3 + (40 + 64 / 24) / 3072}
+    expected = [(kind, t) for kind in ("as trained", "rotated") for t in (0, 1, 1)]
     assert [(r["weight"], r["tables"]) for r in rows] == expected
     for row in rows:
         assert row["twin-log"] > max(row[n] for n in ("symmetric", "asymmetric", "nf"))
         assert row["real_bits"] == pytest.approx(real[row["tables"]])
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 5 and printed[1].split().count("of") == 2
+    assert len(printed) == 7 and printed[1].split().count("of") == 2
     save_file({"norm.weight": heavy[0].contiguous()}, file)
     with pytest.raises(ValueError, match=f"{file} has no matrix of 128 columns"):
         bench.main([str(file)])

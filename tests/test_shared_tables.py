@@ -111,7 +111,7 @@ def test_rows_of_two_kinds_get_a_table_each(bits: int):
         return float((error(fit_shared_tables(rows, bits, tables), rows) / power).sum())
 
     alone = loss(weight[:64], 1) + loss(weight[64:], 1)
-    assert loss(weight[order], 2) < 1.01 * alone < loss(weight[order], 1) / 1.02
+    assert loss(weight[order], 2) < 1.02 * alone < loss(weight[order], 1) / 1.02
 
 
 @every_width
@@ -446,17 +446,17 @@ def test_files_that_contradict_themselves_are_refused(change: Callable, message:
 
 @pytest.mark.parametrize("kind", ["flux", "pixart"])
 def test_a_model_is_quantized_saved_and_loaded(kind: str, tmp_path: Path):
-    """Modulation and linears of few rows keep their own tables; fewer bits, nearly the same."""
+    """Modulation keeps its own tables, few rows share fewer; fewer bits, nearly the same."""
     make = TINY[kind][0]
     reports = {}
     for tables in (0, 4):
         result = quantize_model(make(), QuantRecipe.from_name("w4a8", shared_tables=tables))
         reports[tables] = result.report
         for linear in result.report.linears:
-            few = linear.role == "modulation" or linear.out_features <= 4
-            expected = 0 if few or not tables else tables
-            assert result.states[linear.name].shared_tables <= expected
-            assert bool(result.states[linear.name].shared_tables) == bool(expected)
+            own = linear.role == "modulation" or not tables
+            most = 0 if own else min(tables, max(1, linear.out_features // 16))
+            found = result.states[linear.name].shared_tables
+            assert found <= most and bool(found) == bool(most), linear.name
     assert reports[4].weight_bits < reports[0].weight_bits - 0.1
     model = make()
     expected = run(model, kind, F32)
