@@ -14,10 +14,13 @@ import torch
 from op_samples import VALID
 from safetensors import safe_open
 from test_checkpoint import assert_same_state, drop, layer, rewrite, tensor
+from test_fused_blocks import LrqCalls
+from test_fusion import passed
 from test_low_rank import WEIGHTS_FOLDER
 from tiny_models import TINY, linears, run
 from torch import Tensor
 
+import lrq_quant
 from lrq_kernels import (
     CheckpointError,
     LinearState,
@@ -470,6 +473,31 @@ def test_a_model_is_quantized_saved_and_loaded(kind: str, tmp_path: Path):
     one, other = (load(folder).states for folder in (tmp_path, tmp_path / "again"))
     for name, state in one.items():
         assert same_weight(other[name], state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["flux", "pixart"])
+def test_fused_and_compiled_they_are_read_all_the_same(kind: str, tmp_path: Path):
+    """The pass under torch.compile and fuse_blocks find what they find in a model whose rows have
+    the same tables written out, and compute the same bits."""
+    dense = TINY[kind][0]()
+    result = quantize_model(dense, QuantRecipe.from_name("w4a8", shared_tables=4))
+    written_out = {name: with_own_tables(state) for name, state in result.states.items()}
+    outputs, counts = [], []
+    for states in (result.states, written_out):
+        folder = tmp_path / str(len(outputs))
+        save_transformer(dense, dataclasses.replace(result, states=states), folder)
+        each = load_transformer(folder, dtype=F32)
+        share = [linear.table_of_row is not None for linear in linears(each).values()]
+        assert any(share) == (not outputs)
+        compiled, found = passed(each)
+        outputs.append([run(each, kind, F32), run(compiled, kind, F32)])
+        lrq_quant.fuse_blocks(each)
+        with LrqCalls() as calls:
+            outputs[-1].append(run(each, kind, F32))
+        counts.append((found, calls.counts))
+    assert counts[0] == counts[1] and counts[0][0][0]
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
 
 
 def test_quantized_while_it_loads(tmp_path: Path):
