@@ -150,19 +150,16 @@ class StackedRows(nn.Module):
         self.parts, self.training = list(linear.parts), linear.training
 
     def _buffers_of_rows(self) -> dict[str, Tensor | None]:
-        """Views of the stack's buffers."""
+        """Views of the stack's buffers; tables that rows share are those of the whole stack."""
         rows = slice(self.start, self.start + self.out_features)
-        tiles = slice(rows.start // TILE, rows.stop // TILE)
-        whole = self.stack._buffers
-        if whole["table_of_row"] is not None:
-            whole = {**whole, "levels": None}
-        views = {
-            name: None if buffer is None else buffer[tiles if name == "packed_weight" else rows]
-            for name, buffer in whole.items()
+        places = dict.fromkeys(self.stack._buffers, rows)
+        places["packed_weight"] = slice(rows.start // TILE, rows.stop // TILE)
+        if self.stack.table_of_row is not None:
+            places["levels"] = slice(None)
+        return {
+            name: None if buffer is None else buffer[places[name]]
+            for name, buffer in self.stack._buffers.items()
         }
-        if views["levels"] is None:
-            views["levels"] = self.stack.levels
-        return views
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] to [..., N], of these rows alone."""
@@ -200,12 +197,9 @@ class StackedRows(nn.Module):
         linear = LRQLinear.__new__(LRQLinear)
         nn.Module.__init__(linear)
         rows = self._buffers_of_rows()
-        part = slice(0, self.out_features)
-        rows["levels"], rows["table_of_row"] = tables_of_part(
-            self.stack.levels if rows["table_of_row"] is not None else rows["levels"],
-            rows["table_of_row"],
-            part,
-        )
+        levels, of_row = rows["levels"], rows["table_of_row"]
+        if levels is not None and of_row is not None:
+            rows["levels"], rows["table_of_row"] = tables_of_part(levels, of_row, slice(None))
         own = {name: None if b is None else b.clone() for name, b in rows.items()}
         _fill(linear, self.stack, list(self.parts), own)
         return linear
