@@ -73,6 +73,9 @@ PRODUCT_RECIPES: dict[str, Callable[[str], QuantRecipe]] = {
     "lrq-no-rotation": _search(rotations=("none",)),
     "lrq-no-smoothing": _search(alphas=()),
     "lrq-no-permutation": _search(rotations=("none", "hadamard")),
+    "lrq+regular": _search(rotations=("none", "hadamard", "permuted", "dual", "regular")),
+    "lrq-regular-alone": _search(rotations=("regular",)),
+    "lrq-hadamard-alone": _search(rotations=("hadamard",)),
     "lrq-no-bias-correction": _recipe(bias_correction=False),
     "lrq-no-refinement": _recipe(refinement=0),
     # With the branch that --low-rank adds: on inputs of 512, about the bits of rank 36 on 3072.

@@ -78,6 +78,24 @@ class Rotation:
         return rotation
 
     @staticmethod
+    def regular(
+        in_features: int, block_size: int = 128, *, device: torch.device | str | None = None
+    ) -> Rotation:
+        """Hadamard rotation whose signs spread what all channels of a block share evenly.
+
+        Signs (1, 1, 1, -1) x (1, 1, 1, -1) x ... make every row of a block sum to +-sqrt(n) where
+        its size n is a power of four: a regular Hadamard matrix but for signs of its rows (ConvRot,
+        arXiv 2512.03673). In other blocks, with a last factor (1, 1), half of the rows sum to zero
+        and half to +-sqrt(2 n)."""
+        signs = torch.ones(1, dtype=torch.int8)
+        while 4 * len(signs) <= block_size:
+            signs = torch.kron(signs, torch.tensor([1, 1, 1, -1], dtype=torch.int8))
+        signs = signs.repeat_interleave(block_size // len(signs))
+        rotation = Rotation("hadamard", block_size, signs.repeat(in_features // block_size))
+        rotation.validate(in_features)
+        return rotation if device is None else rotation.to(device)
+
+    @staticmethod
     def dual(matrices: Tensor, permutation: Tensor | None = None) -> Rotation:
         """The dense pair (fp32 [2, 128, 128]) with a permutation (int32 [K]) between the two."""
         return Rotation("dual", DUAL_BLOCK_SIZE, None, permutation, matrices)

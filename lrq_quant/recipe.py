@@ -70,11 +70,12 @@ class CalibrationOptions:
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """rotations: kinds to try, of "none", "hadamard", "permuted", "dual"; alphas: smoothing
-    strengths to try besides none; tolerance: error above the best that a cheaper rotation may have;
-    sample_rows, weight_rows: tokens and output rows that finalists are measured on; dual_steps of
-    the greedy search for each dense matrix; max_dual_bits: what the two matrices of "dual" may add
-    to a weight of the group, above which it is not tried; seed of signs and dense matrices."""
+    """rotations: kinds to try, of "none", "hadamard", "permuted", "dual" and "regular", blocks with
+    the signs of Rotation.regular; alphas: smoothing strengths to try besides none; tolerance: error
+    above the best that a cheaper rotation may have; sample_rows, weight_rows: tokens and output
+    rows that finalists are measured on; dual_steps of the greedy search for each dense matrix;
+    max_dual_bits: what the two matrices of "dual" may add to a weight of the group, above which it
+    is not tried; seed of signs and dense matrices."""
 
     rotations: tuple[str, ...] = ("none", "hadamard", "permuted", "dual")
     alphas: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7)
@@ -86,7 +87,7 @@ class SearchOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        known = ("none", "hadamard", "permuted", "dual")
+        known = ("none", "hadamard", "permuted", "dual", "regular")
         unknown = [kind for kind in self.rotations if kind not in known]
         if unknown or not self.rotations:
             raise ValueError(

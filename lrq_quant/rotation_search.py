@@ -1,10 +1,11 @@
 """Adaptive rotation: per shared input, the cheapest rotation whose measured output error is good.
 
 Candidates are {none, signs + block Hadamard, the same behind a mass-balancing permutation, the
-outlier-aware dense pair of DuQuant} times smoothing strengths.  Each is measured on sampled tokens
-and output rows as the quantized layer will run: activations by reference.token_scale, weights by
-fit_twin_log, rows scaled to full gain.  J = RMS of the raw input (LRQ-DiT equation 11) is logged
-and decides in paper mode alone: it is blind to the shape of outliers (method.md 2.1).
+outlier-aware dense pair of DuQuant; if asked for, the regular Hadamard matrix of ConvRot} times
+smoothing strengths.  Each is measured on sampled tokens and output rows as the quantized layer will
+run: activations by reference.token_scale, weights by fit_twin_log, rows scaled to full gain.  J =
+RMS of the raw input (LRQ-DiT equation 11) is logged and decides in paper mode alone: it is blind to
+the shape of outliers (method.md 2.1).
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ class Candidate:
             "permuted": f"{PERMUTED}{self.block_size}",
             "permuted-part": f"{PERMUTED_PART}{self.block_size}",
             "dual": "dual128",
+            "regular": f"regular{self.block_size}",
         }[self.kind]
 
     @property
@@ -84,8 +86,7 @@ class Candidate:
     def cost(self) -> int:
         """Order of run-time cost: none < blocks of 128, 256, ... < with a permutation of a part,
         which is folded away (input_makers) < with any permutation < dual."""
-        costs = {"none": 0, "hadamard": 0, "permuted-part": 10, "permuted": 100, "dual": 1000}
-        base = costs[self.kind]
+        base = {"permuted-part": 10, "permuted": 100, "dual": 1000}.get(self.kind, 0)
         # Blocks below 128 exist for widths that have nothing larger; they cost what 128 does.
         return base + (0 if self.kind == "none" else max(7, int(math.log2(self.block_size))))
 
@@ -293,8 +294,9 @@ class _CandidateMaker:
         blocks, kinds = _blocks(self.in_features), self.options.rotations
         hadamard = [("hadamard", block) for block in blocks]
         shapes = [("none", 128)] if "none" in kinds or not blocks else []
-        if "hadamard" in kinds:
-            shapes += hadamard
+        for kind in ("hadamard", "regular"):
+            if kind in kinds:
+                shapes += [(kind, block) for block in blocks]
         if "permuted" in kinds and blocks:
             ends = dict.fromkeys((blocks[0], blocks[-1]))
             shapes += [("permuted", block) for block in ends]
@@ -326,6 +328,9 @@ class _CandidateMaker:
         smooth = self.smooth[candidate.alpha]
         if candidate.kind == "none":
             return Rotation.none(), smooth
+        if candidate.kind == "regular":
+            size = candidate.block_size
+            return Rotation.regular(self.in_features, size, device=self.x.device), smooth
         generator = torch.Generator().manual_seed(name_seed(self.name, self.options.seed))
         if candidate.kind == "dual":
             x = self.x if smooth is None else self.x * smooth

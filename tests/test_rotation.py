@@ -172,6 +172,24 @@ def test_validate_names_what_is_wrong(rotation: Rotation, message: str):
         rotation.validate(128)
 
 
+@pytest.mark.parametrize("block_size", [32, 64, 128, 256, 512, 1024])
+def test_regular_spreads_what_all_channels_share(block_size: int):
+    """A constant input comes out of one magnitude everywhere, or of one in half of the places."""
+    rotation = Rotation.regular(3 * block_size, block_size)
+    y = rotation.apply(torch.full((1, 3 * block_size), 2.0, dtype=torch.float64)).abs()
+    four = block_size in (64, 256, 1024)
+    values = (2.0,) if four else (0.0, 2.0 * 2**0.5)
+    found, counts = y.unique(return_counts=True)
+    assert found.tolist() == pytest.approx(values, abs=1e-12)
+    assert counts.tolist() == [3 * block_size // len(values)] * len(values)
+    random = Rotation.hadamard(3 * block_size, block_size).apply(torch.ones(1, 3 * block_size))
+    assert float(random.abs().max()) > float(y.max()) / 2
+    x = torch.randn(5, 3 * block_size, dtype=torch.float64)
+    torch.testing.assert_close(rotation.inverse(rotation.apply(x)), x)
+    with pytest.raises(ValueError, match="must be one of .* and divide K"):
+        Rotation.regular(3 * block_size + 16, block_size)
+
+
 def test_hadamard_refuses_a_block_that_does_not_divide():
     with pytest.raises(ValueError, match="divide K = 192, got 128"):
         Rotation.hadamard(192, 128)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -159,6 +160,19 @@ def test_same_name_same_choice_and_other_name_other_signs() -> None:
     assert torch.equal(first.rotation.signs, again.rotation.signs)
     assert first.errors == again.errors
     assert not torch.equal(first.rotation.signs, other.rotation.signs)
+
+
+def test_regular_signs_are_chosen_where_channels_share_a_mean() -> None:
+    """Of a large mean random signs leave some coefficients with three times their share."""
+    x, weight = torch.randn(400, 512) + 12, torch.randn(64, 512)
+    options = replace(FAST, rotations=("hadamard", "regular"), alphas=())
+    choice = choose_rotation(stats_of(x), linears("w4a4", weight), options)
+    assert choice.label.startswith("regular")
+    regular = Rotation.regular(512, choice.rotation.block_size)
+    assert torch.equal(choice.rotation.signs, regular.signs)
+    only_random = replace(options, rotations=("hadamard",))
+    random = choose_rotation(stats_of(x), linears("w4a4", weight), only_random)
+    assert choice.errors[choice.label] < 0.95 * random.errors[random.label]
 
 
 @pytest.mark.parametrize(("width", "block"), [(192, 64), (96, 32), (1152, 128), (12288, 1024)])
