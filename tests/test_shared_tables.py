@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -94,7 +95,8 @@ def test_more_tables_fit_better_and_those_of_rows_best(bits: int):
         sqnr_db(weight, c.decode(c.encode(weight)))
         for c in (*(fit_shared_tables(weight, bits, count) for count in (1, 4, 32)), own)
     ]
-    assert decibel == sorted(decibel)
+    # Neither search is exhaustive.
+    assert all(fewer < more + 0.02 for fewer, more in itertools.pairwise(decibel))
     assert decibel[3] - decibel[0] < {2: 0.4, 3: 0.6, 4: 0.9}[bits]
     assert decibel[3] - decibel[2] < {2: 0.1, 3: 0.15, 4: 0.3}[bits]
 
