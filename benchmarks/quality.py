@@ -66,7 +66,8 @@ def _recipe(**changes: Any) -> Callable[[str], QuantRecipe]:
     return lambda name: QuantRecipe.from_name(name, **changes)
 
 
-# This package's own: the default, the published method, and the default less one part.
+# This package's own: the default, the published method, and the default with another part or less
+# one.
 PRODUCT_RECIPES: dict[str, Callable[[str], QuantRecipe]] = {
     "lrq": QuantRecipe.from_name,
     "lrq-dit": _recipe(mode="paper"),

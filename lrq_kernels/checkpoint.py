@@ -171,8 +171,8 @@ def encode(
         state_from_tensors(own, state.scheme, facts.sizes, name)
         if owner != name:
             _check_same_input(name, state, owner, states[owner])
-        layer = {**state.scheme.to_dict(), "out_features": facts.sizes.n}
-        layer["in_features"] = facts.sizes.k
+        sizes = {"out_features": state.out_features, "in_features": state.in_features}
+        layer = {**state.scheme.to_dict(), **sizes}
         if owner != name:
             layer["shared_input"] = owner
         if state.low_rank:

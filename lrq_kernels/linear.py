@@ -57,9 +57,9 @@ class LRQLinear(nn.Linear):
 
     Buffers: packed_weight (int32, device layout of lrq::prepack), levels (int8 [N, 2^b], or
     [T, 2^b] where rows share tables, and table_of_row, uint8 [N], says which), weight_scale and
-    bias_bits (fp32 [N] as int32), low_rank_up (bf16 [N, R] as int16, None without
-    a low-rank branch), and row_order (int32 [N]): which canonical row each row is, None where they
-    are in order (module row_order reorders them). x is [..., K] in bf16, fp16 or fp32; y has x's
+    bias_bits (fp32 [N] as int32), low_rank_up (bf16 [N, R] as int16, None without a low-rank
+    branch), and row_order (int32 [N]): which canonical row each row is, None where they are in
+    order (module row_order reorders them). x is [..., K] in bf16, fp16 or fp32; y has x's
     dtype. act_bits 8 and 4 take two launches: rotate_quantize and gemm. act_bits 16 rotates, then
     runs gemm_a16.
 

@@ -170,9 +170,9 @@ class LinearState:
 
     codes int32 [N, ceil(K/32)*b], levels int8 [N, 2^b], weight_scale fp32 [N], bias fp32 [N],
     smooth_scale fp32 [K], rotation of K channels. table_of_row uint8 [N]: levels are [T, 2^b], and
-    this is the table of each row. shared_input names the linear under which the
-    smoothing and rotation of this one are stored; None: under itself. low_rank_down bf16 [R, K],
-    shared with the input as they are, and low_rank_up bf16 [N, R]: a branch beside the codes,
+    this is the table of each row. shared_input names the linear under which the smoothing and
+    rotation of this one are stored; None: under itself. low_rank_down bf16 [R, K], shared with the
+    input as they are, and low_rank_up bf16 [N, R]: a branch beside the codes,
 
         y = quantized part + (x @ low_rank_down.T) @ low_rank_up.T
 
@@ -193,9 +193,9 @@ class LinearState:
     low_rank_up: Tensor | None = None
     table_of_row: Tensor | None = None
 
-    def codebook(self, rows: slice = slice(None)) -> TwinLogCodebook:
-        """Levels and scales of these output rows. Raises what TwinLogCodebook raises."""
-        return TwinLogCodebook(self.levels, self.weight_scale, self.table_of_row).rows(rows)
+    def codebook(self) -> TwinLogCodebook:
+        """Levels and scales of the output rows. Raises what TwinLogCodebook raises."""
+        return TwinLogCodebook(self.levels, self.weight_scale, self.table_of_row)
 
     @property
     def shared_tables(self) -> int:
@@ -294,8 +294,11 @@ def state_from_tensors(
         if name not in FIELDS:
             raise CheckpointError(f"{where}.{name} is not a field of the format: {list(FIELDS)}")
     values: dict[str, Tensor | None] = {}
-    described = {LOW_RANK: sizes.rank, SHARED_TABLES: sizes.shared_tables}
-    needed = ["always", scheme.rotation, *(key for key, given in described.items() if given)]
+    described = {
+        LOW_RANK: ("low_rank", sizes.rank),
+        SHARED_TABLES: ("shared_tables", sizes.shared_tables),
+    }
+    needed = ["always", scheme.rotation, *(kind for kind, (_, n) in described.items() if n)]
     for name, spec in FIELDS.items():
         tensor = tensors.get(name)
         if tensor is None:
@@ -303,8 +306,8 @@ def state_from_tensors(
                 raise CheckpointError(f"{where}.{name} is missing")
             values[name] = None
             continue
-        if not described.get(spec.required, 1):
-            key = {LOW_RANK: "low_rank", SHARED_TABLES: "shared_tables"}[spec.required]
+        key, count = described.get(spec.required, ("", 1))
+        if not count:
             raise CheckpointError(f"{where}.{name} is there, and the linear has no {key}")
         shape = spec.shape(sizes)
         if tensor.dtype != spec.dtype or tuple(tensor.shape) != shape:

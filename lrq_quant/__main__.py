@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         default=0,
         metavar="T",
         help="levels in T tables that the rows of a linear share (16: 0.1 bits a weight less at "
-        "1152 inputs for 0.1 to 0.2 dB of the weights); 0 for a table of each row's own",
+        "1152 inputs for 0.1 dB of the weights); 0 for a table of each row's own",
     )
     add.add_argument("--limit", type=_from(1), help="use at most this many prompts")
     add.add_argument(

@@ -30,9 +30,9 @@ def decoded_weight(state: LinearState) -> Tensor:
     """levels[code] * scale, fp32 [N, K], in the rotated domain."""
     bits, columns = state.scheme.weight_bits, state.in_features
     decoded = torch.empty(state.out_features, columns, device=state.codes.device)
-    size = _row_chunks(decoded)
+    codebook, size = state.codebook(), _row_chunks(decoded)
     for start in range(0, state.out_features, size):
         rows = slice(start, start + size)
         codes = unpack_codes(state.codes[rows], bits, columns)
-        decoded[rows] = state.codebook(rows).decode(codes)
+        decoded[rows] = codebook.rows(rows).decode(codes)
     return decoded

@@ -55,30 +55,18 @@ def fit_shared_tables(
     table_of_row uint8 [N], the same for the same weight. Raises ValueError or TypeError on anything
     else.
     """
-    check_weight("fit_shared_tables", weight, bits)
+    check_weight("fit_shared_tables", weight, bits, importance)
     if not 1 <= tables <= MAX_SHARED_TABLES:
         raise ValueError(
             f"fit_shared_tables: tables must be from 1 to {MAX_SHARED_TABLES}, got {tables}"
         )
-    if importance is not None and importance.shape not in (weight.shape, weight.shape[1:]):
-        raise ValueError(
-            f"fit_shared_tables: importance must be [K] = [{weight.shape[1]}] or [N, K], "
-            f"got shape {tuple(importance.shape)}"
-        )
     design = _Design.of(weight, bits, min(tables, weight.shape[0]), importance)
     for _ in range(_DESIGN_ROUNDS):
         design.refine()
-    scales, places = [], []
-    size = chunk_rows(weight)
-    for start in range(0, weight.shape[0], size):
-        rows = slice(start, start + size)
-        unit = _rms(weight[rows])
-        place, scale = _assigned(weight[rows], _of_rows(importance, rows), design.tables, unit)
-        places.append(place)
-        scales.append(scale.float())
-    used, table_of_row = torch.cat(places).unique(return_inverse=True)
+    place, scale = _assigned(weight, importance, design.tables)
+    used, table_of_row = place.unique(return_inverse=True)
     levels = design.tables.levels[used].contiguous()
-    return TwinLogCodebook(levels, torch.cat(scales), table_of_row.to(torch.uint8))
+    return TwinLogCodebook(levels, scale.float(), table_of_row.to(torch.uint8))
 
 
 @dataclass
@@ -170,10 +158,13 @@ def _fit_clusters(
 
 
 def _assigned(
-    rows: Tensor, importance: Tensor | None, tables: TwinLogCodebook, unit: Tensor
+    rows: Tensor,
+    importance: Tensor | None,
+    tables: TwinLogCodebook,
+    unit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Table int64 [R] and scale fp64 [R] of least error for each of `rows`; unit [R]: what a row is
-    divided by to look like the tables."""
+    """Table int64 [R] and scale fp64 [R] of least error for each of `rows`; unit fp64 [R]: what a
+    row is divided by to look like the tables, by default its RMS."""
     places, scales = [], []
     size = chunk_rows(rows)
     ascending = tables.ascending().double()
@@ -181,11 +172,14 @@ def _assigned(
         part = slice(start, start + size)
         known = relative_importance(_of_rows(importance, part), rows.device)
         problem = SortedRows.of(rows[part], known)
+        # Rows of a problem are divided by their RMS.
+        ones = torch.ones_like(problem.norm)
+        units = ones if unit is None else unit[part] / problem.norm
         best_error = torch.full_like(problem.norm, torch.inf)
         best_scale, place = torch.zeros_like(best_error), torch.zeros_like(best_error).long()
         for table in range(ascending.shape[0]):
             levels = ascending[table].expand(len(best_error), -1)
-            like = float(tables.scale[table]) * unit[part] / problem.norm
+            like = float(tables.scale[table]) * units
             for factor in _SCALE_STARTS:
                 scale = like * factor
                 for _ in range(_SCALE_STEPS):

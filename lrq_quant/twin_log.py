@@ -61,12 +61,7 @@ def fit_twin_log(
     [N, 2^bits] in canonical code order and fp32 scales [N], on the weight's device.  Raises
     ValueError or TypeError on anything else.
     """
-    check_weight("fit_twin_log", weight, bits)
-    if importance is not None and importance.shape not in (weight.shape, weight.shape[1:]):
-        raise ValueError(
-            f"fit_twin_log: importance must be [K] = [{weight.shape[1]}] or [N, K], "
-            f"got shape {tuple(importance.shape)}"
-        )
+    check_weight("fit_twin_log", weight, bits, importance)
     levels, scales = [], []
     size = chunk_rows(weight)
     for start in range(0, weight.shape[0], size):
@@ -372,7 +367,9 @@ def _codebook(levels: list[Tensor], scales: list[Tensor]) -> TwinLogCodebook:
     return TwinLogCodebook(torch.cat(levels).contiguous(), torch.cat(scales).contiguous())
 
 
-def check_weight(where: str, weight: Tensor, bits: int) -> None:
+def check_weight(where: str, weight: Tensor, bits: int, importance: Tensor | None = None) -> None:
+    """Raise what fit_twin_log raises of its arguments' types, shapes and values, but the values of
+    importance, in the name of `where`."""
     check_weight_bits(bits, where)
     if not weight.is_floating_point():
         raise TypeError(f"{where}: weight must be floating point, got {weight.dtype}")
@@ -382,6 +379,11 @@ def check_weight(where: str, weight: Tensor, bits: int) -> None:
         )
     if not bool(torch.isfinite(weight).all()):
         raise ValueError(f"{where}: weight must be finite, got NaN or inf")
+    if importance is not None and importance.shape not in (weight.shape, weight.shape[1:]):
+        raise ValueError(
+            f"{where}: importance must be [K] = [{weight.shape[1]}] or [N, K], "
+            f"got shape {tuple(importance.shape)}"
+        )
 
 
 def relative_importance(importance: Tensor | None, device: torch.device) -> Tensor | None:
