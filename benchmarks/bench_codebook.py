@@ -41,6 +41,7 @@ from benchmarks.baselines.method import FLOAT_BITS
 from benchmarks.baselines.weights import NormalFloat, Uniform
 from benchmarks.rows import Row, write_json
 from benchmarks.testbeds import load_testbed
+from lrq_kernels.codebook import TwinLogCodebook
 from lrq_kernels.rotation import Rotation
 from lrq_quant.recipe import QuantRecipe
 from lrq_quant.rotation_search import largest_block
@@ -68,12 +69,12 @@ def weights(model: str) -> Iterator[tuple[str, Tensor]]:
                 yield name.removesuffix(".weight"), tensor.float()
 
 
-def row_bits(rows: int, bits: int, tables: int = 0) -> float:
-    """What twin-log codes take beside the codes, for each of `rows`: levels and scale, or, of
-    shared `tables`, a scale, the table's name and a part of the tables."""
-    if tables:
-        return 32 + 8 + tables * 8 * 2**bits / rows
-    return 32 + 8 * 2**bits
+def row_bits(codebook: TwinLogCodebook) -> float:
+    """What a row takes beside its codes as stored: levels and scale, or, of shared tables, a scale,
+    the table's name and a part of the tables."""
+    stored = (codebook.levels, codebook.scale, codebook.table_of_row)
+    total = sum(8 * t.numel() * t.element_size() for t in stored if t is not None)
+    return total / codebook.scale.numel()
 
 
 def group_of(columns: int, group_bits: int, least: float) -> int:
@@ -83,13 +84,14 @@ def group_of(columns: int, group_bits: int, least: float) -> int:
 
 
 def fits(weight: Tensor, bits: int, tables: int = 0) -> dict[str, float]:
-    """SQNR in dB of each codebook; tables: that rows of twin-log codes share, 0 for their own."""
-    rows, columns = weight.shape
-    least = row_bits(rows, bits, tables)
+    """SQNR in dB of each codebook, and the tables and real bits of the twin-log one; tables: that
+    its rows share at most, 0 for their own."""
+    columns = weight.shape[1]
     if tables:
         codebook = fit_shared_tables(weight, bits, tables)
     else:
         codebook = fit_twin_log(weight, bits)
+    least = row_bits(codebook)
     values = {"twin-log": codebook.decode(codebook.encode(weight))}
     for name, symmetric in (("symmetric", True), ("asymmetric", False)):
         group = group_of(columns, FLOAT_BITS + (0 if symmetric else bits), least)
@@ -98,7 +100,9 @@ def fits(weight: Tensor, bits: int, tables: int = 0) -> dict[str, float]:
     group = group_of(columns, FLOAT_BITS, least)
     values["nf"] = NormalFloat(group)(weight, bits, None).values
     values["lloyd-max"] = scaled_table(weight, lloyd_max_levels(bits), group)
-    return {name: sqnr_db(weight, values[name]) for name in CODEBOOKS}
+    shared = codebook.levels.shape[0] if tables else 0
+    spent = {"tables": shared, "real_bits": bits + least / columns}
+    return spent | {name: sqnr_db(weight, values[name]) for name in CODEBOOKS}
 
 
 @functools.cache
@@ -158,8 +162,7 @@ def measure(model: str, widths: Sequence[int], tables: Sequence[int] = (0,)) -> 
             facts = {"model": Path(model).name, "linear": name, "weight": kind, "n": n, "k": k}
             for bits, most in itertools.product(widths, tables):
                 shared = tables_of_rows(n, most) if most else 0
-                real = bits + row_bits(n, bits, shared) / k
-                key = {"bits": bits, "most_tables": most, "tables": shared, "real_bits": real}
+                key = {"bits": bits, "most_tables": most}
                 rows.append({**facts, **key, **fits(fitted, bits, shared)})
     if not rows:
         raise ValueError(f"bench_codebook: {model} has no matrix of {LEAST_COLUMNS} columns")
