@@ -64,9 +64,12 @@ class DenseLoader:
 
     Data-free: the rotation of a group follows from its name, so its members need not meet. For a
     low-rank branch, which is of all their weights, they wait for the last of them.
+
+    Raises ValueError where QuantPlan.check_weights_only does.
     """
 
     def __init__(self, plan: QuantPlan, recipe: QuantRecipe) -> None:
+        plan.check_weights_only()
         self.linears: dict[str, tuple[InputGroup, LinearPlan]] = {
             linear.name: (group, linear) for group in plan.groups for linear in group.linears
         }

@@ -111,7 +111,8 @@ def quantize_model(
     A model of an unknown family is watched for one forward of run (auto_family).
 
     Raises before anything is written: ValueError for such a model, or prompts, without run, a model
-    that is quantized already, NaN or inf weights and parameters on the meta device (naming the
+    that is quantized already, schemes of one input that differ in more than weight_bits where
+    nothing is calibrated, NaN or inf weights and parameters on the meta device (naming the
     tensor), or missing statistics; OSError for a work folder that cannot be written.  The model is
     not changed.
     """
@@ -124,6 +125,8 @@ def quantize_model(
         if run is not None and prompts:
             recipe = with_family(recipe, model, lambda: run(list(prompts[:1])))
         plan = recipe.resolve(model)
+        if stats is None and run is None:
+            plan.check_weights_only()
         _check_parameters(model)
         if stats is None and run is None and recipe.mode == "paper":
             raise ValueError(

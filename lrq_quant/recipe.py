@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from lrq_kernels.codebook import MAX_SHARED_TABLES
-from lrq_kernels.scheme import BLOCK_SIZES, QuantScheme
+from lrq_kernels.scheme import BLOCK_SIZES, INPUT_FIELDS, QuantScheme
 
 from .families import MODULATION, Family, family_of
 from .recipe_patterns import check_patterns, matches
@@ -296,6 +296,21 @@ class QuantPlan:
         """Share of the weights of all linears that is quantized."""
         total = self.quantized_weights + sum(kept.weights for kept in self.kept)
         return self.quantized_weights / total if total else 0.0
+
+    def check_weights_only(self) -> None:
+        """Without calibration the schemes say what is searched otherwise: those of one input must
+        agree. Raises ValueError naming the first two that do not."""
+        for group in self.groups:
+            first = group.linears[0]
+            for linear in group.linears[1:]:
+                for key in INPUT_FIELDS:
+                    of_first, of_this = (getattr(of.scheme, key) for of in (first, linear))
+                    if of_first != of_this:
+                        raise ValueError(
+                            f"QuantRecipe: {key} of linears that read one input must agree "
+                            f"when nothing is calibrated, got {of_first!r} of {first.name} and "
+                            f"{of_this!r} of {linear.name}"
+                        )
 
     def summary(self) -> str:
         """What is quantized and what stays, one line per kind of linear."""

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from lrq_kernels import QuantScheme
-from lrq_quant import CalibrationOptions, QuantPlan, QuantRecipe, SearchOptions
+from lrq_quant import CalibrationOptions, QuantPlan, QuantRecipe, SearchOptions, quantize_model
+from lrq_quant.loading import DenseLoader
 
 
 class Attention(nn.Module):
@@ -104,6 +105,26 @@ def test_a_module_stands_for_the_linears_in_it(model: nn.Module) -> None:
     assert schemes == {linear.name: linear.scheme for linear in by_linear.linears}
     assert {name.split(".")[1] for name, scheme in schemes.items() if scheme == three} == {"0"}
     assert len(schemes) == 5
+
+
+def test_schemes_of_one_input_agree_where_nothing_is_calibrated() -> None:
+    model = PixArtTransformer2DModel(256)
+    for field, value in (
+        ("rotation", "none"),
+        ("block_size", 256),
+        ("scale_mode", "rms"),
+        ("scale_factor", 0.9),
+    ):
+        other = QuantScheme(3, 8, **{field: value})
+        recipe = QuantRecipe(overrides=(("*.1.attn1.to_k", other),))
+        names = "transformer_blocks.1.attn1.to_q and .* of transformer_blocks.1.attn1.to_k"
+        with pytest.raises(ValueError, match=f"{field} of linears that read one input .*{names}"):
+            quantize_model(model, recipe)
+        with pytest.raises(ValueError, match=f"{field} of linears that read one input"):
+            DenseLoader(recipe.resolve(model), recipe)
+        alike = QuantRecipe(overrides=(("*.1.attn1.*", other),))
+        state = quantize_model(model, alike).states["transformer_blocks.1.attn1.to_k"]
+        assert state.scheme == other
 
 
 def test_a_pattern_that_matches_nothing_is_an_error(model: nn.Module) -> None:
