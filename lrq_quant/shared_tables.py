@@ -36,6 +36,8 @@ _SHAPE_ROUNDS, _DESIGN_ROUNDS = 10, 3
 _SCALE_STARTS = (0.85, 0.92, 1.0, 1.08, 1.17)
 _SCALE_STEPS = 3
 _TINY = 1e-30
+# Levels of rows that are tried at once: 32 MB of each of their intermediates.
+_TOGETHER = 1 << 22
 # A table for so many rows at least: its 16 bytes cost each no more than the byte that names it.
 _ROWS_A_TABLE = 16
 
@@ -168,6 +170,7 @@ def _assigned(
     places, scales = [], []
     size = chunk_rows(rows)
     ascending = tables.ascending().double()
+    starts = tables.scale.double()[:, None] * ascending.new_tensor(_SCALE_STARTS)
     for start in range(0, rows.shape[0], size):
         part = slice(start, start + size)
         known = relative_importance(_of_rows(importance, part), rows.device)
@@ -177,17 +180,26 @@ def _assigned(
         units = ones if unit is None else unit[part] / problem.norm
         best_error = torch.full_like(problem.norm, torch.inf)
         best_scale, place = torch.zeros_like(best_error), torch.zeros_like(best_error).long()
-        for table in range(ascending.shape[0]):
-            levels = ascending[table].expand(len(best_error), -1)
-            like = float(tables.scale[table]) * units
-            for factor in _SCALE_STARTS:
-                scale = like * factor
-                for _ in range(_SCALE_STEPS):
-                    scale, error = refit_scale(problem, levels, scale)
-                better = error < best_error
-                best_error = torch.where(better, error, best_error)
-                best_scale = torch.where(better, scale, best_scale)
-                place = torch.where(better, table, place)
+        together = max(1, _TOGETHER // (len(units) * starts.shape[1] * ascending.shape[1]))
+        for first in range(0, len(ascending), together):
+            some = slice(first, first + together)
+            scale = units[:, None, None] * starts[some]
+            for _ in range(_SCALE_STEPS):
+                scale, error = refit_scale(problem, ascending[some, None], scale)
+            least, at = _first_least(error.flatten(1))
+            better = least < best_error
+            best_error = torch.where(better, least, best_error)
+            best_scale = torch.where(
+                better, scale.flatten(1).gather(1, at[:, None])[:, 0], best_scale
+            )
+            place = torch.where(better, first + at // starts.shape[1], place)
         places.append(place)
         scales.append(best_scale * problem.norm)
     return torch.cat(places), torch.cat(scales)
+
+
+def _first_least(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Least value of each row of x [R, C] and its first place."""
+    least = x.amin(1)
+    places = torch.arange(x.shape[1], device=x.device)
+    return least, torch.where(x == least[:, None], places, x.shape[1] - 1).amin(1)

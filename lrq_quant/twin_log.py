@@ -207,12 +207,14 @@ class SortedRows:
         return (magnitudes * (magnitudes * counts - 2 * totals)).sum(-1)
 
     def level_cells(self, ascending: Tensor) -> tuple[Tensor, Tensor]:
-        """Importance and sum of w per cell [R, 2^b] of ascending signed levels, nearest level."""
-        middle = ((ascending[:, 1:] + ascending[:, :-1]) / 2).float()
-        inner = torch.searchsorted(self.values, middle)
-        first, last = torch.zeros_like(self.zero), torch.full_like(self.zero, self.values.shape[1])
-        edges = torch.cat([first, inner, last], dim=1)
-        return self.count.gather(1, edges).diff(dim=1), self.total.gather(1, edges).diff(dim=1)
+        """Importance and sum of w per cell [R, ..., 2^b] of ascending signed levels, nearest."""
+        middle = ((ascending[..., 1:] + ascending[..., :-1]) / 2).float()
+        inner = torch.searchsorted(self.values, middle.flatten(1)).view(middle.shape)
+        edges = torch.nn.functional.pad(inner, (1, 1))
+        edges[..., -1] = self.values.shape[1]
+        at = edges.flatten(1)
+        counts, totals = (p.gather(1, at).view(edges.shape) for p in (self.count, self.total))
+        return counts.diff(dim=-1), totals.diff(dim=-1)
 
 
 def _grid(shape: Tensor, half_levels: int) -> Tensor:
@@ -321,10 +323,11 @@ def _round_levels(
 
 
 def refit_scale(problem: SortedRows, ascending: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Least-squares scale [R] for the cells of ascending * scale, and its error [R]."""
-    counts, totals = problem.level_cells(ascending * scale[:, None])
-    moment = (ascending * totals).sum(1)
-    power = (ascending.square() * counts).sum(1)
+    """Least-squares scale [R, ...] for the cells of ascending [R, ..., 2^b] * scale, and its error
+    of that shape."""
+    counts, totals = problem.level_cells(ascending * scale[..., None])
+    moment = (ascending * totals).sum(-1)
+    power = (ascending.square() * counts).sum(-1)
     new_scale = torch.where((power > 0) & (moment > 0), moment / power.clamp_min(_TINY), scale)
     return new_scale, new_scale * (new_scale * power - 2 * moment)
 
