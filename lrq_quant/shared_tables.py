@@ -36,8 +36,8 @@ _SHAPE_ROUNDS, _DESIGN_ROUNDS = 10, 3
 _SCALE_STARTS = (0.85, 0.92, 1.0, 1.08, 1.17)
 _SCALE_STEPS = 3
 _TINY = 1e-30
-# Levels of rows that are tried at once: 32 MB of each of their intermediates.
-_TOGETHER = 1 << 22
+# 32 MB of each intermediate.
+_LEVELS_AT_ONCE = 1 << 22
 # A table for so many rows at least: its 16 bytes cost each no more than the byte that names it.
 _ROWS_A_TABLE = 16
 
@@ -169,8 +169,6 @@ def _assigned(
     row is divided by to look like the tables, by default its RMS."""
     places, scales = [], []
     size = chunk_rows(rows)
-    ascending = tables.ascending().double()
-    starts = tables.scale.double()[:, None] * ascending.new_tensor(_SCALE_STARTS)
     for start in range(0, rows.shape[0], size):
         part = slice(start, start + size)
         known = relative_importance(_of_rows(importance, part), rows.device)
@@ -178,24 +176,33 @@ def _assigned(
         # Rows of a problem are divided by their RMS.
         ones = torch.ones_like(problem.norm)
         units = ones if unit is None else unit[part] / problem.norm
-        best_error = torch.full_like(problem.norm, torch.inf)
-        best_scale, place = torch.zeros_like(best_error), torch.zeros_like(best_error).long()
-        together = max(1, _TOGETHER // (len(units) * starts.shape[1] * ascending.shape[1]))
-        for first in range(0, len(ascending), together):
-            some = slice(first, first + together)
-            scale = units[:, None, None] * starts[some]
-            for _ in range(_SCALE_STEPS):
-                scale, error = refit_scale(problem, ascending[some, None], scale)
-            least, at = _first_least(error.flatten(1))
-            better = least < best_error
-            best_error = torch.where(better, least, best_error)
-            best_scale = torch.where(
-                better, scale.flatten(1).gather(1, at[:, None])[:, 0], best_scale
-            )
-            place = torch.where(better, first + at // starts.shape[1], place)
+        place, scale = _best_table(problem, tables, units)
         places.append(place)
-        scales.append(best_scale * problem.norm)
+        scales.append(scale * problem.norm)
     return torch.cat(places), torch.cat(scales)
+
+
+def _best_table(
+    problem: SortedRows, tables: TwinLogCodebook, units: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As _assigned, for the rows of a problem, with units fp64 [R] of those rows."""
+    ascending = tables.ascending().double()
+    tried = tables.scale.double()[:, None] * ascending.new_tensor(_SCALE_STARTS)
+    best_error = torch.full_like(units, torch.inf)
+    best_scale, place = torch.zeros_like(units), torch.zeros_like(units).long()
+    at_once = max(1, _LEVELS_AT_ONCE // (len(units) * tried.shape[1] * ascending.shape[1]))
+    for first in range(0, len(ascending), at_once):
+        some = slice(first, first + at_once)
+        scale = units[:, None, None] * tried[some]
+        for _ in range(_SCALE_STEPS):
+            scale, error = refit_scale(problem, ascending[some, None], scale)
+        least, at = _first_least(error.flatten(1))
+        scale = scale.flatten(1).gather(1, at[:, None])[:, 0]
+        better = least < best_error
+        best_error = torch.where(better, least, best_error)
+        best_scale = torch.where(better, scale, best_scale)
+        place = torch.where(better, first + at // tried.shape[1], place)
+    return place, best_scale
 
 
 def _first_least(x: Tensor) -> tuple[Tensor, Tensor]:

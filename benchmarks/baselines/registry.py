@@ -86,7 +86,7 @@ _METHODS = (
     # The two that come nearest, at the real bits of this package's default on inputs of 512: one
     # given groups for what its rows lack, the other less of both for what it has more.
     _quarot_gptq("quarot-gptq-g64", 64),
-    _svdquant("svdquant-gptq-r8", True, group=128, rank=8),
+    _svdquant("svdquant-gptq-g128-r8", True, group=128, rank=8),
     Method(
         "nf",
         "NormalFloat of QLoRA, arXiv 2305.14314, groups of 64",
