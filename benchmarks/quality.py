@@ -245,7 +245,7 @@ class Bench:
             "psnr_db_by_seed": [float(np.median(values)) for values in psnr],
             "psnr_db_quartiles": [float(value) for value in quartiles],
             "redrawn": float((np.concatenate(psnr) < REDRAWN_DB).mean()),
-            "ssim": float(np.median(ssim(every, reference))),
+            "ssim": float(np.median(ssim(every, reference, self.device))),
             "feature_distance": float(np.median(self.features.distance(every, reference))),
             "frechet_distance": self.features.frechet(every, reference),
             "prompt_accuracy": float(np.concatenate(right).mean()),

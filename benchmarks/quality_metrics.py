@@ -29,12 +29,15 @@ _TRAIN_BATCH, _TRAIN_RATE = 64, 2e-3
 DrawScenes = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
 
 
-def ssim(pictures: np.ndarray, reference: np.ndarray) -> np.ndarray:
+def ssim(
+    pictures: np.ndarray, reference: np.ndarray, device: torch.device | str = "cpu"
+) -> np.ndarray:
     """Structural similarity of each pair [P, H, W, 3] in 0..1, as Wang et al. 2004: Gaussian window
-    of sigma 1.5, 11 wide, without padding, mean over colours and places."""
-    a = torch.from_numpy(pictures).double().permute(0, 3, 1, 2)
-    b = torch.from_numpy(reference).double().permute(0, 3, 1, 2)
-    offsets = torch.arange(_SSIM_WINDOW, dtype=torch.float64) - _SSIM_WINDOW // 2
+    of sigma 1.5, 11 wide, without padding, mean over colours and places. Computed in fp64, on
+    `device`."""
+    a = torch.from_numpy(pictures).to(device).double().permute(0, 3, 1, 2)
+    b = torch.from_numpy(reference).to(device).double().permute(0, 3, 1, 2)
+    offsets = torch.arange(_SSIM_WINDOW, dtype=torch.float64, device=device) - _SSIM_WINDOW // 2
     window = torch.exp(-offsets.square() / (2 * _SSIM_SIGMA**2))
     window = (window / window.sum()).repeat(a.shape[1], 1, 1)
 
@@ -49,7 +52,7 @@ def ssim(pictures: np.ndarray, reference: np.ndarray) -> np.ndarray:
     c1, c2 = 0.01**2, 0.03**2
     similar = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
     total = (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
-    return (similar / total).mean(dim=(1, 2, 3)).numpy()
+    return (similar / total).mean(dim=(1, 2, 3)).cpu().numpy()
 
 
 class FeatureNet(nn.Module):
