@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import time
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ from benchmarks.baselines.method import (  # noqa: E402
 from benchmarks.baselines.registry import METHODS  # noqa: E402
 from benchmarks.outliers import VARIANTS, inject_outliers  # noqa: E402
 from benchmarks.quality_metrics import feature_net, frechet_distance, ssim  # noqa: E402
+from benchmarks.row_processes import rows_in_processes  # noqa: E402
 from benchmarks.testbeds import Testbed, load_testbed  # noqa: E402
 from lrq_kernels.linear import LRQLinear  # noqa: E402
 from lrq_kernels.rotation import Rotation  # noqa: E402
@@ -259,10 +262,10 @@ def test_rows_are_measured_once(tmp_path, capsys):
     net = cache / f"features-demo-{quality._VERSION}.safetensors"
     feature_net(load_testbed("demo", "cpu").scenes("cpu"), net, steps=30)
 
-    def run(recipes: list[str]) -> list[dict]:
+    def run(recipes: list[str], processes: int = 1) -> list[dict]:
         return quality.measure(
             ["demo+mild"], recipes, ["w4a8", "w8a8"], protocol, torch.device("cpu"),
-            json_file=file, cache=cache,
+            json_file=file, cache=cache, processes=processes,
         )  # fmt: skip
 
     first = run(["lrq", "rtn-minmax"])
@@ -272,7 +275,7 @@ def test_rows_are_measured_once(tmp_path, capsys):
     assert names == [
         ("bf16", "bf16"), ("lrq", "w4a8"), ("rtn-minmax", "w4a8"), ("rtn-minmax", "w8a8"),
     ]  # fmt: skip
-    second = run(["lrq", "rtn-minmax", "nf"])
+    second = run(["lrq", "rtn-minmax", "nf"], processes=2)
     assert second[: len(first)] == first and len(second) == len(first) + 2
     assert json.loads(file.read_text()) == second
     by_name = {(row["recipe"], row["setting"]): row for row in second}
@@ -284,6 +287,34 @@ def test_rows_are_measured_once(tmp_path, capsys):
     assert ours["seeds"] == [0, 1] and len(ours["psnr_db_by_seed"]) == 2
     assert len(ours["layers"]) == 31 and all(x["output_sqnr_db"] > 5 for x in ours["layers"])
     assert "a tie" not in quality.table([ours | {"psnr_db": 99.0, "recipe": "x"}, ours])
+
+
+def _rows_by_name(jobs, device):
+    """Of jobs, of which some go wrong."""
+    for job in jobs:
+        if job == "raise":
+            raise ValueError("this job cannot be measured")
+        if job == "die":
+            time.sleep(1.0)  # a thread of the queue sends the row before
+            os._exit(7)
+        yield {"job": job, "process": os.getpid(), "device": str(device)}
+
+
+def test_rows_in_processes_are_those_of_all_jobs():
+    jobs = [f"job {i}" for i in range(20)]
+    rows = list(rows_in_processes(_rows_by_name, jobs, [torch.device("cpu")], 2))
+    assert sorted(row["job"] for row in rows) == sorted(jobs)
+    assert os.getpid() not in {row["process"] for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"), [("raise", "this job cannot be measured"), ("die", "exit code 7")]
+)
+def test_rows_before_a_process_failed_are_not_lost(bad, message):
+    rows = rows_in_processes(_rows_by_name, ["good", bad], [torch.device("cpu")], 1)
+    assert next(rows)["job"] == "good"
+    with pytest.raises(RuntimeError, match=message):
+        next(rows)
 
 
 @pytest.mark.gpu
