@@ -38,6 +38,7 @@ from benchmarks.baselines.apply import FakeLinear, QuantizedLayer, apply_method
 from benchmarks.baselines.method import InputTransform, Method, Setting
 from benchmarks.baselines.registry import EXPERIMENTS, METHODS
 from benchmarks.quality_metrics import FeatureNet, feature_net, psnr_db, ssim
+from benchmarks.quality_report import BF16, Row, at_equal_bits, line, plot, table
 from benchmarks.row_processes import devices_of, rows_in_processes
 from benchmarks.testbeds import Testbed, load_testbed
 from lrq_kernels.checkpoint import LinearState
@@ -49,10 +50,8 @@ from lrq_quant.demo.pipeline import prompt_generators
 from lrq_quant.pipeline import quantize_model
 from lrq_quant.recipe import CalibrationOptions, QuantPlan, QuantRecipe, SearchOptions
 
-Row = dict[str, Any]
 Job = tuple[str, str, str]  # testbed, recipe, setting
 SETTINGS = ("w8a8", "w4a8", "w4a4", "w3a8", "w3a4", "w2a8")
-BF16 = "bf16"
 CAPTION_SEED = 2025
 # Pictures drawn at once.
 _BATCH = {"cpu": 64, "cuda": 256}
@@ -343,7 +342,7 @@ def measure(
         rows.append(row)
         _write(json_file, rows)
         left = (time.perf_counter() - started) / (done + 1) * (len(missing) - done - 1)
-        print(f"[{done + 1}/{len(missing)}] {_line(row)}  {_minutes(left)} left", flush=True)
+        print(f"[{done + 1}/{len(missing)}] {line(row)}  {_minutes(left)} left", flush=True)
     return rows
 
 
@@ -393,79 +392,6 @@ def _minutes(seconds: float) -> str:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _line(row: Row) -> str:
-    return (
-        f"{row['testbed']:<13} {row['setting']:<5} {row['recipe']:<22} "
-        f"{row['psnr_db']:6.2f} dB  redrawn {row['redrawn']:6.2%}  ssim {row['ssim']:.4f}  "
-        f"feat {row['feature_distance']:.4f}  "
-        f"frechet {row['frechet_distance']:7.3f}  right {row['prompt_accuracy']:7.2%}  "
-        f"{row['weight_bits']:6.3f} bits"
-    )
-
-
-# ---- report -------------------------------------------------------------------------------------
-
-
-def is_tie(row: Row, other: Row) -> bool:
-    """Whether the medians differ by no more than the seeds do; never with a single seed."""
-
-    def spread(r: Row) -> float:
-        return max(r["psnr_db_by_seed"]) - min(r["psnr_db_by_seed"])
-
-    if min(len(r["psnr_db_by_seed"]) for r in (row, other)) < 2:
-        return False
-    return abs(row["psnr_db"] - other["psnr_db"]) <= max(spread(row), spread(other))
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Rows by testbed and setting, the best PSNR first, each beside this package's default."""
-    lines = []
-    keys = dict.fromkeys((row["testbed"], row["setting"]) for row in rows)
-    for testbed, setting in keys:
-        group = [r for r in rows if (r["testbed"], r["setting"]) == (testbed, setting)]
-        ours = next((r for r in group if r["recipe"] == "lrq"), None)
-        for row in sorted(group, key=lambda r: -r["psnr_db"]):
-            note = ""
-            if ours is not None and row is not ours:
-                note = f"  {row['psnr_db'] - ours['psnr_db']:+.2f} dB to lrq"
-                note += ", a tie" if is_tie(row, ours) else ""
-            lines.append(_line(row) + f"  coverage {row['coverage']:.2%}{note}")
-    return "\n".join(lines)
-
-
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """PSNR against real bits a weight, one panel a testbed and activation width."""
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        print(f"no plot: matplotlib is not installed; --from-json draws {path} elsewhere")
-        return
-    rows = [row for row in rows if row["recipe"] != BF16]
-    panels = list(dict.fromkeys((row["testbed"], row["act_bits"]) for row in rows))
-    names = list(dict.fromkeys(row["recipe"] for row in rows))
-    figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(5.5 * len(panels), 5.0), squeeze=False, sharey=True
-    )
-    for axis, (testbed, act_bits) in zip(axes[0], panels, strict=True):
-        for index, name in enumerate(names):
-            own = [r for r in rows if (r["testbed"], r["act_bits"]) == (testbed, act_bits)]
-            points = sorted((r["weight_bits"], r["psnr_db"]) for r in own if r["recipe"] == name)
-            if points:
-                style = {"color": "black", "linewidth": 2.5} if name == "lrq" else {}
-                style.setdefault("color", pyplot.get_cmap("tab20")(index % 20))
-                axis.plot(*zip(*points, strict=True), marker="o", label=name, **style)
-        axis.set_title(f"{testbed}, A{act_bits}")
-        axis.set_xlabel("bits a weight, all counted")
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("PSNR to bf16, dB")
-    # Of all panels: a recipe may have rows in one alone.
-    lines = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
-    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
-    axes[0][-1].legend(lines.values(), lines.keys(), fontsize=7, **place)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    pyplot.close(figure)
 
 
 def _arguments() -> argparse.Namespace:
@@ -527,6 +453,7 @@ def main() -> None:
     if arguments.plot:
         plot(rows, arguments.plot)
     print(table(rows))
+    print(at_equal_bits(rows, "lrq", [name for name in DEFAULT_RECIPES if name != "lrq"]))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from benchmarks import quality  # noqa: E402
+from benchmarks import quality, quality_report  # noqa: E402
 from benchmarks.baselines import acts, transforms, weights  # noqa: E402
 from benchmarks.baselines.apply import FakeLinear, apply_method  # noqa: E402
 from benchmarks.baselines.method import (  # noqa: E402
@@ -286,7 +286,7 @@ def test_rows_are_measured_once(tmp_path, capsys):
     assert first[0]["redrawn"] == 0 and 0 <= eight["redrawn"] <= 1
     assert ours["seeds"] == [0, 1] and len(ours["psnr_db_by_seed"]) == 2
     assert len(ours["layers"]) == 31 and all(x["output_sqnr_db"] > 5 for x in ours["layers"])
-    assert "a tie" not in quality.table([ours | {"psnr_db": 99.0, "recipe": "x"}, ours])
+    assert "a tie" not in quality_report.table([ours | {"psnr_db": 99.0, "recipe": "x"}, ours])
 
 
 def _rows_by_name(jobs, device):
@@ -315,6 +315,34 @@ def test_rows_before_a_process_failed_are_not_lost(bad, message):
     assert next(rows)["job"] == "good"
     with pytest.raises(RuntimeError, match=message):
         next(rows)
+
+
+def test_at_equal_bits_only_near_rows_count_and_ties_are_named():
+    def row(recipe, bits, psnr, right, setting="w4a8"):
+        seeds = {
+            "psnr_db_by_seed": [psnr - 0.1, psnr + 0.1],
+            "prompt_accuracy_by_seed": [right] * 2,
+        }
+        figures = {"psnr_db": psnr, "prompt_accuracy": right, "weight_bits": bits}
+        return {"testbed": "demo", "setting": setting, "recipe": recipe, **figures, **seeds}
+
+    own = row("lrq", 4.3, 40.0, 0.8)
+    peers = [
+        row("near", 4.25, 40.15, 0.7),  # within the seeds
+        row("better", 4.35, 40.5, 0.8),
+        row("more accurate", 4.3, 39.0, 0.81),
+        row("more bits", 4.5, 45.0, 0.9),
+        row("other setting", 4.3, 45.0, 0.9, "w4a4"),
+        row("not asked for", 4.3, 45.0, 0.9),
+    ]
+    names = [peer["recipe"] for peer in peers[:-1]]
+    lines = quality_report.at_equal_bits([own, *peers], "lrq", names).splitlines()
+    assert [line.split(None, 2)[2].strip() for line in lines[:-1]] == [
+        "near                   psnr_db 40.0000 to 40.1500, a tie",
+        "better                 psnr_db 40.0000 to 40.5000, behind",
+        "more accurate          prompt_accuracy 0.8000 to 0.8100, behind",
+    ]
+    assert "3 comparisons" in lines[-1] and "in 2 by more" in lines[-1]
 
 
 @pytest.mark.gpu
