@@ -89,7 +89,12 @@ PRODUCT_RECIPES: dict[str, Callable[[str], QuantRecipe]] = {
     "lrq+rank6+tables16": _recipe(low_rank=6, shared_tables=16),
 }
 ALL_METHODS: dict[str, Method] = {**METHODS, **EXPERIMENTS}
-DEFAULT_RECIPES = ("lrq", "lrq-dit", *METHODS)
+# Names of several recipes; ablation: the default, and with a part more or less, each alone.
+RECIPE_GROUPS: dict[str, tuple[str, ...]] = {
+    "published": ("lrq-dit", *METHODS),
+    "ablation": (*(name for name in PRODUCT_RECIPES if name != "lrq-dit"), *EXPERIMENTS),
+}
+DEFAULT_RECIPES = ("lrq", "published")
 
 
 @dataclass(frozen=True)
@@ -286,6 +291,12 @@ def dequantized_linear(state: LinearState) -> FakeLinear:
     return FakeLinear(weight, state.bias, transform, act, scheme.act_bits)
 
 
+def expanded(recipes: Sequence[str]) -> list[str]:
+    """Recipes with groups replaced by what is in them, each once."""
+    names = (name for recipe in recipes for name in RECIPE_GROUPS.get(recipe, (recipe,)))
+    return list(dict.fromkeys(names))
+
+
 def is_possible(recipe: str, setting: str) -> bool:
     """This package's format holds 2 to 4 bits a weight; so does its codebook in experiments."""
     bits = Setting.parse(setting)
@@ -399,7 +410,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    known = [*PRODUCT_RECIPES, *ALL_METHODS]
+    known = [*PRODUCT_RECIPES, *ALL_METHODS, *RECIPE_GROUPS]
     parser.add_argument("--testbeds", nargs="+", default=["demo"])
     parser.add_argument(
         "--recipes", nargs="+", choices=known, default=DEFAULT_RECIPES, metavar="RECIPE"
@@ -427,6 +438,8 @@ def main() -> None:
             print(f"{name:<24} this package")
         for method in ALL_METHODS.values():
             print(f"{method.name:<24} {method.source}")
+        for group, names in RECIPE_GROUPS.items():
+            print(f"{group:<24} {' '.join(names)}")
         return
     if arguments.from_json:
         rows = _read(arguments.from_json)
@@ -441,7 +454,7 @@ def main() -> None:
         )
         rows = measure(
             arguments.testbeds,
-            arguments.recipes,
+            expanded(arguments.recipes),
             [Setting.parse(name).name for name in arguments.settings],
             protocol,
             device,
@@ -453,7 +466,7 @@ def main() -> None:
     if arguments.plot:
         plot(rows, arguments.plot)
     print(table(rows))
-    print(at_equal_bits(rows, "lrq", [name for name in DEFAULT_RECIPES if name != "lrq"]))
+    print(at_equal_bits(rows, "lrq", RECIPE_GROUPS["published"]))
 
 
 if __name__ == "__main__":

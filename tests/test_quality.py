@@ -368,6 +368,15 @@ def test_kernels_draw_what_the_dequantized_model_draws(tmp_path, setting):
     assert to_double > to_bf16 + 3
 
 
+def test_groups_of_recipes_are_their_recipes_once():
+    names = quality.expanded(["ablation", "lrq", "nf"])
+    assert names[0] == "lrq" and names[-1] == "nf" and len(set(names)) == len(names)
+    assert {"lrq-no-rotation", "lrq-nearest", "lrq+rank6", "lrq+centred"} <= set(names)
+    # LRQ-DiT is a published method, whatever its name begins with.
+    assert "lrq-dit" not in names and "lrq-dit" in quality.expanded(["published"])
+    assert set(names) < {*quality.PRODUCT_RECIPES, *quality.ALL_METHODS}
+
+
 def test_every_published_method_is_named_with_its_source():
     assert {"rtn-minmax", "rtn-mse", "smoothquant", "quarot", "duquant", "viditq", "svdquant",
             "nf", "gptq", "lrq-dit-described"} <= set(METHODS)  # fmt: skip
