@@ -344,8 +344,8 @@ def measure(
     if workers > 1:
         for base in dict.fromkeys(testbed.partition("+")[0] for testbed, _, _ in missing):
             network(load_testbed(base, device, folder), device, cache)  # one for all processes
-        place = functools.partial(_rows_of, protocol=protocol, cache=cache, folder=folder)
-        measured = rows_in_processes(place, missing, devices, workers)
+        measure_rows = functools.partial(_rows_of, protocol=protocol, cache=cache, folder=folder)
+        measured = rows_in_processes(measure_rows, missing, devices, workers)
     else:
         measured = _rows_of(missing, device, protocol, cache, folder)
     started = time.perf_counter()
