@@ -9,7 +9,7 @@ Every method quantizes the same linears from the same statistics and draws the s
 the same noise as the bf16 model.  Rows count real bits: codes, scales, codebooks, smoothing,
 rotations, branches.  A row that is in the JSON file already, measured the same way, is not measured
 again.  A row is many small launches and some seconds of one core: --processes measures several at
-once on each GPU (on two H200, ten on each under NVIDIA's MPS, 363 rows of 768 pictures took 14
+once on each GPU (on two H200, five to ten on each under NVIDIA's MPS, 363 rows of 768 pictures took 14
 minutes).  PSNR is the median over pictures of all seeds; a difference of medians within the spread
 of the seeds is a tie; redrawn is the share of pictures that have another layout (REDRAWN_DB).
 """
@@ -38,8 +38,9 @@ from benchmarks.baselines.apply import FakeLinear, QuantizedLayer, apply_method
 from benchmarks.baselines.method import InputTransform, Method, Setting
 from benchmarks.baselines.registry import EXPERIMENTS, METHODS
 from benchmarks.quality_metrics import FeatureNet, feature_net, psnr_db, ssim
-from benchmarks.quality_report import BF16, Row, at_equal_bits, line, plot, table
+from benchmarks.quality_report import BF16, at_equal_bits, plot, row_line, table
 from benchmarks.row_processes import devices_of, rows_in_processes
+from benchmarks.rows import Row, write_json
 from benchmarks.testbeds import Testbed, load_testbed
 from lrq_kernels.checkpoint import LinearState
 from lrq_kernels.loader import build_linears
@@ -351,16 +352,17 @@ def measure(
     started = time.perf_counter()
     for done, row in enumerate(measured):
         rows.append(row)
-        _write(json_file, rows)
+        if json_file is not None:
+            write_json(rows, json_file)
         left = (time.perf_counter() - started) / (done + 1) * (len(missing) - done - 1)
-        print(f"[{done + 1}/{len(missing)}] {line(row)}  {_minutes(left)} left", flush=True)
+        print(f"[{done + 1}/{len(missing)}] {row_line(row)}  {_minutes(left)} left", flush=True)
     return rows
 
 
 def _rows_of(
     jobs: Iterable[Job], device: torch.device, protocol: Protocol, cache: Path, folder: Path | None
 ) -> Iterator[Row]:
-    """A testbed is loaded when it differs from that of the job before."""
+    """The row of each job; a testbed is loaded when it differs from that of the job before."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # for drawing: calibration does not heed it
     bench: Bench | None = None
@@ -382,15 +384,6 @@ def _read(file: Path | None) -> list[Row]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{file} must hold rows of this benchmark, got something else")
     return rows
-
-
-def _write(file: Path | None, rows: list[Row]) -> None:
-    if file is None:
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(rows, indent=1) + "\n")
-    os.replace(temporary, file)
 
 
 def _finite(value: float) -> float | None:

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+from benchmarks.rows import Row
+
 BF16 = "bf16"
 # Real bits a weight that two recipes may differ by and still be compared at equal bits.
 EQUAL_BITS = 0.1
 
 
-def line(row: Row) -> str:
+def row_line(row: Row) -> str:
     return (
         f"{row['testbed']:<13} {row['setting']:<5} {row['recipe']:<22} "
         f"{row['psnr_db']:6.2f} dB  redrawn {row['redrawn']:6.2%}  ssim {row['ssim']:.4f}  "
@@ -74,7 +75,7 @@ def table(rows: Sequence[Row]) -> str:
             if ours is not None and row is not ours:
                 note = f"  {row['psnr_db'] - ours['psnr_db']:+.2f} dB to lrq"
                 note += ", a tie" if is_tie(row, ours) else ""
-            lines.append(line(row) + f"  coverage {row['coverage']:.2%}{note}")
+            lines.append(row_line(row) + f"  coverage {row['coverage']:.2%}{note}")
     return "\n".join(lines)
 
 

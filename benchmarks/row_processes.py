@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from benchmarks.rows import Row
+
 Job = TypeVar("Job")
-Row = dict[str, Any]
 # The rows of jobs, one each and in their order, on a device.
 MeasureRows = Callable[[Iterable[Job], torch.device], Iterable[Row]]
 _LOOK_SECONDS = 2.0  # between two looks at whether all processes live
