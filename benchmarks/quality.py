@@ -2,16 +2,16 @@
 
     python -m benchmarks.quality --prompts 32 --seeds 1 --json quality.json              a CPU
     python -m benchmarks.quality --testbeds demo demo+mild demo+salient --prompts 256 --seeds 3 \
-        --device cuda --json quality.json --plot quality.png                             a GPU
+        --device cuda --processes 8 --json quality.json --plot quality.png         GPUs
     python -m benchmarks.quality --from-json quality.json --plot quality.png             a table
 
 Every method quantizes the same linears from the same statistics and draws the same captions from
 the same noise as the bf16 model.  Rows count real bits: codes, scales, codebooks, smoothing,
 rotations, branches.  A row that is in the JSON file already, measured the same way, is not measured
 again.  A row is many small launches and some seconds of one core: --processes measures several at
-once on each GPU (on two H200, five to ten on each under NVIDIA's MPS, 363 rows of 768 pictures took 14
-minutes).  PSNR is the median over pictures of all seeds; a difference of medians within the spread
-of the seeds is a tie; redrawn is the share of pictures that have another layout (REDRAWN_DB).
+once on each GPU (on two H200, five to ten on each under NVIDIA's MPS, 363 rows of 768 pictures took
+14 minutes).  PSNR is the median over pictures of all seeds; a difference of medians within the
+spread of the seeds is a tie; redrawn is the share of pictures with another layout (REDRAWN_DB).
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import copy
 import functools
 import json
 import math
-import os
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -326,6 +325,8 @@ def measure(
     order in which they are done. Raises RuntimeError where one of them fails.
     """
     rows: list[Row] = _read(json_file)
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
     have = {_key(row) for row in rows}
     jobs = [(testbed, BF16, BF16) for testbed in testbeds]
     for testbed in testbeds:
