@@ -163,16 +163,24 @@ def test_same_name_same_choice_and_other_name_other_signs() -> None:
 
 
 def test_regular_signs_are_chosen_where_channels_share_a_mean() -> None:
-    """Of a large mean random signs leave some coefficients with three times their share."""
-    x, weight = torch.randn(400, 512) + 12, torch.randn(64, 512)
+    """Of a large mean random signs leave some coefficients with three times their share.
+
+    The median of nine draws: how the mean itself happens to round decides one draw in sixteen (the
+    ratio is 0.45 in the median of 300, and above 0.95 in 17)."""
     options = replace(FAST, rotations=("hadamard", "regular"), alphas=())
-    choice = choose_rotation(stats_of(x), linears("w4a4", weight), options)
-    assert choice.label.startswith("regular")
-    regular = Rotation.regular(512, choice.rotation.block_size)
-    assert torch.equal(choice.rotation.signs, regular.signs)
     only_random = replace(options, rotations=("hadamard",))
-    random = choose_rotation(stats_of(x), linears("w4a4", weight), only_random)
-    assert choice.errors[choice.label] < 0.95 * random.errors[random.label]
+    ratios, regulars = [], 0
+    for _ in range(9):
+        stats, weight = stats_of(torch.randn(400, 512) + 12), torch.randn(64, 512)
+        choice = choose_rotation(stats, linears("w4a4", weight), options)
+        if choice.label.startswith("regular"):
+            regulars += 1
+            regular = Rotation.regular(512, choice.rotation.block_size)
+            assert torch.equal(choice.rotation.signs, regular.signs)
+        random = choose_rotation(stats, linears("w4a4", weight), only_random)
+        ratios.append(choice.errors[choice.label] / random.errors[random.label])
+    assert regulars >= 5
+    assert sorted(ratios)[4] < 0.95
 
 
 @pytest.mark.parametrize(("width", "block"), [(192, 64), (96, 32), (1152, 128), (12288, 1024)])
