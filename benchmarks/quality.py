@@ -47,6 +47,14 @@ from lrq_kernels.packing import unpack_codes
 from lrq_kernels.scheme import ACT_BITS, WEIGHT_BITS
 from lrq_quant.calibration import ActivationStats, collect_stats
 from lrq_quant.demo.pipeline import prompt_generators
+from lrq_quant.families import MODULATION
+from lrq_quant.mixed_precision import (
+    DENSE_BITS,
+    BitBudget,
+    capture_inputs,
+    choose_widths,
+    mixed_recipe,
+)
 from lrq_quant.pipeline import quantize_model
 from lrq_quant.recipe import CalibrationOptions, QuantPlan, QuantRecipe, SearchOptions
 
@@ -70,8 +78,18 @@ def _recipe(**changes: Any) -> Callable[[str], QuantRecipe]:
     return lambda name: QuantRecipe.from_name(name, **changes)
 
 
-# This package's own: the default, the published method, and the default with another part or less
-# one.
+def _bare(
+    rotations: tuple[str, ...] = ("none",), alphas: tuple[float, ...] = (), **changes: Any
+) -> Callable[[str], QuantRecipe]:
+    """Twin-log codes rounded to nearest, and one part of the default beside them."""
+    alone = {"rounding": "nearest", "bias_correction": False} | changes
+    return _recipe(search=SearchOptions(rotations=rotations, alphas=alphas), **alone)
+
+
+# The bits of the default, dealt out over widths by what they do to the output.
+MIXED = "lrq+mixed"
+# This package's own: the default, the published method, the default with another part or less one,
+# and each part alone.
 PRODUCT_RECIPES: dict[str, Callable[[str], QuantRecipe]] = {
     "lrq": QuantRecipe.from_name,
     "lrq-dit": _recipe(mode="paper"),
@@ -87,6 +105,12 @@ PRODUCT_RECIPES: dict[str, Callable[[str], QuantRecipe]] = {
     "lrq+rank6": _recipe(low_rank=6),
     "lrq+tables16": _recipe(shared_tables=16),
     "lrq+rank6+tables16": _recipe(low_rank=6, shared_tables=16),
+    MIXED: QuantRecipe.from_name,
+    "bare": _bare(),
+    "bare+rotation": _bare(rotations=SearchOptions().rotations),
+    "bare+smoothing": _bare(alphas=SearchOptions().alphas),
+    "bare+feedback": _bare(rounding="feedback"),
+    "bare+bias-correction": _bare(bias_correction=True),
 }
 ALL_METHODS: dict[str, Method] = {**METHODS, **EXPERIMENTS}
 # Names of several recipes; ablation: the default, and with a part more or less, each alone.
@@ -186,11 +210,17 @@ class Bench:
         bits = Setting.parse(setting)
         if recipe in PRODUCT_RECIPES:
             made = PRODUCT_RECIPES[recipe](setting)
+            if recipe == MIXED:
+                made = self._mixed(model, made)
             quantized = quantize_model(model, made, stats=self.stats)
             dtype = next(model.parameters()).dtype
             self._replace(model, quantized.states, dtype)
             report = quantized.report
-            weights, coverage = report.weight_bits, report.coverage
+            # A budget may leave linears dense: they count with their 16 bits.
+            dense = [x for x in self.plan.linears if x.name not in quantized.states]
+            dense_weights = sum(x.out_features * x.in_features for x in dense)
+            stored = report.weight_bits * report.weights + DENSE_BITS * dense_weights
+            weights, coverage = stored / (report.weights + dense_weights), report.coverage
             layers = [
                 QuantizedLayer(x.name, x.weights, x.stored_bits, x.weight_sqnr_db)
                 for x in report.linears
@@ -208,6 +238,17 @@ class Bench:
             "source": source,
             "layers": layers,
         }
+
+    def _mixed(self, model: nn.Module, recipe: QuantRecipe) -> QuantRecipe:
+        report = quantize_model(model, recipe, stats=self.stats).report
+        blocks = [x for x in report.linears if x.role != MODULATION]
+        bits = sum(x.stored_bits for x in blocks) / sum(x.weights for x in blocks)
+        budget = BitBudget(bits)
+        run = calibration_run(self.testbed, self.protocol)
+        captions = self.testbed.calibration_captions(self.protocol.calibration)
+        calls = capture_inputs(self.model, run, captions, budget.forwards)
+        acts, weights = choose_widths(model, recipe, budget, self.stats, calls)
+        return mixed_recipe(recipe, recipe.resolve(model), acts, weights)
 
     def _replace(
         self, model: nn.Module, states: dict[str, LinearState], dtype: torch.dtype
@@ -269,16 +310,21 @@ def network(testbed: Testbed, device: torch.device, cache: Path) -> FeatureNet:
 
 def statistics(testbed: Testbed, plan: QuantPlan, protocol: Protocol) -> dict[str, ActivationStats]:
     """Of every input of the plan, with gram matrices, over the calibration captions."""
-    pipeline = testbed.pipeline
     options = CalibrationOptions(batch_size=8, gram=True, sample_rows=protocol.sample_rows)
+    run, model = calibration_run(testbed, protocol), testbed.pipeline.transformer
+    captions = testbed.calibration_captions(protocol.calibration)
+    return collect_stats(run, model, plan.groups, captions, options)
+
+
+def calibration_run(testbed: Testbed, protocol: Protocol) -> Callable[[list[str]], None]:
+    """Draws a batch of captions, each from a noise of its own."""
 
     def run(batch: list[str]) -> None:
         seeds = [zlib.crc32(text.encode()) for text in batch]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        pipeline(batch, protocol.steps, generator=generators, output_type="pt")
+        testbed.pipeline(batch, protocol.steps, generator=generators, output_type="pt")
 
-    captions = testbed.calibration_captions(protocol.calibration)
-    return collect_stats(run, pipeline.transformer, plan.groups, captions, options)
+    return run
 
 
 def dequantized_linear(state: LinearState) -> FakeLinear:

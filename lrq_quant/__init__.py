@@ -21,6 +21,7 @@ from .families import Family, SharedInput, register_family
 from .folded_permutations import fold_permutations, folded_permutations, unfold_permutations
 from .fused_blocks import fuse_blocks, fused_blocks, unfuse_blocks
 from .fused_projections import fuse_projections, fused_projections, unfuse_projections
+from .mixed_precision import BitBudget, budgeted_recipe
 from .pipeline import QuantizedModel, quantize_linear, quantize_model
 from .recipe import CalibrationOptions, QuantPlan, QuantRecipe, SearchOptions
 from .report import LinearReport, QuantReport
@@ -31,6 +32,7 @@ from .twin_log import fit_twin_log, fit_twin_log_paper
 
 __all__ = [
     "ActivationStats",
+    "BitBudget",
     "CalibrationOptions",
     "Checkup",
     "Family",
@@ -46,6 +48,7 @@ __all__ = [
     "SharedInput",
     "act_bits_by_step",
     "auto_family",
+    "budgeted_recipe",
     "check",
     "choose_rotation",
     "collect_stats",

@@ -81,6 +81,19 @@ def _parser() -> argparse.ArgumentParser:
         help="levels in T tables that the rows of a linear share (16: 0.1 bits a weight less at "
         "1152 inputs for 0.1 dB of the weights); 0 for a table of each row's own",
     )
+    add.add_argument(
+        "--mean-bits",
+        type=float,
+        metavar="B",
+        help="bits a weight of the blocks on average, all counted: 2, 3, 4 or 16 for each input, "
+        "by what they do to the output",
+    )
+    add.add_argument(
+        "--mean-act-bits",
+        type=float,
+        metavar="B",
+        help="of activations on average: 4, 8 or 16 for each input, in the same way",
+    )
     add.add_argument("--limit", type=_from(1), help="use at most this many prompts")
     add.add_argument(
         "--pictures",
@@ -246,6 +259,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
     from lrq_kernels import QuantScheme
 
     from . import CalibrationOptions, QuantRecipe
+    from .mixed_precision import BitBudget
     from .pipeline import check_dense
     from .pipeline_io import (
         REPORT_PAGE,
@@ -260,6 +274,11 @@ def _quantize(arguments: argparse.Namespace) -> int:
     from .sharding import launched, processes
 
     prompts = _read_prompts(arguments)
+    budget = None
+    if arguments.mean_bits is not None or arguments.mean_act_bits is not None:
+        if prompts is None:
+            raise ValueError("--mean-bits and --mean-act-bits need --prompts, got --weights-only")
+        budget = BitBudget(arguments.mean_bits, arguments.mean_act_bits)
     modulation = None
     if arguments.modulation != "keep":
         modulation = QuantScheme.from_name(arguments.modulation, rotation="none")
@@ -296,6 +315,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
                 call_options=_call_options(arguments),
                 progress=bar.update,
                 pictures=arguments.pictures,
+                budget=budget,
             )
     if shards.rank > 0:
         return 0

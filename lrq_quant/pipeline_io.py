@@ -28,6 +28,7 @@ from .checkpoint_report import report_of_checkpoint
 from .config import LRQConfig
 from .fused_projections import fuse_projections
 from .html_report import html_page
+from .mixed_precision import BitBudget, budgeted_recipe
 from .model_stats import strided_sample
 from .older_diffusers import dtype_option
 from .pipeline import QuantizedModel, check_dense, quantize_model
@@ -184,10 +185,14 @@ def quantize_pipeline(
     call_options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     pictures: int = 0,
+    budget: BitBudget | None = None,
 ) -> QuantReport:
     """Quantize every transformer of `pipeline` (transformer_names) and write the whole pipeline to
     the folder `out`. Returns the report of "transformer"; load_report reads that of another.
     Beside each checkpoint lie its report as lrq_report.json and, to look at, report.html.
+
+    budget: widths of weights and activations are dealt out to the inputs of the blocks by what each
+    does to the output (mixed_precision); it needs prompts.
 
     pictures: so many of the first prompts are drawn before and after quantization and compared in
     the report, once all else is written; the original waits on the CPU meanwhile. What stops them
@@ -203,6 +208,11 @@ def quantize_pipeline(
     out = check_writable(out)
     if pictures < 0:
         raise ValueError(f"quantize_pipeline: pictures must not be negative, got {pictures}")
+    if budget is not None and prompts is None:
+        raise ValueError(
+            "quantize_pipeline: prompts must be given with a budget, which is dealt out by what "
+            "widths do to the output, got None"
+        )
     names = transformer_names(pipeline)
     if not names:
         raise ValueError(
@@ -222,18 +232,30 @@ def quantize_pipeline(
         comparison = PictureComparison(pipeline, names, drawn, call_options, progress)
         if drawn:
             comparison.draw_before()
-        quantized = {
-            name: quantize_model(
-                getattr(pipeline, name),
-                recipe,
+        quantized = {}
+        for name in names:
+            model, work_folder = getattr(pipeline, name), _work_folder(out, name)
+            own = recipe
+            if budget is not None and prompts is not None:
+                own = budgeted_recipe(
+                    model,
+                    recipe,
+                    budget,
+                    run,
+                    prompts,
+                    work_folder=work_folder,
+                    device=device,
+                    progress=progress,
+                )
+            quantized[name] = quantize_model(
+                model,
+                own,
                 run=None if prompts is None else run,
                 prompts=prompts or (),
-                work_folder=_work_folder(out, name),
+                work_folder=work_folder,
                 device=device,
                 progress=progress,
             )
-            for name in names
-        }
         if shards.rank == 0:
             save_pipeline(pipeline, quantized, out)
             for name in names:

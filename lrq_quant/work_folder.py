@@ -3,6 +3,7 @@
     <folder>/group-<crc of name>.safetensors   an lrq checkpoint of the group's linears
     <folder>/group-<crc of name>.json          fingerprint, name, reports
     <folder>/stats.safetensors                 calibration statistics, fingerprint in the metadata
+    <folder>/widths.json                       fingerprint, and what a bit budget gave each input
 
 The JSON is written last and every write is a rename, so a file that is there is complete.  A
 fingerprint that does not match means another model, recipe or calibration: the file is ignored and
@@ -33,6 +34,7 @@ from .report import LinearReport
 # Of what is kept: 2 has the histogram and the channels of each report.
 _VERSION = 2
 _STATS = "stats.safetensors"
+_WIDTHS = "widths.json"
 
 
 class WorkFolder:
@@ -51,7 +53,7 @@ class WorkFolder:
         except OSError as error:
             raise OSError(f"cannot write to the work folder {folder}: {error}") from error
         # A probe is of another process that shares the folder, .DS_Store or .nfs123 of the system.
-        own = ("group-", "stats.", "probe.", ".")
+        own = ("group-", "stats.", "widths.", "probe.", ".")
         foreign = [file.name for file in folder.iterdir() if not file.name.startswith(own)]
         if foreign:
             raise FileExistsError(f"work folder {folder} holds other files: {sorted(foreign)[:5]}")
@@ -119,9 +121,23 @@ class WorkFolder:
             return None
         return {name: ActivationStats.from_tensors(name, own) for name, own in parts.items()}
 
+    def save_widths(self, key: str, widths: list[dict[str, int]]) -> None:
+        write_text(self.folder / _WIDTHS, json.dumps({"key": key, "widths": widths}))
+
+    def load_widths(self, key: str) -> list[dict[str, int]] | None:
+        """What save_widths kept under this key, or None."""
+        file = self.folder / _WIDTHS
+        if not file.is_file():
+            return None
+        try:
+            values = json.loads(file.read_text())
+            return values["widths"] if values["key"] == key else None
+        except (ValueError, KeyError, TypeError):
+            return None  # damaged: measured again
+
     def remove(self) -> None:
         """Delete this package's files and the folder when nothing else is in it."""
-        for pattern in ("group-*", "stats.*", "probe.*"):
+        for pattern in ("group-*", "stats.*", "widths.*", "probe.*"):
             for file in self.folder.glob(pattern):
                 file.unlink()
         if not any(self.folder.iterdir()):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import lrq_quant
 from lrq_kernels import LRQLinear, checkpoint, load_quantized
 from lrq_kernels.checkpoint import stored_bits
-from lrq_kernels.testing import make_state, relative_error, sqnr_db, with_low_rank
+from lrq_kernels.testing import relative_error, sqnr_db
 from lrq_quant import (
     CalibrationOptions,
     LRQConfig,
@@ -31,7 +31,7 @@ from lrq_quant.__main__ import main
 from lrq_quant.demo import WEIGHTS_FOLDER
 from lrq_quant.families import MODULATION
 from lrq_quant.low_rank import LowRankBranch, low_rank_branch
-from lrq_quant.mixed_precision import code_costs
+from lrq_quant.mixed_precision import stored_costs
 from lrq_quant.pipeline_io import load_report, save_transformer
 
 F32 = torch.float32
@@ -268,15 +268,16 @@ def test_a_killed_run_continues_and_ends_the_same(
 
 
 def test_a_budget_of_mixed_precision_counts_the_branch() -> None:
-    states = {}
-    for width in (2, 4):
-        scheme = QuantRecipe.from_name(f"w{width}a8").block
-        q = with_low_rank(make_state(16, 128, scheme), 4)
-        k = with_low_rank(make_state(16, 128, scheme, shared_with=("q", q)), 4, like=q)
-        states[width] = {"q": q, "k": k}
-    for width, costs in ((w, {n: c[w] for n, c in code_costs(states).items()}) for w in (2, 4)):
-        rest = 16 * 128 * width + 16 * 8 * 2**width + 16 * 32
-        assert costs == {"q": rest + 16 * 4 * (16 + 128), "k": rest + 16 * 4 * 16}
+    model = TINY["pixart"][0]()
+    bits = {}
+    for rank in (0, 4):
+        recipe = fast("w4a8", low_rank=rank, modulation=None)
+        groups = {group.name: group for group in recipe.resolve(model).groups}
+        costs = stored_costs({4: quantize_model(model, recipe).states}, groups)
+        bits[rank] = {name: cost[4] for name, cost in costs.items()}
+    for name, group in groups.items():
+        outputs = sum(linear.out_features for linear in group.linears)
+        assert bits[4][name] - bits[0][name] == 16 * 4 * (group.in_features + outputs), name
 
 
 # ---- whole models -------------------------------------------------------------------------------
