@@ -243,7 +243,7 @@ class Bench:
         report = quantize_model(model, recipe, stats=self.stats).report
         blocks = [x for x in report.linears if x.role != MODULATION]
         bits = sum(x.stored_bits for x in blocks) / sum(x.weights for x in blocks)
-        budget = BitBudget(bits)
+        budget = BitBudget(bits, forwards=16)  # of 64 tokens: few forwards tell little
         run = calibration_run(self.testbed, self.protocol)
         captions = self.testbed.calibration_captions(self.protocol.calibration)
         calls = capture_inputs(self.model, run, captions, budget.forwards)

@@ -181,13 +181,15 @@ def choose_widths(
 
 @torch.no_grad()
 def capture_inputs(model: nn.Module, run: Run, prompts: Sequence[str], limit: int) -> list[Call]:
-    """Arguments of `limit` forwards spread over run(prompts): early and late steps alike."""
+    """Arguments of `limit` forwards spread over those that draw the prompts one by one: early and
+    late steps alike."""
     calls: list[Call] = []
     hook = model.register_forward_pre_hook(
         lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
     )
     try:
-        run(list(prompts))
+        for prompt in prompts:
+            run([prompt])
     finally:
         hook.remove()
     if not calls:

@@ -27,7 +27,7 @@ from lrq_quant.mixed_precision import (
     stored_costs,
 )
 from lrq_quant.pipeline import quantize_model
-from lrq_quant.recipe import QuantRecipe
+from lrq_quant.recipe import QuantRecipe, SearchOptions
 
 pytest.importorskip("diffusers")
 
@@ -37,7 +37,10 @@ from lrq_quant.__main__ import main  # noqa: E402
 from lrq_quant.pipeline_io import load_report, quantize_pipeline, save_pipeline  # noqa: E402
 
 Run = Callable[[list[str]], None]
-FAST = {"rounding": "nearest"}
+SEARCH = SearchOptions(
+    rotations=("none", "hadamard"), alphas=(0.5,), sample_rows=64, weight_rows=32
+)
+FAST = {"rounding": "nearest", "search": SEARCH}
 PROMPTS = heldout_captions(2)
 STEPS = {"num_inference_steps": 2}
 
@@ -135,18 +138,16 @@ def test_a_budget_of_weights_is_kept_to_and_goes_where_it_helps(mean: float):
     stored = quantized.weight_bits * sum(sizes.values()) + DENSE_BITS * dense
     # Rotations are chosen again, for other weights: their bits may differ.
     assert mean - 1.2 < stored / total < mean + 0.1
-    # No swap of two inputs of one size would have been better.
+    # It is the allocation of what single inputs do, measured here on the same forwards.
     options = {w: replace(recipe, block=replace(recipe.block, weight_bits=w)) for w in (2, 3, 4)}
     stats = collect_stats(run, model, plan.groups, PROMPTS)
     states = {w: quantize_model(model, made, stats=stats).states for w, made in options.items()}
     calls = capture_inputs(model, run, PROMPTS, BitBudget(mean).forwards)
     groups = {group.name: group for group in plan.groups}
-    errors = sensitivities(model, states, groups, calls)
-    for a, b in itertools.permutations(groups, 2):
-        same = groups[a].weights == groups[b].weights and len(groups[a].linears) == 1
-        if same and len(groups[b].linears) == 1 and {dealt[a], dealt[b]} <= set(options):
-            now = errors[a][dealt[a]] + errors[b][dealt[b]]
-            assert now <= 1.001 * (errors[a][dealt[b]] + errors[b][dealt[a]])
+    errors, costs = sensitivities(model, states, groups, calls), stored_costs(states, groups)
+    for group in plan.groups:
+        errors[group.name][DENSE_BITS], costs[group.name][DENSE_BITS] = 0.0, 16 * group.weights
+    assert dealt == allocate_bits(errors, costs, int(mean * total))
 
 
 def test_a_budget_of_activations_counts_inputs_by_their_weights():

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ from two_devices import cpu_and_two_gpus
 
 from lrq_kernels.checkpoint import LinearState, state_tensors
 from lrq_quant import (
+    BitBudget,
     CalibrationOptions,
     QuantRecipe,
     SearchOptions,
+    budgeted_recipe,
     collect_stats,
     quantize_model,
     sharding,
@@ -332,6 +335,24 @@ def test_an_error_in_one_process_ends_all(
         assert bad == ("done", None)
     else:
         assert bad[0] == "raised" and own in bad[1], outcomes
+
+
+def deal(rank: int, seed: int, work: Path) -> tuple[dict[str, Any], int]:
+    """The recipe of a bit budget, and how often this process ran."""
+    runner = Runner(model := fresh_model(seed), seed)
+    recipe = replace(RECIPE, rounding="nearest")
+    mixed = budgeted_recipe(model, recipe, BitBudget(3.4, 6.0), runner, PROMPTS, work_folder=work)
+    return mixed.to_dict(), runner.calls
+
+
+def test_processes_deal_out_one_budget_and_keep_it(tmp_path: Path) -> None:
+    seed, work = fresh_seed(), tmp_path / "work"
+    (first, calls), (second, _) = results(run_processes(2, tmp_path / "a", deal, seed, work))
+    assert first == second and first["overrides"] and calls
+    # Killed later, they go on with it.
+    again = results(run_processes(2, tmp_path / "b", deal, seed, work))
+    assert [recipe for recipe, _ in again] == [first, first]
+    assert [calls for _, calls in again] == [0, 0]
 
 
 def apart(rank: int, seed: int, work: Path) -> tuple[dict[str, LinearState], int]:
