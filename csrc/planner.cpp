@@ -12,6 +12,7 @@
 
 #include "gemm/config.h"
 #include "gemm/plan_a16.h"
+#include "gemm/schedule_sm90.h"
 #include "layout/packed_weight.h"
 #include "rotate/rotate_quantize.h"
 
@@ -61,6 +62,33 @@ std::vector<std::string> compiled_archs() {
   return archs;
 }
 
+// (first token, tokens, group of channel tiles)
+using WalkedTile = std::tuple<int, int, int>;
+
+std::vector<std::vector<WalkedTile>> walks(const GemmConfig& config, const GemmProblem& problem,
+                                           int sms) {
+  if (!is_sm90(config) || sms < 1 || problem.m < 1 || problem.n < 1) {
+    throw std::invalid_argument(
+        "_planner.walks: needs a configuration of arch 90, sizes and SMs from 1 on, got " +
+        describe(config) + ", " + std::to_string(problem.m) + " x " + std::to_string(problem.n) +
+        " and " + std::to_string(sms) + " SMs");
+  }
+  const TileSchedule schedule = make_schedule(config, problem, sms);
+  std::vector<std::vector<WalkedTile>> all(schedule.clusters);
+  for (uint32_t cluster = 0; cluster < schedule.clusters; ++cluster) {
+    for (TileWalk walk(schedule, cluster); !walk.done(); walk.advance()) {
+      all[cluster].emplace_back(walk.m_tile() * config.tile_m, config.tile_m, walk.group());
+    }
+    if (cluster < schedule.tail_tiles) {
+      const TailPart tail = tail_part(schedule, cluster);
+      const int tokens = config.tile_m / schedule.tail_parts;
+      all[cluster].emplace_back(tail.m_tile * config.tile_m + tail.part * tokens, tokens,
+                                tail.group);
+    }
+  }
+  return all;
+}
+
 void bind_gemm(py::module_& m) {
   py::class_<GemmConfig>(m, "GemmConfig")
       .def_readonly("name", &GemmConfig::name)
@@ -103,6 +131,16 @@ void bind_gemm(py::module_& m) {
       py::arg("sm90") = true,
       "The configuration that lrq::gemm runs. arch is 10 * major + minor; sm90 says whether rows "
       "of the Hopper kernel are considered. ValueError where none can.");
+  m.def(
+      "walks",
+      [](const GemmConfig& config, int64_t m, int64_t n, int64_t k, int bits, int sms) {
+        check_bits(bits);
+        return walks(config, {m, n, k, bits}, sms);
+      },
+      py::arg("config"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("weight_bits"),
+      py::arg("sms"),
+      "Of each cluster of the Hopper kernel the tiles in turn: (first token, tokens, group), a "
+      "group being config.cluster * config.tile_n channels.");
   m.def("max_shared_bytes", &max_shared_bytes, py::arg("arch"));
   m.attr("OLDEST_ARCH") = kOldestArch;
   m.attr("GEMV_MAX_TOKENS") = kGemvMaxTokens;

@@ -179,6 +179,41 @@ def test_every_configuration(bits: int, index: int, config):
             assert torch.equal(got, portable), f"{case}, GELU, {out_dtype}"
 
 
+def with_a_tail(config, m: int, k: int, tokens: int) -> int:  # type: ignore[no-untyped-def]
+    """Fewest channels, not of whole tiles, whose last wave on this GPU is cut into parts of so many
+    tokens."""
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    for groups in range(1, 2 * sms):
+        n = groups * config.cluster * config.tile_n - 56
+        walks = planner.walks(config, m, n, k, 4, sms)
+        if min(walk[-1][1] for walk in walks) == tokens:
+            return n
+    raise AssertionError(f"no tail of {tokens} tokens on {sms} SMs")
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("tokens", [32, 64, 128])
+@pytest.mark.parametrize("name", ["sm90_m256", "sm90_m256_c2"])
+@pytest.mark.parametrize("k", [100, 640, 1152])  # one k step; odd; as many as reuse the stages
+def test_a_last_wave_in_parts_of_fewer_tokens(bits: int, tokens: int, name: str, k: int):
+    index, config = next((i, c) for i, c in enumerate(planner.gemm_configs()) if c.name == name)
+    if not config.is_legal(1, 256, k, bits, arch()):
+        pytest.skip(f"{name} does not run on compute capability {arch()}")
+    op = by_config(index)
+    m = 812  # tokens of some parts end within, of others lie past the last
+    problem = on_gpu(m, with_a_tail(config, m, k, tokens), k, bits)
+    assert torch.equal(run(problem, torch.int32, op=op), exact_product(problem))
+    for out_dtype in FLOATS:
+        for samples in (0, -1, 1, 2):
+            arguments = {"bias": problem.bias} | operands(*problem.sizes[:2], samples, out_dtype)
+            got = run(problem, out_dtype, op=op, **arguments)
+            expected = run(problem, out_dtype, op=reference.gemm, **arguments)
+            assert torch.equal(got, expected), f"{out_dtype}, samples {samples}"
+        arguments = {"bias": problem.bias, "activation": "gelu_tanh"}
+        portable = run(problem, out_dtype, op=by_config(0), **arguments)
+        assert torch.equal(run(problem, out_dtype, op=op, **arguments), portable), out_dtype
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("n", "k"), [(192, 384), (70, 160)])
 def test_one_hot_tokens_return_the_columns_of_the_weight(bits: int, n: int, k: int):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 planner = pytest.importorskip("lrq_kernels._planner")
@@ -54,7 +56,7 @@ def test_chosen_configuration_is_legal(arch: int, bits: int, sm90: bool) -> None
         (4096, 3456, 1152, 192, 192, 1),  # three of them
         (512, 3072, 12288, 128, 192, 2),  # 64 tiles, half the GPU
         (512, 3072, 3072, 128, 192, 2),
-        (512, 12288, 3072, 128, 192, 1),  # 256 tiles: two waves, nearly full
+        (512, 12288, 3072, 256, 128, 1),  # 192 tiles, 60 of them in halves
         (64, 18432, 3072, 128, 192, 1),  # 96 tiles, where 144 of 128 channels are two waves
         (256, 3072, 12288, 256, 128, 4),
         (256, 3072, 3072, 128, 128, 2),
@@ -72,11 +74,13 @@ def test_hopper_tiles_that_were_fastest_are_chosen(
 
 
 def test_selection_is_within_5_percent_of_the_fastest_configuration() -> None:
-    """Of every Hopper row on the shapes of real layers, as one H100 ran them. Rows that differ in
-    the cluster alone take the same clocks, so the smaller figure of the two counts for both."""
-    table = json.loads((ROOT / "benchmarks" / "gemm_configs_h100.json").read_text())["us"]
+    """Of every Hopper row on the shapes of real layers, as an H100 ran them, and an H200 those with
+    a tail. Rows that differ in the cluster alone take the same clocks, so the smaller figure of the
+    two counts for both."""
     too_slow = []
-    for bits, shapes in table.items():
+    files = [ROOT / "benchmarks" / f"gemm_configs_{gpu}.json" for gpu in ("h100", "h200")]
+    tables = [json.loads(file.read_text())["us"] for file in files]
+    for bits, shapes in itertools.chain(*(table.items() for table in tables)):
         for shape, measured in shapes.items():
             times: dict[str, float] = {}
             for name, us in measured.items():
@@ -151,3 +155,49 @@ def test_ways_of_16_bit_activations_exist_and_few_tokens_do_not_dequantize(bits:
         tiles = {planner.a16_tile(m, n, k, bits, 132) for m in range(17, 9000, 61)}
         assert tiles <= set(range(-1, len(planner.a16_tiles())))
     assert all(planner.a16_tile(m, 18432, 3072, bits, 132) >= 0 for m in range(17, 600))
+
+
+# ---- the walk over tiles ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", HOPPER, ids=lambda config: config.name)
+def test_clusters_walk_over_every_tile_once(config) -> None:  # type: ignore[no-untyped-def]
+    groups_of = config.cluster * config.tile_n
+    for _ in range(40):
+        m = int(torch.randint(1, 6000, ()))
+        groups = int(torch.randint(1, 60, ()))
+        sms = int(torch.randint(1, 140, ()))
+        walks = planner.walks(config, m, groups * groups_of, 3072, 4, sms)
+        covered = torch.zeros(groups, m + 2 * config.tile_m, dtype=torch.int32)
+        for walk in walks:
+            assert walk  # a cluster that is launched has work
+            for token, tokens, group in walk:
+                covered[group, token : token + tokens] += 1
+        assert bool((covered[:, :m] == 1).all()), (m, groups, sms)
+        assert not bool((covered > 1).any())
+        # The parts of the tail come last, one a cluster.
+        assert all(tokens == config.tile_m for walk in walks for _, tokens, _ in walk[:-1])
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "lengths", "tokens"),
+    [
+        (4608, 12288, [14] * 48 + [13] * 18, 32),  # 864 tiles on 66 clusters leave 6
+        (1024, 9216, [3] * 48 + [2] * 18, 64),  # 144 leave 12
+        (512, 12288, [2] * 60 + [1] * 6, 128),  # 96 leave 30
+        (4096, 12288, [12] * 42 + [11] * 24, 256),  # 768 leave 42, too many
+    ],
+)
+def test_a_last_wave_of_few_tiles_is_cut_into_parts(
+    m: int, n: int, lengths: list[int], tokens: int
+) -> None:
+    config = next(config for config in HOPPER if config.name == "sm90_m256_c2")
+    walks = planner.walks(config, m, n, 3072, 4, 132)
+    assert [len(walk) for walk in walks] == lengths
+    last = {walk[-1][1] for walk in walks if len(walk) == max(lengths)}
+    assert last == {tokens}
+
+
+def test_walks_of_what_is_no_hopper_tile_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"walks: needs a configuration of arch 90.*sm80_m128"):
+        planner.walks(PORTABLE[0], 128, 128, 128, 4, 132)

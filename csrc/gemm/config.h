@@ -208,6 +208,31 @@ constexpr int max_shared_bytes(int arch) {
   }
 }
 
+// arch 90: tokens of the tiles that a last wave of few tiles can be cut into (schedule_sm90.h): of
+// the largest tile, whose waves are longest. A step of 32 is as long as its decoding, half as long
+// as one of 256.
+constexpr int kSm90TailTokens[] = {32, 64, 128};
+constexpr bool sm90_has_tail(int tile_m, int consumers) { return tile_m == 256 && consumers == 2; }
+
+// arch 90: of tiles of which `at_once` make a wave, those that are left to a tail, and the tokens
+// of its parts: the fewest with which there are no more parts than places in a wave.
+struct Sm90Tail {
+  int64_t tiles = 0;
+  int tokens = 0;
+};
+
+constexpr Sm90Tail sm90_tail(const GemmConfig& config, int64_t tiles, int64_t at_once) {
+  const int64_t left = tiles > at_once ? tiles % at_once : 0;
+  if (left > 0 && config.split_k == 1 && sm90_has_tail(config.tile_m, sm90_consumers(config))) {
+    for (const int tokens : kSm90TailTokens) {
+      if (left * (config.tile_m / tokens) <= at_once) {
+        return {left, tokens};
+      }
+    }
+  }
+  return {};
+}
+
 constexpr int64_t block_count(const GemmConfig& config, const GemmProblem& problem) {
   return ceil_div<int64_t>(problem.m, config.tile_m) * ceil_div<int64_t>(problem.n, config.tile_n);
 }
@@ -241,6 +266,9 @@ constexpr int64_t sm90_clusters_at_once(int blocks) {
   return kAtOnce[blocks];
 }
 
+// Until a tail multiplies: the tables and the first stage are not asked for under a product.
+constexpr int64_t kTailBeginClocks = 2500;
+
 constexpr int64_t sm90_clocks(const GemmConfig& config, const GemmProblem& problem) {
   // By weight_bits: one consumer's decoding, what three at once add to a step, and its least.
   constexpr int kDecodeClocks[] = {0, 0, 340, 380, 490};
@@ -248,18 +276,23 @@ constexpr int64_t sm90_clocks(const GemmConfig& config, const GemmProblem& probl
   constexpr int64_t kCrowdedStep[] = {0, 0, 780, 810, 980};
   constexpr int kLaunchClocks = 5000;
   const bool two = sm90_consumers(config) == 2;
-  const int64_t products = 2 * config.tile_m * sm90_consumers(config);
-  const int64_t in_turn = kDecodeClocks[problem.weight_bits] + 23 * config.tile_m / 10;
-  const int64_t step =
-      two ? max_of(products + 40, in_turn)
-          : max_of(products + kCrowdClocks[problem.weight_bits], kCrowdedStep[problem.weight_bits]);
-  const int64_t steps =
-      ceil_div<int64_t>(ceil_div<int64_t>(problem.k, config.tile_k), config.split_k);
-  const int64_t epilogue = (two ? 1000 : 2500) + 9 * config.tile_m;
+  const auto tile_clocks = [&](int tokens) {
+    const int64_t products = 2 * tokens * sm90_consumers(config);
+    const int64_t in_turn = kDecodeClocks[problem.weight_bits] + 23 * tokens / 10;
+    const int64_t step = two ? max_of(products + 40, in_turn)
+                             : max_of(products + kCrowdClocks[problem.weight_bits],
+                                      kCrowdedStep[problem.weight_bits]);
+    const int64_t steps =
+        ceil_div<int64_t>(ceil_div<int64_t>(problem.k, config.tile_k), config.split_k);
+    return steps * step + (two ? 1000 : 2500) + 9 * tokens;
+  };
   const int64_t exchange = config.split_k > 1 ? 1500 + 20 * config.tile_m : 0;
-  const int64_t waves =
-      ceil_div(block_count(config, problem), sm90_clusters_at_once(config.split_k));
-  return waves * (steps * step + epilogue + exchange) + kLaunchClocks;
+  const int64_t at_once = sm90_clusters_at_once(config.split_k);
+  const int64_t tiles = block_count(config, problem);
+  const Sm90Tail tail = sm90_tail(config, tiles, at_once);
+  const int64_t tail_clocks = tail.tiles > 0 ? tile_clocks(tail.tokens) + kTailBeginClocks : 0;
+  const int64_t waves = ceil_div(tiles - tail.tiles, at_once);
+  return waves * (tile_clocks(config.tile_m) + exchange) + tail_clocks + kLaunchClocks;
 }
 
 // The cheapest legal row of arch 90, or null. A row further down the table must be 2 % cheaper; so

@@ -29,7 +29,12 @@ namespace lrq {
 template <typename Gemm>
 class ConsumerBase {
  public:
+  using Ring = RingSlot<Gemm::kStages>;
+
   __device__ __forceinline__ int warpgroup() const { return warpgroup_; }
+
+  // The stage that is next, for another consumer to go on with.
+  __device__ __forceinline__ Ring ring() const { return ring_; }
 
   __device__ __forceinline__ const int (&sums() const)[Gemm::kTileM / 2] { return sums_; }
 
@@ -37,10 +42,12 @@ class ConsumerBase {
   using Shared = typename Gemm::Shared;
   static constexpr int kBits = Gemm::kBits;
 
-  __device__ __forceinline__ ConsumerBase(Shared& shared, const GemmSm90Params& params)
+  __device__ __forceinline__ ConsumerBase(Shared& shared, const GemmSm90Params& params,
+                                          const Ring& ring)
       : shared_(shared),
         params_(params),
-        warpgroup_(__shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0)) {}
+        warpgroup_(__shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0)),
+        ring_(ring) {}
 
   // The lookup tables of this lane's rows. Rows past N decode to anything: they are not stored.
   __device__ __forceinline__ void load_tables(int channel0) {
@@ -78,7 +85,7 @@ class ConsumerBase {
   const GemmSm90Params& params_;
   const WarpgroupThread self_;
   const int warpgroup_;  // known uniform
-  RingSlot<Gemm::kStages> ring_;
+  Ring ring_;
   LevelTable<kBits> tables_[kRowsPerLane];
   int sums_[Gemm::kTileM / 2];
 };
@@ -99,8 +106,9 @@ class TwoOperandConsumer : public ConsumerBase<Gemm> {
 
  public:
   __device__ __forceinline__ TwoOperandConsumer(typename Gemm::Shared& shared,
-                                                const GemmSm90Params& params)
-      : Base(shared, params) {}
+                                                const GemmSm90Params& params,
+                                                const typename Base::Ring& ring = {})
+      : Base(shared, params, ring) {}
 
   // The block's first tile, whose place is known before its first stage has arrived.
   __device__ __forceinline__ void begin_first(int channel0) {
@@ -206,8 +214,9 @@ class OneOperandConsumer : public ConsumerBase<Gemm> {
 
  public:
   __device__ __forceinline__ OneOperandConsumer(typename Gemm::Shared& shared,
-                                                const GemmSm90Params& params)
-      : Base(shared, params) {}
+                                                const GemmSm90Params& params,
+                                                const typename Base::Ring& ring = {})
+      : Base(shared, params, ring) {}
 
   __device__ __forceinline__ void begin_first(int channel0) {
     this->load_tables(channel0);

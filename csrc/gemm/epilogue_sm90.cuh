@@ -136,13 +136,16 @@ class TileEpilogue {
   static constexpr int kScalesPerThread = (kTileM + kWarpgroupThreads - 1) / kWarpgroupThreads;
   static_assert(kStoreTokens % 16 == 0, "stmatrix stores sixteen tokens");
 
+  // tiles: how many the warpgroup has stored before.
   __device__ __forceinline__ TileEpilogue(Shared& shared, const GemmArgs& args, TileStore store,
-                                          const CUtensorMap& y_map, const CUtensorMap& residual_map)
+                                          const CUtensorMap& y_map, const CUtensorMap& residual_map,
+                                          int tiles = 0)
       : shared_(shared),
         args_(args),
         y_map_(y_map),
         residual_map_(residual_map),
-        tensor_(store == TileStore::kTensor) {}
+        tensor_(store == TileStore::kTensor),
+        residual_parity_(tiles % 2) {}
 
   // The tile whose sums follow: its first token, and the warpgroup's first channel.
   __device__ __forceinline__ void begin_tile(int m0, int n0) {
@@ -410,7 +413,7 @@ class TileEpilogue {
   const bool tensor_;
   int m0_ = 0;
   int n0_ = 0;
-  uint32_t residual_parity_ = 0;
+  uint32_t residual_parity_;
 };
 
 }  // namespace lrq

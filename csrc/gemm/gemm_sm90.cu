@@ -20,17 +20,18 @@ cudaError_t launch_gemm_sm90(const GemmArgs&, const GemmConfig&, cudaStream_t) {
 namespace lrq {
 namespace {
 
-cudaError_t encode_maps(TensorMaps& maps, const GemmArgs& args, const GemmConfig& config) {
+cudaError_t encode_maps(TensorMaps& maps, const GemmArgs& args, TileStore store, int tile_m,
+                        int cluster) {
   const int64_t m = args.problem.m;
   const int64_t n = args.problem.n;
   const int64_t k = args.problem.k;
   const TensorMapMatrix x = {args.x_q, CU_TENSOR_MAP_DATA_TYPE_UINT8, m, k,
                              row_bytes_of(m, args.x_stride, k, 1)};
-  cudaError_t error = encode_map(maps.x, x, kTileInputs, config.tile_m / config.cluster);
-  if (choose_store(args, config, has_aligned_octets(args)) == TileStore::kTensor) {
+  cudaError_t error = encode_map(maps.x, x, kTileInputs, tile_m / cluster);
+  if (store == TileStore::kTensor) {
     // Only bits move here, so both 16-bit types are the same.
     constexpr CUtensorMapDataType kType = CU_TENSOR_MAP_DATA_TYPE_UINT16;
-    const int tokens = tensor_store_tokens(config.tile_m);
+    const int tokens = tensor_store_tokens(tile_m);
     if (error == cudaSuccess) {
       const TensorMapMatrix y = {args.y, kType, m, n, n * 2};
       error = encode_map(maps.y, y, kHalfTileChannels, tokens);
@@ -44,21 +45,46 @@ cudaError_t encode_maps(TensorMaps& maps, const GemmArgs& args, const GemmConfig
   return error;
 }
 
+cudaError_t prepare(GemmSm90Launch& launch, const GemmArgs& args, const GemmConfig& config) {
+  int device = 0;
+  int sms = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (error != cudaSuccess) {
+    return error;
+  }
+  GemmSm90Params& params = launch.params;
+  params.args = args;
+  params.schedule = make_schedule(config, args.problem, sms);
+  params.cluster = config.cluster;
+  params.split_k = config.split_k;
+  params.aligned = has_aligned_octets(args);
+  params.store = choose_store(args, config, params.aligned);
+  error = encode_maps(launch.maps, args, params.store, config.tile_m, config.cluster);
+  if (error == cudaSuccess && params.schedule.tail_tiles > 0) {
+    error = encode_maps(launch.tail_maps, args, params.store, params.schedule.tail_tokens,
+                        config.cluster);
+  }
+  return error;
+}
+
 }  // namespace
 
 cudaError_t launch_gemm_sm90(const GemmArgs& args, const GemmConfig& config, cudaStream_t stream) {
-  TensorMaps maps = {};
-  const cudaError_t error = encode_maps(maps, args, config);
+  GemmSm90Launch launch = {};
+  const cudaError_t error = prepare(launch, args, config);
   if (error != cudaSuccess) {
     return error;
   }
   switch (args.problem.weight_bits) {
     case 4:
-      return launch_gemm_sm90_bits<4>(maps, args, config, stream);
+      return launch_gemm_sm90_bits<4>(launch, config, stream);
     case 3:
-      return launch_gemm_sm90_bits<3>(maps, args, config, stream);
+      return launch_gemm_sm90_bits<3>(launch, config, stream);
     case 2:
-      return launch_gemm_sm90_bits<2>(maps, args, config, stream);
+      return launch_gemm_sm90_bits<2>(launch, config, stream);
     default:
       return cudaErrorInvalidValue;
   }

@@ -4,7 +4,7 @@
 
 namespace lrq {
 
-template cudaError_t launch_gemm_sm90_bits<2>(const TensorMaps&, const GemmArgs&, const GemmConfig&,
+template cudaError_t launch_gemm_sm90_bits<2>(const GemmSm90Launch&, const GemmConfig&,
                                               cudaStream_t);
 
 }  // namespace lrq

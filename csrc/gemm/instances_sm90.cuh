@@ -8,8 +8,7 @@
 namespace lrq {
 
 template <int kBits, int kTileM, int kConsumers, int kStages>
-cudaError_t launch_instance_sm90(const TensorMaps& maps, const GemmSm90Params& params,
-                                 cudaStream_t stream) {
+cudaError_t launch_instance_sm90(const GemmSm90Launch& what, cudaStream_t stream) {
   using Gemm = GemmSm90<kBits, kTileM, kConsumers, kStages>;
   constexpr int kSharedBytes = sizeof(typename Gemm::Shared);
   const auto kernel = gemm_sm90_kernel<kBits, kTileM, kConsumers, kStages>;
@@ -18,6 +17,7 @@ cudaError_t launch_instance_sm90(const TensorMaps& maps, const GemmSm90Params& p
   if (error != cudaSuccess) {
     return error;
   }
+  const GemmSm90Params& params = what.params;
   cudaLaunchAttribute attributes[2] = {overlap_attribute(), {}};
   attributes[1].id = cudaLaunchAttributeClusterDimension;
   attributes[1].val.clusterDim.x = params.cluster * params.split_k;
@@ -30,7 +30,7 @@ cudaError_t launch_instance_sm90(const TensorMaps& maps, const GemmSm90Params& p
   launch.stream = stream;
   launch.attrs = attributes;
   launch.numAttrs = 2;
-  return cudaLaunchKernelEx(&launch, kernel, maps.x, maps.y, maps.residual, params);
+  return cudaLaunchKernelEx(&launch, kernel, what.maps, what.tail_maps, params);
 }
 
 // True for the first row of a tile: rows that differ in the cluster or
@@ -47,8 +47,8 @@ constexpr bool has_own_kernel(int index) {
 }
 
 template <int kBits, int kConfigIndex = 0>
-cudaError_t launch_tile_sm90(const TensorMaps& maps, const GemmSm90Params& params,
-                             const GemmConfig& config, cudaStream_t stream) {
+cudaError_t launch_tile_sm90(const GemmSm90Launch& launch, const GemmConfig& config,
+                             cudaStream_t stream) {
   if constexpr (kConfigIndex == kGemmConfigCount) {
     return cudaErrorInvalidValue;
   } else {
@@ -61,34 +61,18 @@ cudaError_t launch_tile_sm90(const TensorMaps& maps, const GemmSm90Params& param
                     "the planner and the kernel agree on shared memory and threads");
       static_assert(kConfig.tile_k == kTileInputs, "the packed tile");
       if (config.tile_m == kConfig.tile_m && config.tile_n == kConfig.tile_n) {
-        return launch_instance_sm90<kBits, kConfig.tile_m, kConsumers, kConfig.stages>(maps, params,
+        return launch_instance_sm90<kBits, kConfig.tile_m, kConsumers, kConfig.stages>(launch,
                                                                                        stream);
       }
     }
-    return launch_tile_sm90<kBits, kConfigIndex + 1>(maps, params, config, stream);
+    return launch_tile_sm90<kBits, kConfigIndex + 1>(launch, config, stream);
   }
 }
 
 template <int kBits>
-cudaError_t launch_gemm_sm90_bits(const TensorMaps& maps, const GemmArgs& args,
-                                  const GemmConfig& config, cudaStream_t stream) {
-  int device = 0;
-  int sms = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-  }
-  if (error != cudaSuccess) {
-    return error;
-  }
-  GemmSm90Params params;
-  params.args = args;
-  params.schedule = make_schedule(config, args.problem, sms);
-  params.cluster = config.cluster;
-  params.split_k = config.split_k;
-  params.aligned = has_aligned_octets(args);
-  params.store = choose_store(args, config, params.aligned);
-  return launch_tile_sm90<kBits>(maps, params, config, stream);
+cudaError_t launch_gemm_sm90_bits(const GemmSm90Launch& launch, const GemmConfig& config,
+                                  cudaStream_t stream) {
+  return launch_tile_sm90<kBits>(launch, config, stream);
 }
 
 }  // namespace lrq

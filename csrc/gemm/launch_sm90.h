@@ -2,23 +2,22 @@
 // width so that they compile side by side (gemm_sm90_w4.cu and its neighbours).
 #pragma once
 
-#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include "config.h"
-#include "problem.h"
+#include "pipeline_sm90.cuh"
 
 namespace lrq {
 
-// x by tile_m / cluster tokens; y and residual by tensor stores, unset where tiles leave otherwise.
-struct TensorMaps {
-  CUtensorMap x;
-  CUtensorMap y;
-  CUtensorMap residual;
+// Beside the tensor maps a launch has those of its tail (schedule_sm90.h), unset where it has none.
+struct GemmSm90Launch {
+  TensorMaps maps;
+  TensorMaps tail_maps;
+  GemmSm90Params params;
 };
 
 template <int kBits>
-cudaError_t launch_gemm_sm90_bits(const TensorMaps& maps, const GemmArgs& args,
-                                  const GemmConfig& config, cudaStream_t stream);
+cudaError_t launch_gemm_sm90_bits(const GemmSm90Launch& launch, const GemmConfig& config,
+                                  cudaStream_t stream);
 
 }  // namespace lrq

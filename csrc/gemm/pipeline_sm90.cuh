@@ -1,6 +1,8 @@
 // What the parts of the Hopper GEMM (gemm_sm90.cuh) share: sizes, shared memory, who is where.
 #pragma once
 
+#include <cuda.h>
+
 #include <cstdint>
 
 #include "../device/sm90.cuh"
@@ -24,6 +26,14 @@ struct GemmSm90Params {
   int split_k;      // blocks that share a tile; one of the two is 1
   bool aligned;     // has_aligned_octets
   TileStore store;  // how tiles leave
+};
+
+// Tensor maps of tiles of one number of tokens. x by that of a tile over the blocks that share it;
+// y and residual by tensor stores, unset where tiles leave otherwise.
+struct TensorMaps {
+  CUtensorMap x;
+  CUtensorMap y;
+  CUtensorMap residual;
 };
 
 // This block: the number of its cluster, and its own in it.
@@ -66,6 +76,7 @@ struct GemmSm90 {
   static constexpr bool kTwoOperands = kConsumers == 2;
   static constexpr bool kBeginsEarly = kTwoOperands;
   static constexpr int kFewestSteps = sm90_fewest_steps(kConsumers);
+  static constexpr bool kHasTail = sm90_has_tail(kTileM, kConsumers);
 
   struct Shared {
     alignas(kSwizzleBytes) int8_t x[kStages][kTileM * kTileInputs];
@@ -97,6 +108,20 @@ struct GemmSm90 {
                                                            int channel_rank) {
     return {walk.m_tile() * kTileM, (walk.group() * cluster + channel_rank) * kTileN};
   }
+
+  // Of the cluster's part of the tail, where it has one.
+  __device__ __forceinline__ static TileOrigin tail_origin(const GemmSm90Params& params,
+                                                           const BlockPlace& place) {
+    const TailPart tail = tail_part(params.schedule, place.cluster);
+    return {tail.m_tile * kTileM + tail.part * params.schedule.tail_tokens,
+            (tail.group * params.cluster + place.channel_rank) * kTileN};
+  }
+};
+
+// The same stages, of which a tile takes the first tokens.
+template <typename Gemm, int kTokens>
+struct TailOf : Gemm {
+  static constexpr int kTileM = kTokens;
 };
 
 }  // namespace lrq

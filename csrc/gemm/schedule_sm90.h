@@ -11,6 +11,14 @@
 // Cluster c takes tiles c, c + clusters, c + 2 clusters, ... A step of `clusters` is step_m rows
 // and step_n groups of a full band, so the next tile is found by additions; only the first tile,
 // one in a new band and those of a ragged band cost a division.
+//
+// Where whole waves leave so few tiles that their parts of fewer tokens (sm90_tail) are no more
+// than there are clusters, the walks end with the whole waves and each cluster takes one part at
+// most:
+//
+//     clusters      0    1    2    3    4          7 tiles on 5 clusters, parts of half a tile
+//     whole wave    0    1    2    3    4
+//     tail          5'   5"   6'   6"   -
 #pragma once
 
 #include <cstdint>
@@ -21,8 +29,11 @@
 namespace lrq {
 
 struct TileSchedule {
-  uint32_t tiles;     // of clusters
-  uint32_t clusters;  // that walk
+  uint32_t tiles;       // of clusters, that are walked over
+  uint32_t clusters;    // that walk
+  uint32_t tail_tiles;  // parts of further tiles, one a cluster
+  int tail_parts;       // of one tile
+  int tail_tokens;      // of a part
   int m_tiles;
   int groups;
   int band;    // groups of a full band
@@ -47,6 +58,11 @@ inline TileSchedule make_schedule(const GemmConfig& config, const GemmProblem& p
   schedule.band = operands > kL2Bytes ? min_of(kBand, schedule.groups) : schedule.groups;
   schedule.step_m = static_cast<int>(schedule.clusters / schedule.band);
   schedule.step_n = static_cast<int>(schedule.clusters % schedule.band);
+  const Sm90Tail tail = sm90_tail(config, schedule.tiles, schedule.clusters);
+  schedule.tail_tokens = tail.tokens;
+  schedule.tail_parts = tail.tiles > 0 ? config.tile_m / tail.tokens : 1;
+  schedule.tail_tiles = static_cast<uint32_t>(tail.tiles) * schedule.tail_parts;
+  schedule.tiles -= static_cast<uint32_t>(tail.tiles);
   return schedule;
 }
 
@@ -57,8 +73,9 @@ LRQ_HOST_DEVICE int tile_count(const TileSchedule& schedule, uint32_t cluster) {
 
 class TileWalk {
  public:
-  LRQ_HOST_DEVICE TileWalk(const TileSchedule& schedule, uint32_t cluster)
-      : schedule_(schedule), tile_(cluster) {
+  // From a tile on: the number of the cluster, or one past those that are walked over.
+  LRQ_HOST_DEVICE TileWalk(const TileSchedule& schedule, uint32_t tile)
+      : schedule_(schedule), tile_(tile) {
     place();
   }
 
@@ -98,5 +115,18 @@ class TileWalk {
   int n_;
   bool ragged_;
 };
+
+// The part of the tail that a cluster below tail_tiles takes.
+struct TailPart {
+  int m_tile;
+  int group;
+  int part;
+};
+
+LRQ_HOST_DEVICE TailPart tail_part(const TileSchedule& schedule, uint32_t cluster) {
+  const uint32_t tile = cluster / schedule.tail_parts;
+  const TileWalk walk(schedule, schedule.tiles + tile);
+  return {walk.m_tile(), walk.group(), static_cast<int>(cluster - tile * schedule.tail_parts)};
+}
 
 }  // namespace lrq
