@@ -67,12 +67,20 @@ def layouts(bits: int) -> None:
             expect_equal(got, expected, f"dequantize {sizes}")
 
 
-def gemm(problem: Problem, out_dtype: torch.dtype, samples: int, activation: str) -> None:
+def gemm(
+    problem: Problem,
+    out_dtype: torch.dtype,
+    samples: int,
+    activation: str,
+    pads: tuple[int, int] = (3, 1),
+    config: int | None = None,
+) -> None:
+    """pads: elements between rows of the residual and of the gate; config: a row of the table."""
     m, n, k = problem.sizes
     residual = gate = None
     if samples:
-        residual = exact_rows(torch.randn(m, n).to(out_dtype), n + 3)
-        gate = exact_rows(torch.randn(samples, n).to(out_dtype), n + 1)
+        residual = exact_rows(torch.randn(m, n).to(out_dtype), n + pads[0])
+        gate = exact_rows(torch.randn(samples, n).to(out_dtype), n + pads[1])
     arguments = (
         problem.x_q,
         problem.x_scale,
@@ -88,7 +96,10 @@ def gemm(problem: Problem, out_dtype: torch.dtype, samples: int, activation: str
         out_dtype,
         problem.table_of_row,
     )
-    got = ops.gemm(*arguments)
+    if config is None:
+        got = ops.gemm(*arguments)
+    else:
+        got = torch.ops.lrq.gemm_config.default(*arguments[:-1], config, arguments[-1])
     if activation == "none":
         expect_equal(got, reference.gemm(*arguments), f"gemm {m, n, k, out_dtype}")
 
@@ -108,6 +119,22 @@ def gemms(bits: int) -> None:
             if _planner.select(m, n, 160, bits, arch).name == config.name:
                 gemm(on_gpu(m, n, 160, bits), torch.bfloat16, 1, "none")
                 break
+    if arch == 90:
+        tails(bits)
+
+
+def tails(bits: int) -> None:
+    """A last wave in parts of each number of tokens, of which some lie past the last token."""
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    for index, config in enumerate(_planner.gemm_configs()):
+        seen = {config.tile_m}
+        for n in range(200, 2 * sms * config.tile_n, config.cluster * config.tile_n):
+            if config.tile_m != 256 or not config.is_legal(812, n, 100, bits, 90):
+                continue
+            walks = _planner.walks(config, 812, n, 100, bits, sms)
+            if (tokens := min(walk[-1][1] for walk in walks)) not in seen:
+                seen.add(tokens)
+                gemm(on_gpu(812, n, 100, bits), torch.bfloat16, 1, "none", (8, 8), index)
 
 
 def gemvs(bits: int) -> None:

@@ -324,8 +324,9 @@ class TileEpilogue {
   __device__ __forceinline__ Gates load_gates() const {
     const WarpgroupThread self;
     Gates gates = {{1.0f, 1.0f}, {1.0f, 1.0f}, kTileM};
-    if (args_.gate != nullptr) {
-      const auto m_size = static_cast<uint32_t>(args_.problem.m);
+    const auto m_size = static_cast<uint32_t>(args_.problem.m);
+    // A part of the tail may lie past the last token, where there is no sample.
+    if (args_.gate != nullptr && static_cast<uint32_t>(m0_) < m_size) {
       const auto tokens = static_cast<uint32_t>(args_.tokens_per_sample);
       const uint32_t sample = static_cast<uint32_t>(m0_) / tokens;
       const uint32_t next = (sample + 1) * tokens;
