@@ -13,6 +13,7 @@ cudaError_t launch_gemm_sm90(const GemmArgs&, const GemmConfig&, cudaStream_t) {
 
 #else
 
+#include "../current_gpu.h"
 #include "epilogue_sm90.cuh"
 #include "launch_sm90.h"
 #include "tensor_map_sm90.h"
@@ -48,10 +49,7 @@ cudaError_t encode_maps(TensorMaps& maps, const GemmArgs& args, TileStore store,
 cudaError_t prepare(GemmSm90Launch& launch, const GemmArgs& args, const GemmConfig& config) {
   int device = 0;
   int sms = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-  }
+  cudaError_t error = current_gpu(device, sms);
   if (error != cudaSuccess) {
     return error;
   }

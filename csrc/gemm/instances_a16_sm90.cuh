@@ -1,6 +1,7 @@
 // The instances of the 16-bit Hopper GEMM for one bit width.
 #pragma once
 
+#include "../current_gpu.h"
 #include "gemm_a16_sm90.cuh"
 #include "launch.h"
 #include "plan_a16.h"
@@ -61,10 +62,7 @@ template <int kBits, typename T>
 cudaError_t launch_a16_type(const A16Args& args, cudaStream_t stream) {
   int device = 0;
   int sms = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-  }
+  const cudaError_t error = current_gpu(device, sms);
   return error == cudaSuccess ? launch_a16_tile<kBits, T>(args, sms, stream) : error;
 }
 

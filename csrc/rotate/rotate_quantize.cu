@@ -1,4 +1,5 @@
 // Instances of the rotation of token rows, and their launch.
+#include "../current_gpu.h"
 #include "../overlap.h"
 #include "launch.h"
 #include "rotate_quantize.cuh"
@@ -43,10 +44,7 @@ cudaError_t launch_form(const RotateRowsArgs& args, cudaStream_t stream) {
   constexpr bool kNorm = kForm == RotateForm::kNorm;
   int device = 0;
   int sms = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-  }
+  const cudaError_t error = current_gpu(device, sms);
   if (error != cudaSuccess) {
     return error;
   }
