@@ -143,7 +143,8 @@ def cast_only(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Of one K: fp32 [K], int32 [K], fp32 [2, 128, 128], +-1 bf16 [128, 128], bf16 [1, K] twice."""
+    """Of one K: bf16 powers of two [K], int32 [K], fp32 [2, 128, 128], +-1 bf16 [128, 128], bf16
+    [1, K] twice."""
 
     channel_scale: Tensor
     permutation: Tensor
@@ -160,7 +161,7 @@ class Parameters:
         # As in a model: chunks of what one linear makes.
         modulation = torch.randn(1, 6 * in_features, device=device).bfloat16()
         return Parameters(
-            (torch.rand(in_features, device=device) + 0.5) * signs,
+            (torch.exp2(torch.randint(-2, 3, (in_features,), device=device)) * signs).bfloat16(),
             torch.randperm(in_features, device=device).int(),
             torch.linalg.qr(torch.randn(2, 128, 128)).Q.contiguous().to(device),
             block_hadamard(torch.eye(128), 128).sign().to(device, torch.bfloat16),

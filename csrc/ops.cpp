@@ -512,7 +512,7 @@ std::tuple<Tensor, Tensor> rotate_rows(const Tensor& x, const std::optional<Tens
             std::to_string(shift_rows));
   int64_t samples = max_of(scale_rows, shift_rows);
   if (channel_scale.has_value()) {
-    check_tensor({kOp, "channel_scale"}, *channel_scale, ScalarType::Float, {features}, x);
+    check_tensor({kOp, "channel_scale"}, *channel_scale, ScalarType::BFloat16, {features}, x);
   }
 
   const int32_t device = x.get_device_index();
@@ -553,7 +553,7 @@ std::tuple<Tensor, Tensor> rotate_rows(const Tensor& x, const std::optional<Tens
   if (second.has_value()) {
     args.second = row_source(*second, second_rows);
   }
-  args.channel_scale = const_pointer<float>(channel_scale);
+  args.channel_scale = const_pointer<uint16_t>(channel_scale);
   addresses |= reinterpret_cast<uintptr_t>(args.channel_scale);
   LRQ_CHECK(supports_rotate_rows(first_features, features - first_features, block_size, row_stride,
                                  addresses),

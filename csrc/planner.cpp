@@ -288,27 +288,25 @@ void bind_rotate(py::module_& m) {
         "source), row_stride elements apart. addresses: bitwise or of the addresses of the sources "
         "and of channel_scale, and of the strides in bytes from row to row and from sample to "
         "sample.");
-  py::enum_<RotateForm>(m, "RotateForm")
-      .value("PLAIN", RotateForm::kPlain)
-      .value("MODULATED", RotateForm::kModulated)
-      .value("NORM", RotateForm::kNorm);
   py::class_<RotateRowsPlan>(m, "RotateRowsPlan")
-      .def_readonly("units", &RotateRowsPlan::units)
-      .def_readonly("units_reciprocal", &RotateRowsPlan::units_reciprocal)
-      .def_readonly("tokens_per_block", &RotateRowsPlan::tokens_per_block)
+      .def_readonly("team_threads", &RotateRowsPlan::team_threads)
+      .def_readonly("teams", &RotateRowsPlan::teams)
+      .def_readonly("slots", &RotateRowsPlan::slots)
       .def_readonly("blocks_per_sample", &RotateRowsPlan::blocks_per_sample)
-      .def_readonly("threads", &RotateRowsPlan::threads)
-      .def_readonly("stay", &RotateRowsPlan::stay)
-      .def_readonly("shared_bytes", &RotateRowsPlan::shared_bytes);
+      .def_readonly("shared_bytes", &RotateRowsPlan::shared_bytes)
+      .def("fits", &RotateRowsPlan::fits, py::arg("shared_limit"));
   m.def(
       "plan_rotate_rows",
-      [](int features, RotateForm form, int64_t samples, int64_t tokens, int sms) {
-        check_range("features / 128 - 1", features / kTransform - 1, kRotateMaxUnits);
+      [](int features, int64_t samples, int64_t tokens, int sms, int registers, bool modulated,
+         int shared_limit) {
+        check_range("features / 128 - 1", features / kTransform - 1,
+                    kRotateMaxFeatures / kTransform);
         check_range("samples - 1", samples - 1, INT64_MAX);
         check_range("tokens - 1", tokens - 1, kRotateMaxTokens);
-        return plan_rotate_rows(features, form, samples, tokens, sms);
+        return plan_rotate_rows(features, samples, tokens, sms, registers, modulated, shared_limit);
       },
-      py::arg("features"), py::arg("form"), py::arg("samples"), py::arg("tokens"), py::arg("sms"),
+      py::arg("features"), py::arg("samples"), py::arg("tokens"), py::arg("sms"),
+      py::arg("registers"), py::arg("modulated"), py::arg("shared_limit"),
       "How lrq::_rotate_rows divides samples of so many tokens on a device.");
   m.def(
       "lane_chunk_to_k",
@@ -320,12 +318,14 @@ void bind_rotate(py::module_& m) {
       py::arg("lane"), py::arg("chunk"), "First k 0..1023 of the 8 that a lane loads as a chunk.");
   m.def(
       "lane_result_to_k",
-      [](int lane, int chunk) {
+      [](int lane, int column, int chunk) {
         check_range("lane", lane, 32);
-        check_range("chunk", chunk, kChunks);
-        return lane_result_to_k(lane, chunk);
+        check_range("column", column, kColumns);
+        check_range("chunk", chunk, kResultChunks);
+        return lane_result_to_k(lane, column, chunk);
       },
-      py::arg("lane"), py::arg("chunk"), "First k 0..1023 of the 8 results of a lane's chunk.");
+      py::arg("lane"), py::arg("column"), py::arg("chunk"),
+      "First k 0..1023 of the 8 results of a chunk of a lane's column.");
 }
 
 }  // namespace

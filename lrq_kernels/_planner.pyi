@@ -15,21 +15,13 @@ class GemmConfig:
     def shared_bytes(self, weight_bits: int) -> int: ...
     def is_legal(self, m: int, n: int, k: int, weight_bits: int, arch: int) -> bool: ...
 
-class RotateForm:
-    name: str
-    value: int
-    PLAIN: RotateForm
-    MODULATED: RotateForm
-    NORM: RotateForm
-
 class RotateRowsPlan:
-    units: int
-    units_reciprocal: int
-    tokens_per_block: int
+    team_threads: int
+    teams: int
+    slots: int
     blocks_per_sample: int
-    threads: int
-    stay: bool
     shared_bytes: int
+    def fits(self, shared_limit: int) -> bool: ...
 
 OLDEST_ARCH: int
 GEMV_MAX_TOKENS: int
@@ -69,7 +61,13 @@ def supports_rotate_rows(
     first: int, second: int, block_size: int, row_stride: int, addresses: int
 ) -> bool: ...
 def plan_rotate_rows(
-    features: int, form: RotateForm, samples: int, tokens: int, sms: int
+    features: int,
+    samples: int,
+    tokens: int,
+    sms: int,
+    registers: int,
+    modulated: bool,
+    shared_limit: int,
 ) -> RotateRowsPlan: ...
 def lane_chunk_to_k(lane: int, chunk: int) -> int: ...
-def lane_result_to_k(lane: int, chunk: int) -> int: ...
+def lane_result_to_k(lane: int, column: int, chunk: int) -> int: ...

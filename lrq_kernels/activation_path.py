@@ -29,7 +29,8 @@ def implementation(
     scale_mode: str,
 ) -> str:
     """TRITON, which takes everything, or CUDA for a problem of a form with 16-bit tokens, a
-    Hadamard rotation and no permutation. Both scale modes and every K are alike as yet."""
+    Hadamard rotation and no permutation. Both scale modes and every K are alike as yet. CUDA
+    multiplies by a channel scale in 16 bits, so _kernel_takes wants one of bf16."""
     takes = rotation == "hadamard" and block_size >= 128 and not permuted and dtype in _CUDA_DTYPES
     return CUDA if takes and form in CUDA_FORMS else TRITON
 
@@ -37,7 +38,10 @@ def implementation(
 def _kernel_takes(
     x: Tensor, second: Tensor | None, channel_scale: Tensor | None, block_size: int
 ) -> bool:
-    """Whether lrq::_rotate_rows takes rows of these widths, strides and addresses."""
+    """Whether lrq::_rotate_rows takes the channel scale, and rows of these widths, strides and
+    addresses."""
+    if channel_scale is not None and channel_scale.dtype != torch.bfloat16:
+        return False
     from . import _planner
 
     sources = [x] if second is None else [x, second]

@@ -47,3 +47,10 @@ def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         odd = torch.nextafter(s, toward)
         total[suspect] = torch.where((error != 0) & even, odd, s)
     return total.float()
+
+
+def are_powers_of_two(values: Tensor) -> bool:
+    """Whether all are powers of two, of any sign, that bf16 and fp16 hold: 2^-14 to 2^15."""
+    size = values.float().abs()
+    in_range = (size >= 2.0**-14) & (size <= 2.0**15)
+    return bool((in_range & (torch.frexp(size).mantissa == 0.5)).all())

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from .exact_math import are_powers_of_two
 from .linear_state import BRANCH_DTYPE, as_bits
 from .rotation import Rotation
 from .scheme import QuantScheme
@@ -106,8 +107,9 @@ class PreparedInput:
 class InputQuantizer(nn.Module):
     """Smoothing, rotation and per-token quantization of the input of one LRQLinear.
 
-    Buffers: channel_scale (fp32 [K] as int32: smoothing and signs in the order of lrq::rotate),
-    permutation (int32 [K]), matrices (fp32 [2, 128, 128] as int32); each may be None, as may
+    Buffers: channel_scale (smoothing and signs in the order of lrq::rotate, [K]: bf16 as int16
+    where the rotation is Hadamard and all are powers of two, else fp32 as int32), permutation
+    (int32 [K]), matrices (fp32 [2, 128, 128] as int32); each may be None, as may
     folded_permutation, a permutation that x comes in already (see row_order), and low_rank_down
     (bf16 [R, K] as int16), the first factor of a low-rank branch, its columns in the order in which
     x comes.
@@ -151,7 +153,9 @@ class InputQuantizer(nn.Module):
                 scale = scale[rotation.permutation.long()]
             if rotation.signs is not None:
                 scale = scale * rotation.signs.to(scale)
-        self.register_buffer("channel_scale", None if scale is None else as_bits(scale))
+        narrow = rotation.kind == "hadamard" and scale is not None and are_powers_of_two(scale)
+        kept = torch.bfloat16 if narrow else torch.float32
+        self.register_buffer("channel_scale", None if scale is None else as_bits(scale, kept))
         self.register_buffer("permutation", own_copy(rotation.permutation))
         self.register_buffer("folded_permutation", None)
         matrices = rotation.matrices
@@ -167,6 +171,13 @@ class InputQuantizer(nn.Module):
     def low_rank(self) -> int:
         """R of the low-rank branch of the linears that read this input, 0 without one."""
         return 0 if self.low_rank_down is None else self.low_rank_down.shape[0]
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:  # type: ignore[no-untyped-def]
+        # Of either type, and copy_ would turn the bits of one into numbers of the other.
+        given, own = state_dict.get(prefix + "channel_scale"), self.channel_scale
+        if given is not None and own is not None and given.dtype in (torch.int16, torch.int32):
+            self.channel_scale = own.to(given.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     # -- readers of one input
 
@@ -200,7 +211,7 @@ class InputQuantizer(nn.Module):
         """fp32 [K] in natural channel order; None when the layer is not smoothed."""
         if self.channel_scale is None:
             return None
-        scale = self.channel_scale.view(torch.float32)
+        scale = self._floats(self.channel_scale).float()
         if self.scheme.rotation != "hadamard":
             return scale.clone()
         scale = scale.abs()
@@ -225,8 +236,11 @@ class InputQuantizer(nn.Module):
         return down if order is None else down[:, order.long().argsort()]
 
     @staticmethod
-    def _floats(bits: Tensor | None) -> Tensor | None:
-        return None if bits is None else bits.view(torch.float32)
+    def _floats(bits: Any) -> Any:
+        """What as_bits was given, in the type that it was kept in; None of None."""
+        if bits is None:
+            return None
+        return bits.view(torch.bfloat16 if bits.dtype == torch.int16 else torch.float32)
 
     # -- forward
 
@@ -278,8 +292,8 @@ class InputQuantizer(nn.Module):
     def quantize_layer_norm(
         self, x: Tensor, scale: Tensor, shift: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        """quantize() of LayerNorm(x) * (1 + scale) + shift, x [B, T, K], scale and shift [B, K];
-        fp32 from x to the codes."""
+        """quantize() of LayerNorm(x) * (1 + scale) + shift as torch makes it in x's dtype,
+        x [B, T, K], scale and shift [B, K]."""
         return ops.norm_modulate_rotate_quantize(
             with_last_stride_1(x),
             None,

@@ -100,9 +100,19 @@ def check_rotation(
         expected = "given exactly when rotation is 'dual'"
         fail(op, "matrices", expected, f"{rotation!r} with{'' if matrices is not None else 'out'}")
     f32, shape = torch.float32, (in_features,)
-    check_optional(op, "channel_scale", channel_scale, f32, shape, device)
+    check_channel_scale(op, channel_scale, in_features, device)
     check_optional(op, "permutation", permutation, torch.int32, shape, device)
     check_optional(op, "matrices", matrices, f32, (2, DUAL_BLOCK_SIZE, DUAL_BLOCK_SIZE), device)
+
+
+def check_channel_scale(
+    op: str, channel_scale: Tensor | None, in_features: int, device: torch.device
+) -> None:
+    """[K], fp32 or bf16; that of bf16 all are powers of two is for reference.py to see."""
+    if channel_scale is not None:
+        dtype = channel_scale.dtype
+        check_choice(op, "dtype of channel_scale", dtype, (torch.float32, torch.bfloat16))
+        check_tensor(op, "channel_scale", channel_scale, dtype, (in_features,), device)
 
 
 def check_rotate(
@@ -248,7 +258,7 @@ def check_rotate_rows(
         of_scale, of_shift = scale.shape[0], shift.shape[0]
         if of_scale != of_shift and 1 not in (of_scale, of_shift):
             fail(op, "shift", f"of as many rows as scale, {of_scale}", of_shift)
-    check_optional(op, "channel_scale", channel_scale, torch.float32, (in_features,), x.device)
+    check_optional(op, "channel_scale", channel_scale, torch.bfloat16, (in_features,), x.device)
     check_quantize(op, act_bits, scale_mode, scale_factor)
     return in_features
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .codebook import ascending_to_code, decode_levels
-from .exact_math import fused_multiply_add, integer_matmul
+from .exact_math import are_powers_of_two, fused_multiply_add, integer_matmul
 from .packing import pack_codes, to_int32, unpack_codes
 from .rotation import block_dense, block_hadamard, plain_matmul
 from .scheme import activation_qmax
@@ -34,6 +34,9 @@ def _rotate_wide(
     block_size: int,
 ) -> Tensor:
     """Scaled and rotated x [..., K] in fp32, or fp64 when x is fp64."""
+    if channel_scale is not None and channel_scale.dtype == torch.bfloat16:
+        if not are_powers_of_two(channel_scale):
+            raise ValueError("channel_scale in bf16 must hold powers of two, got other values")
     v = x.to(torch.promote_types(x.dtype, torch.float32))
     index = None if permutation is None else permutation.long()
     if rotation == "dual":
@@ -66,9 +69,11 @@ def rotate(
 ) -> Tensor:
     """Scale and rotate x [..., K]; the result has x's dtype.
 
-    channel_scale fp32 [K] holds smoothing and signs in one vector: it is applied after the
-    permutation, v[j] = x[permutation[j]] * channel_scale[j], except for "dual", where the
-    permutation sits between the two dense factors and channel_scale comes first.
+    channel_scale [K] holds smoothing and signs in one vector: it is applied after the permutation,
+    v[j] = x[permutation[j]] * channel_scale[j], except for "dual", where the permutation sits
+    between the two dense factors and channel_scale comes first. It is fp32, or bf16 where all its
+    values are powers of two, of any sign: then no product has more digits than x, and kernels may
+    multiply in x's dtype.
     """
     v = _rotate_wide(x, channel_scale, permutation, matrices, rotation, block_size)
     return v.to(x.dtype).contiguous()
@@ -111,7 +116,7 @@ def rotated_rows(
     channel_scale: Tensor | None,
     block_size: int,
 ) -> Tensor:
-    """Hadamard of (norm(concat(x, second)) * (1 + scale) + shift) * channel_scale, in fp32 or fp64.
+    """Hadamard of norm_modulate(concat(x, second)) * channel_scale, in fp32 or fp64.
 
     x [M, K1] or [B, T, K1], second (optional) the same with K2, K = K1 + K2. norm over K, without
     affine: "layer" (x - mean) / sqrt(var + eps), "rms" x / sqrt(mean x^2 + eps), or "none".
@@ -168,9 +173,10 @@ def quantize_by_scale(v: Tensor, x_scale: Tensor, act_bits: int) -> Tensor:
 
 # ---- what fuses in front of rotate_quantize -----------------------------------------------------
 #
-# All in fp32 (fp64 for fp64 input) and not rounded before the rotation: one rounding less than
-# eager torch, which writes each of these steps in 16 bits. The tensor kept for another consumer is
-# the same y, rounded once to x's dtype.
+# A norm with modulation is rounded to x's dtype as eager torch rounds it, step by step, so that
+# what reads it gets the codes of the unfused model, and kernels multiply by exact 16-bit values. An
+# activation stays in fp32 (fp64 for fp64 input) up to the rotation; the tensor kept for another
+# consumer is the same y, rounded once to x's dtype.
 
 
 def _wide(tensor: Tensor, like: Tensor) -> Tensor:
@@ -186,10 +192,14 @@ def norm_modulate(
     norm: str,
     eps: float,
 ) -> Tensor:
-    """(norm(x) * norm_weight + norm_bias) * (1 + scale) + shift in fp32, x [B, T, K] or [M, K].
+    """(norm(x) * norm_weight + norm_bias) * (1 + scale) + shift in x's dtype, x [B, T, K] or
+    [M, K].
 
     norm "layer": (x - mean x) / sqrt(mean (x - mean x)^2 + eps); "rms": x / sqrt(mean x^2 + eps).
     norm_weight, norm_bias [K]; scale, shift [B, K], B = 1 for x [M, K].
+    The norm, with its weight and bias, is computed in fp32 (fp64 for fp64 input). It is rounded to
+    x's dtype, and so are 1 + scale, the product and the sum, where scale and shift have that dtype,
+    as torch does; where one has another dtype the sum alone is rounded.
     """
     v = _wide(x, x)
     if norm == "layer":
@@ -199,12 +209,20 @@ def norm_modulate(
         y = y * _wide(norm_weight, x)
     if norm_bias is not None:
         y = y + _wide(norm_bias, x)
+    return modulate(y, x, scale, shift)
+
+
+def modulate(y: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """y * (1 + scale) + shift, rounded as norm_modulate says; y fp32 or fp64, of the shape of x."""
+    narrow = all(v.dtype == x.dtype for v in (scale, shift) if v is not None)
+    step = x.dtype if narrow else y.dtype
+    y = y.to(step)
     # A vector of a sample serves all its tokens: [B, 1, K], or [1, K] for x [M, K].
     if scale is not None:
-        y = y * (1 + _wide(scale if x.dim() == 2 else scale[:, None], x))
+        y = y * (1 + (scale if x.dim() == 2 else scale[:, None]).to(step))
     if shift is not None:
-        y = y + _wide(shift if x.dim() == 2 else shift[:, None], x)
-    return y
+        y = y + (shift if x.dim() == 2 else shift[:, None]).to(step)
+    return y.to(x.dtype)
 
 
 def activate(x: Tensor, gate: Tensor | None, activation: str) -> Tensor:

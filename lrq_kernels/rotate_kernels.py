@@ -29,7 +29,7 @@ from .token_tiles import (
 
 # The kernels of a token share their last arguments:
 #
-#   channel_scale_ptr   [K] fp32 or None
+#   channel_scale_ptr   [K] fp32, bf16 or None
 #   permutation_ptr     [K] int32 or None
 #   out_ptr             [M, padded_row(K)] int8 codes, or floating point when x_scale_ptr is None
 #   x_scale_ptr         [M] fp32, or None: store the rotated token, unquantized
@@ -209,7 +209,8 @@ def norm_kernel(
     RMS: tl.constexpr,
     CLAMP: tl.constexpr,
 ):
-    """y = (norm(x) * norm_weight + norm_bias) * (1 + scale) + shift"""
+    """y = (norm(x) * norm_weight + norm_bias) * (1 + scale) + shift, rounded to the type of x as
+    reference.norm_modulate says"""
     token = tl.program_id(0)
     sample = (token // tokens_per_sample).to(tl.int64)
     row = x_ptr + sample * x_sample_stride
@@ -226,12 +227,16 @@ def norm_kernel(
         y = multiply(y, load_pieces(norm_weight_ptr, indices, K, N, VALUES))
     if norm_bias_ptr is not None:
         y = _add(y, load_pieces(norm_bias_ptr, indices, K, N, VALUES))
+    TOKEN: tl.constexpr = x_ptr.dtype.element_ty
+    STEP: tl.constexpr = _step_type(x_ptr, scale_ptr, shift_ptr)
+    y = _rounded(y, STEP)
     if scale_ptr is not None:
         scale_row = scale_ptr + sample * scale_row_stride
-        y = _multiply_by_one_plus(y, load_pieces(scale_row, indices, K, N, VALUES))
+        y = _scaled(y, load_pieces(scale_row, indices, K, N, VALUES), STEP)
     if shift_ptr is not None:
         shift_row = shift_ptr + sample * shift_row_stride
         y = _add(y, load_pieces(shift_row, indices, K, N, VALUES))
+    y = _rounded(y, TOKEN)
     if kept_ptr is not None:
         store_pieces(kept_ptr + token * padded_row(K), y, K, N)
     _finish(
@@ -280,8 +285,27 @@ def _add(v, w):
 
 
 @triton.jit
-def _multiply_by_one_plus(v, w):
+def _scaled(v, w, TYPE: tl.constexpr):
+    """v (1 + w), the sum and the product rounded to TYPE."""
     out = ()
     for piece in tl.static_range(len(v)):
-        out = out + (v[piece] * (1.0 + w[piece].to(tl.float32)),)
+        factor = (1.0 + w[piece].to(tl.float32)).to(TYPE).to(tl.float32)
+        out = out + ((v[piece] * factor).to(TYPE).to(tl.float32),)
+    return out
+
+
+@triton.constexpr_function
+def _step_type(x_ptr, scale_ptr, shift_ptr):
+    """What the steps of a modulation round to: the type of x where all vectors have it."""
+    vectors = [v for v in (scale_ptr, shift_ptr) if v is not None]
+    x_type = x_ptr.dtype.element_ty
+    return x_type if all(v.dtype.element_ty == x_type for v in vectors) else tl.float32
+
+
+@triton.jit
+def _rounded(v, TYPE: tl.constexpr):
+    """Rounded to TYPE, in fp32."""
+    out = ()
+    for piece in tl.static_range(len(v)):
+        out = out + (v[piece].to(TYPE).to(tl.float32),)
     return out

@@ -42,6 +42,12 @@ _DUAL_ROWS = 128
 _PART_ELEMENTS = 1 << 22
 # Values of a token that a thread holds at most: with 96, 128 registers and 16 warps an SM.
 _MAX_VALUES = 96
+# The same where a norm gathers its vectors too, by indices that it holds beside them.
+MAX_GATHERED_VALUES = 64
+
+# Else the compiler makes one operation of a product and a sum in 16 bits, without the rounding
+# between them.
+NORM_OPTIONS: dict[str, object] = {"enable_fp_fusion": False}
 
 # ---- launchers ----------------------------------------------------------------------------------
 
@@ -75,11 +81,11 @@ def values_a_thread(in_features: int, block_size: int, num_warps: int) -> int:
 
 
 @functools.cache
-def row_launch(in_features: int, block_size: int) -> RowLaunch:
+def row_launch(in_features: int, block_size: int, max_values: int = _MAX_VALUES) -> RowLaunch:
     """Launch of a token of in_features: as few warps as hold it, since their barriers cost time."""
     for num_warps in (1, 2, 4, 8):
         values = values_a_thread(in_features, block_size, num_warps)
-        if values <= _MAX_VALUES:
+        if values <= max_values:
             return RowLaunch(num_warps, values)
     return RowLaunch(16, values_a_thread(in_features, block_size, 16))
 
@@ -136,6 +142,7 @@ class _Tokens(NamedTuple):
     constants: dict[str, object]
     num_tokens: int
     in_features: int
+    options: dict[str, object] = {}  # of the compiler
 
 
 def _plain(x: Tensor) -> _Tokens:
@@ -181,7 +188,7 @@ class _Norm(NamedTuple):
             *(self.eps, kept),
         )
         constants: dict[str, object] = {"LAYER_NORM": self.norm == "layer"}
-        return _Tokens(norm_kernel, arguments, constants, samples * tokens, k)
+        return _Tokens(norm_kernel, arguments, constants, samples * tokens, k, NORM_OPTIONS)
 
 
 def _padded_rows(out: Tensor) -> Tensor:
@@ -200,8 +207,12 @@ def _launch_rows(
     tokens: _Tokens, rotation: _Rotation, out: Tensor, x_scale: Tensor | None, step: _Step
 ) -> None:
     """Run the kernel of `tokens`, without the matrices of `rotation`; out [num_tokens, K]."""
-    launch = row_launch(tokens.in_features, rotation.block_size)
-    options = {} if launch.maxnreg is None else {"maxnreg": launch.maxnreg}
+    gathers = tokens.kernel is norm_kernel and rotation.permutation is not None
+    most = MAX_GATHERED_VALUES if gathers else _MAX_VALUES
+    launch = row_launch(tokens.in_features, rotation.block_size, most)
+    options = dict(tokens.options)
+    if launch.maxnreg is not None:
+        options["maxnreg"] = launch.maxnreg
     rows = _padded_rows(out)
     tokens.kernel[(tokens.num_tokens,)](
         *tokens.arguments,

@@ -23,7 +23,7 @@ from lrq_kernels.scheme import DUAL_BLOCK_SIZE, QuantScheme
 
 from .calibration import ActivationStats, name_seed
 from .recipe import SearchOptions
-from .smoothing import smooth_scale, weight_absmax
+from .smoothing import smooth_scale, to_powers_of_two, weight_absmax
 from .twin_log import fit_twin_log, sensible_gain
 
 MAX_BLOCK = 1024
@@ -287,7 +287,8 @@ class _CandidateMaker:
         self.smooth: dict[float | None, Tensor | None] = {None: None}
         for i, alpha in enumerate(options.alphas):
             name = stats.name if i == 0 else None  # dead channels are logged once
-            self.smooth[alpha] = smooth_scale(self.act_rms, self.weight_absmax, alpha, name=name)
+            factors = smooth_scale(self.act_rms, self.weight_absmax, alpha, name=name)
+            self.smooth[alpha] = to_powers_of_two(factors)
 
     def cheap_candidates(self) -> list[Candidate]:
         """Everything but dual."""

@@ -60,6 +60,14 @@ def smooth_scale(
     return torch.where(alive, factor, one).float()
 
 
+def to_powers_of_two(scale: Tensor) -> Tensor:
+    """The nearest power of two, by ratio, of each factor of `scale`, finite and positive.
+
+    A product with one is exact in 16 bits, which is what the kernels of csrc/rotate multiply in. A
+    factor is then off by at most sqrt(2) from what alpha asks for."""
+    return torch.exp2(scale.log2().round())
+
+
 def weight_absmax(weights: list[Tensor]) -> Tensor:
     """Largest |W[:, k]| over linears [N_i, K] that share an input, fp32 [K]."""
     return torch.stack([weight.detach().abs().amax(0).float() for weight in weights]).amax(0)

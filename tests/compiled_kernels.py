@@ -51,13 +51,19 @@ def compile_kernel(
 
 
 def shared_arguments(
-    in_features: int, case: Case, dtype: str, *, permuted: bool = False, quantize: bool = True
+    in_features: int,
+    case: Case,
+    dtype: str,
+    *,
+    permuted: bool = False,
+    quantize: bool = True,
+    **most: int,
 ) -> tuple[dict[str, object], int]:
-    """The arguments that the kernels of a token share, and num_warps."""
+    """The arguments that the kernels of a token share, and num_warps; most: max_values."""
     from lrq_kernels import rotate_quantize as kernels
 
     block_size = case.block_size if case.rotation == "hadamard" else 1
-    launch = kernels.row_launch(in_features, block_size)
+    launch = kernels.row_launch(in_features, block_size, **most)
     arguments = {
         "x_ptr": f"*{dtype}",
         "x_row_stride": "i32",
@@ -98,23 +104,30 @@ def row_kernel(
 
 def norm_kernel(norm: str, affine: bool, keep: bool, in_features: int, arch: int, **options):
     from lrq_kernels import rotate_kernels
+    from lrq_kernels import rotate_quantize as kernels
 
     case, dtype = options.pop("case", Case()), options.pop("dtype", "bf16")
+    vectors = options.pop("vectors", dtype)
+    if options.get("permuted"):
+        options["max_values"] = kernels.MAX_GATHERED_VALUES
     arguments, num_warps = shared_arguments(in_features, case, dtype, **options)
     arguments |= {
         "x_sample_stride": "i64",
         "tokens_per_sample": "i32",
         "norm_weight_ptr": f"*{dtype}" if affine else None,
         "norm_bias_ptr": "*fp32" if affine else None,
-        "scale_ptr": f"*{dtype}",
+        "scale_ptr": f"*{vectors}",
         "scale_row_stride": "i32",
-        "shift_ptr": f"*{dtype}",
+        "shift_ptr": f"*{vectors}",
         "shift_row_stride": "i32",
         "eps": "fp32",
         "kept_ptr": f"*{dtype}" if keep else None,
         "LAYER_NORM": norm == "layer",
     }
-    return compile_kernel(rotate_kernels.norm_kernel, arguments, num_warps, arch), num_warps
+    compiled = compile_kernel(
+        rotate_kernels.norm_kernel, arguments, num_warps, arch, **kernels.NORM_OPTIONS
+    )
+    return compiled, num_warps
 
 
 def activation_kernel(name: str, gated: bool, keep: bool, in_features: int, arch: int, **options):

@@ -100,7 +100,7 @@ def rotate_rows_arguments(device: str, norm: str = "layer", samples: int = 2) ->
         "shift": None if shift is None else shift.to(dtype),
         "norm": norm,
         "eps": 1e-6,
-        "channel_scale": torch.randn(2 * K).to(device),
+        "channel_scale": torch.exp2(torch.randint(-3, 4, (2 * K,))).bfloat16().to(device),
         "block_size": 256,
         "act_bits": 8,
         "scale_mode": "absmax",

@@ -61,12 +61,17 @@ def draw(
     *,
     permuted: bool = False,
     device: str = "cpu",
+    exact: bool = False,
 ) -> Tensors:
-    """x [M, K] with a few loud channels, channel_scale with signs, permutation, matrices."""
+    """x [M, K] with a few loud channels, channel_scale with signs, permutation, matrices. exact:
+    channel_scale in powers of two, in bf16."""
     x = torch.randn(tokens, in_features, device=device)
     x[:, :: max(1, in_features // 8)] *= 20.0
     signs = torch.randint(0, 2, (in_features,), device=device) * 2 - 1
     channel_scale = (torch.rand(in_features, device=device) + 0.5) * signs
+    if exact:
+        powers = torch.randint(-3, 4, (in_features,), device=device)
+        channel_scale = (torch.exp2(powers) * signs).bfloat16()
     permutation = torch.randperm(in_features, device=device).int() if permuted else None
     matrices = None
     if case.rotation == "dual":
@@ -110,6 +115,57 @@ def assert_codes_within_tie_budget(
     assert not (to_half > TIE_DISTANCE).any(), f"{float(to_half.max()):.2e} from a half, not a tie"
     budget = math.ceil(tie_rate * x_q.numel()) + SMALL_SAMPLE
     assert len(differing) <= budget, f"{len(differing)} ties in {x_q.numel()} codes, over {budget}"
+
+
+def norm_oracle(x: torch.Tensor, vectors: tuple, norm: str, eps: float) -> torch.Tensor:
+    """reference.norm_modulate with its norm in float64; vectors: weight, bias, scale, shift."""
+    weight, bias, scale, shift = vectors
+    wide = x.double()
+    normed = reference.norm_modulate(wide, weight, bias, None, None, norm, eps)
+    return reference.modulate(normed, x, scale, shift)
+
+
+# A norm rounded to 16 bits: where fp32 is this near the middle of two of them, one y is off by its
+# last digit, and with it, by a little, the 128 values that its rotation makes of it.
+ROUNDED_CODES = 300e-6  # share of codes that this moves at most, by 1
+ROUNDED_SCALES = 0.03  # share of tokens of which it moves the largest value
+ROUNDED_SCALE_ERROR = 2.0**-7
+ROUNDED_VALUES = 1e-3  # share of y that are off
+
+
+def assert_codes_of_rounded_norm(
+    x_q: torch.Tensor, x_scale: torch.Tensor, tensors: Tensors, case: Case
+) -> None:
+    """x_q and x_scale of y in 16 bits, tensors[0], but for the few y that rounded the other way."""
+    wide = (tensors[0].double(), *tensors[1:])
+    expected_q, expected_scale = reference.rotate_quantize(*wide, *case.arguments)
+    assert x_q.dtype == torch.int8 and x_q.is_contiguous() and x_q.shape == tensors[0].shape
+    assert x_scale.dtype == torch.float32 and x_scale.shape == tensors[0].shape[:-1]
+    if x_q.numel() == 0:
+        return
+    errors = (x_scale.double() - expected_scale).abs() / expected_scale.clamp(min=1e-300)
+    assert float(errors.max()) <= ROUNDED_SCALE_ERROR, f"x_scale is off by {errors.max():.2e}"
+    moved = int((errors > SCALE_ERROR).sum())
+    budget = math.ceil(ROUNDED_SCALES * errors.numel()) + SMALL_SAMPLE
+    assert moved <= budget, f"{moved} of {errors.numel()} x_scale differ, over {budget}"
+    difference = (x_q.int() - expected_q.int()).abs()
+    assert int(difference.max()) <= 1, f"codes differ by up to {int(difference.max())}"
+    # In a token of few codes all may move at once.
+    budget = math.ceil(ROUNDED_CODES * x_q.numel()) + x_q.shape[-1] // 8
+    differing = int(difference.sum())
+    assert differing <= budget, f"{differing} of {x_q.numel()} codes differ, over {budget}"
+
+
+def assert_rounded_norm(y: torch.Tensor, expected: torch.Tensor) -> None:
+    """y in 16 bits is what is expected, but for the few that rounded the other way."""
+    assert y.shape == expected.shape and y.dtype == expected.dtype and y.is_contiguous()
+    off = y != expected
+    assert int(off.sum()) <= ROUNDED_VALUES * y.numel() + SMALL_SAMPLE
+    unit = torch.finfo(y.dtype).eps * expected.double().abs().clamp(min=1e-3)
+    # Each of four steps may round the other way, before a sum that may be much smaller.
+    row = expected.double().abs().amax(-1, keepdim=True)
+    error = (y.double() - expected.double()).abs()
+    assert bool((error <= 4 * torch.maximum(unit, torch.finfo(y.dtype).eps * row)).all())
 
 
 def assert_rotated_within_rounding(y: torch.Tensor, tensors: Tensors, case: Case) -> None:

@@ -178,6 +178,8 @@ def rotations() -> None:
         ("dual", 128, 256, fp16, False, 4, "rms"),
     ):
         channel_scale = torch.rand(k, device="cuda")
+        if rotation == "hadamard" and not permuted:  # what csrc/rotate takes
+            channel_scale = torch.exp2((4 * channel_scale).floor()).bfloat16()
         permutation = torch.randperm(k, device="cuda").int() if permuted else None
         matrices = dual if rotation == "dual" else None
         x = exact_rows(torch.randn(3, k).to(dtype), k + 8)
@@ -248,7 +250,8 @@ def rotated_rows() -> None:
         if samples:
             scale = exact_rows(torch.randn(samples, k).to(dtype), k + 1)
             shift = exact_rows(torch.randn(samples, k), k + 3)
-        options = (norm, 1e-6, torch.rand(k, device="cuda"), block_size, act_bits, mode, 0.5)
+        powers = torch.exp2(torch.randint(-3, 4, (k,), device="cuda")).bfloat16()
+        options = (norm, 1e-6, powers, block_size, act_bits, mode, 0.5)
         arguments = (x, other, scale, shift, *options)
         x_q, x_scale = ops._rotate_rows(*arguments)
         wide = [a.double().cpu() if isinstance(a, Tensor) else a for a in arguments]

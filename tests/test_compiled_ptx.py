@@ -11,10 +11,13 @@ from compiled_kernels import activation_kernel, norm_kernel, row_kernel
 from ptx_emulator import Kernel
 from rotate_cases import (
     Case,
+    assert_codes_of_rounded_norm,
     assert_codes_within_tie_budget,
     assert_rotated_within_rounding,
+    assert_rounded_norm,
     assert_rounded_once,
     draw,
+    norm_oracle,
     not_interpreted,
 )
 from test_fused_rotate_quantize import RMS_INT4, SCALE_ERROR, TIE_RATE, draw_vectors
@@ -174,15 +177,16 @@ def test_activation(name: str) -> None:
     ],
 )
 def test_norm(norm: str, affine: bool, in_features: int, permuted: bool) -> None:
-    """Two samples of one token each."""
+    """Two samples of one token each. scale and shift are fp32: operations in bf16 are not
+    emulated."""
     case = Case() if in_features % 128 == 0 else Case("none")
     tensors = draw(TOKENS, in_features, torch.bfloat16, case, permuted=permuted)
     x, (x_q, x_scale) = tensors[0] + 1.0, outputs(in_features)
     weight, bias, scale, shift = draw_vectors(TOKENS, in_features, torch.bfloat16)
-    scale, shift, bias = scale.bfloat16().contiguous(), shift.contiguous(), bias.float()
+    scale, shift, bias = scale.contiguous(), shift.float().contiguous(), bias.float()
     keep = not permuted
     compiled, num_warps = norm_kernel(
-        norm, affine, keep, in_features, 90, case=case, permuted=permuted
+        norm, affine, keep, in_features, 90, case=case, permuted=permuted, vectors="fp32"
     )
     kept = torch.full(x.shape, torch.nan).bfloat16()
     sources = {
@@ -203,12 +207,10 @@ def test_norm(norm: str, affine: bool, in_features: int, permuted: bool) -> None
     values = sources | shared_values(tensors, case, x_q, x_scale)
     run(rotate_kernels.norm_kernel, compiled, num_warps, values)
     vectors = (weight, bias) if affine else (None, None)
-    y = reference.norm_modulate(x[:, None].double(), *vectors, scale, shift, norm, 1e-6)[:, 0]
-    assert_codes_within_tie_budget(
-        x_q, x_scale, (y, *tensors[1:]), case, tie_rate=TIE_RATE, scale_error=SCALE_ERROR
-    )
+    y = norm_oracle(x[:, None], (*vectors, scale, shift), norm, 1e-6)[:, 0]
+    assert_codes_of_rounded_norm(x_q, x_scale, (y, *tensors[1:]), case)
     if keep:
-        assert_rounded_once(kept, y)
+        assert_rounded_norm(kept, y)
 
 
 def test_a_swapped_byte_would_be_seen() -> None:

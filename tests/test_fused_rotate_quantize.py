@@ -15,11 +15,14 @@ from compiled_kernels import (
 )
 from rotate_cases import (
     Case,
+    assert_codes_of_rounded_norm,
     assert_codes_within_tie_budget,
+    assert_rounded_norm,
     assert_rounded_once,
     draw,
     in_interpreter,
     launch,
+    norm_oracle,
     not_interpreted,
 )
 
@@ -49,6 +52,17 @@ def check(result: tuple, y: Tensor, tensors: tuple, case: Case, dtype: torch.dty
         assert_rounded_once(kept[0], y)
 
 
+def check_rounded_norm(result: tuple, y: Tensor, tensors: tuple, case: Case) -> None:
+    """The same of a norm, against y in the type that it is rounded to."""
+    if y.dtype == torch.float32:
+        check(result, y.double(), tensors, case, y.dtype)
+        return
+    x_q, x_scale, kept = result
+    assert_codes_of_rounded_norm(x_q, x_scale, (y, *tensors[1:]), case)
+    if kept.numel():
+        assert_rounded_norm(kept, y)
+
+
 def draw_vectors(
     samples: int, in_features: int, dtype: torch.dtype, device: str = "cpu"
 ) -> tuple[Tensor, ...]:
@@ -66,7 +80,7 @@ def check_norm(
     front = (*vectors, norm, 1e-6)
     arguments = other_arguments(case, tensors)
     result = launch("norm_modulate_rotate_quantize", x, *front, *arguments, keep)
-    check(result, reference.norm_modulate(x.double(), *front), tensors, case, x.dtype)
+    check_rounded_norm(result, norm_oracle(x, vectors, norm, 1e-6), tensors, case)
     assert result[2].shape == (x.shape if keep else (0,))
 
 
@@ -101,8 +115,8 @@ def check_special_rows(device: str, dtype: torch.dtype, rotation: str) -> None:
     x_q, x_scale, _ = launch("norm_modulate_rotate_quantize", x, *none, *arguments, False)
     assert float(x_scale[1]) == 0.0 and not x_q[1].any()
     assert not x_scale[3:5].isfinite().any() and not x_q[3:5].any()
-    y = reference.norm_modulate(part.double(), *none)
-    check((x_q[finite], x_scale[finite]), y, tensors, case, dtype)
+    y = norm_oracle(part, none[:4], *none[4:])
+    check_rounded_norm((x_q[finite], x_scale[finite], y[:0]), y, tensors, case)
 
     for name in ("gelu_tanh", "gelu_erf", "silu"):
         x_q, x_scale, _ = launch("activation_rotate_quantize", x, None, name, *arguments, False)
@@ -135,10 +149,24 @@ def test_reference_norm_is_that_of_torch(norm: str, dtype: torch.dtype) -> None:
         normed = torch.nn.functional.rms_norm(wide, (96,), w, 1e-5) + bias
     expected = normed * (1 + scale.double()[:, None]) + shift.double()[:, None]
     got = reference.norm_modulate(x, weight, bias, scale, shift, norm, 1e-5)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+    assert got.dtype == dtype  # scale is fp32: rounded once
+    torch.testing.assert_close(got, expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-5)
     one = reference.norm_modulate(x[1], weight, bias, scale[1:], shift[1:], norm, 1e-5)
-    torch.testing.assert_close(one.double(), expected[1], rtol=1e-5, atol=1e-5)
+    assert torch.equal(one, got[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reference_rounds_a_modulation_as_torch_does(dtype: torch.dtype) -> None:
+    """Each step of it, in the type of the model; but for norms that fp32 rounds the other way."""
+    x = (torch.randn(2, 50, 96) * 3 + 1).to(dtype)
+    scale, shift = torch.randn(2, 96).to(dtype), torch.randn(2, 96).to(dtype)
+    eager = torch.nn.functional.layer_norm(x, (96,), None, None, 1e-5)
+    eager = eager * (1 + scale[:, None]) + shift[:, None]
+    got = reference.norm_modulate(x, None, None, scale, shift, "layer", 1e-5)
+    if dtype == torch.float32:
+        torch.testing.assert_close(got, eager, rtol=1e-5, atol=1e-5)
+    else:
+        assert_rounded_norm(got, eager)
 
 
 def test_reference_keeps_what_it_quantizes() -> None:
@@ -270,7 +298,7 @@ def test_cuda_kernel_gets_the_same_problem(
     cuda_for_every_form: list[str], dtype: torch.dtype
 ) -> None:
     case = Case(act_bits=4, scale_mode="rms", scale_factor=0.3)
-    tensors = draw(6, 256, dtype, case)
+    tensors = draw(6, 256, dtype, case, exact=True)
     arguments, x = other_arguments(case, tensors), tensors[0].view(2, 3, -1)
     _, _, scale, shift = draw_vectors(2, 256, dtype)
     for op, sources in (
@@ -302,6 +330,9 @@ def test_what_cuda_cannot_do_stays_in_triton(
     for call in (
         lambda: plain(x.float(), *hadamard),
         lambda: plain(x[0], *hadamard),
+        lambda: plain(x, vector, *hadamard[1:]),  # fp32: products may need more than 16 bits
+        lambda: concat(x, x, torch.ones(256), *hadamard[1:]),
+        lambda: norm(x, None, None, None, None, "layer", 1e-6, vector, *hadamard[1:], False),
         lambda: plain(wide[:, 4:132], *hadamard),  # not on 16 bytes
         lambda: concat(x[:, :64], x[:, 64:], *hadamard),
         lambda: plain(x, None, index, None, "hadamard", 128, *step),

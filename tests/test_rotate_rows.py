@@ -6,27 +6,22 @@ map or a wrong sign shows up as a wrong Hadamard matrix.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+import rotate_cases
 import torch
+from rotate_cases import assert_codes_of_rounded_norm, assert_codes_within_tie_budget, norm_oracle
 
 from benchmarks.dit_shapes import IN_FEATURES
-from lrq_kernels import activation_path, ops, reference
+from lrq_kernels import activation_path, ops
 
 planner = pytest.importorskip("lrq_kernels._planner")
 
-# A code may differ by 1 where v / x_scale is this close to a half ...
-TIE_DISTANCE = 1e-3
-# ... in this share of the codes; SMALL_SAMPLE more, for samples too small to show a rate.
-TIE_RATE = {"none": 20e-6, "layer": 300e-6, "rms": 300e-6}
-SMALL_SAMPLE = 2
-SCALE_ERROR = 1e-6
-
 BLOCKS = (128, 256, 512, 1024)
-STREAMING_MULTIPROCESSORS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_120": 188}
+# Multiprocessors, and the bytes of shared memory that a thread block may have.
+GPUS = {"sm_80": (108, 163), "sm_89": (128, 99), "sm_90": (132, 227), "sm_120": (188, 99)}
 
 
 # ---- index maps, CPU ----------------------------------------------------------------------------
@@ -39,39 +34,49 @@ def sylvester(size: int) -> np.ndarray:
     return matrix
 
 
+def matrix_product(columns: np.ndarray) -> np.ndarray:
+    """A of token_rotation.cuh times [16, 8]: row 8h + g, column 8 * chunk + 2t + half."""
+    row, k = np.arange(16)[:, None], np.arange(16)
+    h, g, chunk, t, half = row // 8, row % 8, k // 8, k // 2 % 4, k % 2
+    odd = h * half + (g & 1) * (t & 1) + (g // 2 % 2) * (t // 2) + (g // 4) * chunk
+    return np.where(odd % 2, -1, 1) @ columns
+
+
 def warp_transform(x: np.ndarray, block_size: int) -> np.ndarray:
     """What the lanes of one warp do with x [1024], in the kernel's order of stages."""
     lanes = np.arange(32)
-
-    def sign(bit: int) -> np.ndarray:
-        return np.where(lanes & bit, -1, 1)[:, None]
-
-    v = np.array([[x[planner.lane_chunk_to_k(lane, chunk) :][:8] for chunk in range(4)]
-                  for lane in lanes])  # fmt: skip
-    # v [lane, chunk, element]; elements first
-    for bit in (1, 2, 4):
-        for e in range(8):
-            if not e & bit:
-                a, b = v[..., e].copy(), v[..., e | bit].copy()
-                v[..., e], v[..., e | bit] = a + b, a - b
-    a, b = v[:, :2].copy(), v[:, 2:].copy()
-    v[:, :2], v[:, 2:] = a + b, a - b
-    for chunk in (0, 2):
-        a, b = v[:, chunk].copy(), v[:, chunk + 1].copy()
-        kept, sent = a + sign(1) * b, a - sign(1) * b
-        received = sent[lanes ^ 1]
-        v[:, chunk], v[:, chunk + 1] = kept + received, kept - received
-    bit = 2
-    while bit == 2 or (bit < 32 and block_size > bit // 4 * 128):
-        v = v * sign(bit)[..., None] + v[lanes ^ bit]
-        bit *= 2
-    v[:, 1::2] *= sign(1)[..., None]
+    v = np.zeros((32, 2, 4, 2, 2), dtype=np.int64)  # lane, chunk, word, row, column
+    for chunk in range(2):
+        for word in range(4):
+            columns = np.zeros((16, 8), dtype=np.int64)
+            for lane in lanes:
+                for upper in range(2):
+                    k = planner.lane_chunk_to_k(lane, chunk + 2 * upper) + 2 * word
+                    at = 8 * upper + 2 * (lane % 4)
+                    columns[at : at + 2, lane // 4] = x[k : k + 2]
+            product = matrix_product(columns)
+            for lane in lanes:
+                g, t = lane // 4, lane % 4
+                v[lane, chunk, word] = product[[g, g + 8], 2 * t : 2 * t + 2]
+    for bit in (1, 2):
+        for word in (0, 3 - bit):
+            a, b = v[:, :, word].copy(), v[:, :, word + bit].copy()
+            v[:, :, word], v[:, :, word + bit] = a + b, a - b
+    v = np.stack([v[:, 0] + v[:, 1], v[:, 0] - v[:, 1]], axis=1)
+    v[:, 1, :, :, 1] *= -1  # odd units have their chunks the other way round
+    if block_size > 128:
+        v = np.stack([v[..., 0] + v[..., 1], v[..., 0] - v[..., 1]], axis=-1)
+    for bit in (1, 2):
+        if block_size > 256 * bit:
+            sign = np.where(lanes & bit, -1, 1)[:, None, None, None, None]
+            v = v * sign + v[lanes ^ bit]
 
     out = np.zeros(1024, dtype=np.int64)
     for lane in lanes:
-        for chunk in range(4):
-            k = planner.lane_result_to_k(lane, chunk)
-            out[k : k + 8] = v[lane, chunk]
+        for column in range(2):
+            for chunk in range(2):
+                k = planner.lane_result_to_k(lane, column, chunk)
+                out[k : k + 8] = v[lane, chunk, :, :, column].ravel()
     return out
 
 
@@ -88,64 +93,56 @@ def test_lanes_load_and_store_each_k_once_in_16_byte_pieces() -> None:
     loaded = [planner.lane_chunk_to_k(lane, i) for i in range(4) for lane in range(32)]
     assert sorted(loaded) == list(range(0, 1024, 8))  # 8 values of 16 bits
     stored = []
-    for chunk in (0, 2):
+    for column in range(2):
         for lane in range(32):
-            first = planner.lane_result_to_k(lane, chunk)
-            assert planner.lane_result_to_k(lane, chunk + 1) == first + 8
+            first = planner.lane_result_to_k(lane, column, 0)
+            assert planner.lane_result_to_k(lane, column, 1) == first + 8
             stored.append(first)
+        lanes = sorted(stored[-32:])  # eight lanes store 128 bytes side by side
+        assert [k % 128 for k in lanes] == 4 * list(range(0, 128, 16))
     assert sorted(stored) == list(range(0, 1024, 16))  # 16 codes
 
 
-def test_lanes_of_an_access_fill_whole_sectors() -> None:
-    """32 bytes, the unit of traffic: the pieces of 64 bytes side by side."""
-
-    def runs(starts: list[int], piece: int) -> list[int]:
-        starts = sorted(starts)
-        gaps = np.nonzero(np.diff(starts) != piece)[0] + 1
-        return [len(run) for run in np.split(np.array(starts), gaps)]
-
+def test_lanes_that_read_shared_memory_together_read_all_of_its_banks() -> None:
+    """Eight lanes at a time, 16 bytes each, from 32 banks of 4 bytes; the second chunk of two lies
+    where bit 4 of the address of the first differs, the others 128 bytes on."""
     for chunk in range(4):
-        assert runs([planner.lane_chunk_to_k(lane, chunk) for lane in range(32)], 8) == [4] * 8
-    for chunk in (0, 2):
-        assert runs([planner.lane_result_to_k(lane, chunk) for lane in range(32)], 16) == [4] * 8
+        places = [2 * planner.lane_chunk_to_k(lane, chunk) for lane in range(32)]
+        for first in range(0, 32, 8):
+            assert sorted(p % 128 for p in places[first : first + 8]) == list(range(0, 128, 16))
+        firsts = [2 * planner.lane_chunk_to_k(lane, 0) for lane in range(32)]
+        assert places == [(p ^ 16 * (chunk % 2)) + 128 * (chunk // 2) for p in firsts]
 
 
 # ---- plans, CPU ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device", STREAMING_MULTIPROCESSORS)
-@pytest.mark.parametrize("form", ["PLAIN", "MODULATED", "NORM"])
-def test_every_plan_gives_each_token_to_one_group_of_lanes(form: str, device: str) -> None:
-    sms = STREAMING_MULTIPROCESSORS[device]
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("registers", [64, 72, 80, 96])
+@pytest.mark.parametrize("modulated", [False, True])
+def test_every_plan_gives_each_token_to_one_team(modulated: bool, registers: int, gpu: str) -> None:
+    sms, shared_kb = GPUS[gpu]
+    limit = 1024 * shared_kb
     for features in sorted({128, 1024, 1152, 8192, *IN_FEATURES, planner.ROTATE_MAX_FEATURES}):
         for samples, tokens in ((1, 1), (1, 4608), (2, 300), (7, 131), (5000, 1)):
             plan = planner.plan_rotate_rows(
-                features, getattr(planner.RotateForm, form), samples, tokens, sms
+                features, samples, tokens, sms, registers, modulated, limit
             )
-            assert plan.units == features // 128 and plan.threads % 32 == 0
-            used = 4 * plan.units * plan.tokens_per_block
-            assert used <= plan.threads <= 512 and used >= 0.87 * plan.threads
-            unit = np.arange(plan.threads // 4)
-            slot = unit * plan.units_reciprocal >> 16
-            np.testing.assert_array_equal(slot, unit // plan.units)
-            blocks = np.arange(plan.blocks_per_sample)
-            slots = np.arange(plan.tokens_per_block)
-            if plan.stay:
-                assert form != "NORM"
-                assert plan.shared_bytes == 64 * plan.threads
-                resident = (682 if form == "PLAIN" else 512) * sms  # of 65536 registers an SM
-                assert plan.threads * plan.blocks_per_sample * samples <= max(
-                    resident, plan.threads * samples
-                )
-                lots = -(-tokens // plan.tokens_per_block)
-                lot = np.concatenate([np.arange(b, lots, len(blocks)) for b in blocks])
-                taken = (lot[:, None] * plan.tokens_per_block + slots).ravel()
-                taken = taken[taken < tokens]
-            else:
-                assert form != "MODULATED"
-                taken = (blocks[:, None] * len(slots) + slots).ravel()
-                taken = taken[taken < tokens]
-            assert sorted(taken) == list(range(tokens))
+            warps = plan.team_threads // 32
+            assert plan.team_threads % 32 == 0 and 1024 * (warps - 1) < features <= 1024 * warps
+            # A quarter of the warps and of the registers is of one scheduler.
+            assert -(-plan.teams * warps // 4) * 32 * registers <= 65536 // 4
+            assert plan.teams * plan.team_threads <= 1024 and 1 <= plan.teams <= 15
+            vectors = (2 if modulated else 1) * 2 * features
+            assert plan.shared_bytes == plan.teams * plan.slots * 64 * 32 * warps + vectors
+            # Without room for a modulation the kernel reads its vectors from memory.
+            assert plan.fits(limit) or (modulated and features > 12288 and shared_kb < 163)
+            assert 1 <= plan.slots <= 2
+            block, team = np.arange(plan.blocks_per_sample)[:, None], np.arange(plan.teams)
+            first = (block + plan.blocks_per_sample * team).ravel()
+            step = plan.blocks_per_sample * plan.teams
+            taken = (first[:, None] + step * np.arange(-(-tokens // step))).ravel()
+            assert sorted(taken[taken < tokens]) == list(range(tokens))
 
 
 def test_one_token_a_sample_has_the_stride_of_the_samples() -> None:
@@ -175,9 +172,15 @@ def test_what_the_kernel_takes() -> None:
         assert takes(features, row_stride=features)
 
 
+def exact_scale(features: int, device: str = "cuda") -> torch.Tensor:
+    """Powers of two with signs, bf16."""
+    signs = torch.randint(0, 2, (features,), device=device) * 2 - 1
+    return (torch.exp2(torch.randint(-4, 5, (features,), device=device)) * signs).bfloat16()
+
+
 def test_the_kernel_has_no_shorter_list_than_its_op() -> None:
     """reference: norm 'none' with one source is lrq::rotate_quantize."""
-    x, channel_scale = torch.randn(5, 384), torch.randn(384)
+    x, channel_scale = torch.randn(5, 384), exact_scale(384, "cpu")
     for options in ((128, 8, "absmax", 1.0), (128, 4, "rms", 0.35)):
         got = ops._rotate_rows(x, None, None, None, "none", 0.0, channel_scale, *options)
         expected = ops.rotate_quantize(x, channel_scale, None, None, "hadamard", *options)
@@ -188,17 +191,13 @@ def test_the_kernel_has_no_shorter_list_than_its_op() -> None:
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(rotate_cases.Case):
     norm: str = "none"
-    block_size: int = 128
-    act_bits: int = 8
-    scale_mode: str = "absmax"
-    scale_factor: float = 1.0
     eps: float = 1e-6
 
     @property
     def quantized(self) -> tuple[int, int, str, float]:
-        return self.block_size, self.act_bits, self.scale_mode, self.scale_factor
+        return self.arguments[1:]
 
 
 MODES = (
@@ -223,14 +222,15 @@ class Inputs:
             *case.quantized,
         )  # fmt: skip
 
-    def oracle(self, case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Codes and scales in float64, and v / x_scale before rounding."""
-        wide = [None if t is None else t.double() for t in (self.x, self.second, self.scale)]
-        shift = None if self.shift is None else self.shift.double()
-        arguments = (*wide, shift, case.norm, case.eps, self.channel_scale)
-        codes, scales = reference.rotate_rows(*arguments, *case.quantized)
-        v = reference.rotated_rows(*arguments, case.block_size)
-        return codes, scales, v / scales[..., None]
+    def rotated(self, case: Case) -> torch.Tensor:
+        """What is rotated: [x | second], or its norm, rounded as it should be."""
+        x = self.x if self.second is None else torch.cat([self.x, self.second], -1)
+        if case.norm == "none":
+            return x
+        given = [len(v) for v in (self.scale, self.shift) if v is not None]
+        by_sample = x.reshape(max([1, *given]), -1, x.shape[-1])
+        vectors = (None, None, self.scale, self.shift)
+        return norm_oracle(by_sample, vectors, case.norm, case.eps).view(x.shape)
 
 
 def draw(
@@ -250,8 +250,6 @@ def draw(
         return (x + (0.5 if case.norm != "none" else 0.0)).to(dtype)
 
     features = shape[-1] + second
-    signs = torch.randint(0, 2, (features,), device="cuda") * 2 - 1
-    channel_scale = (torch.rand(features, device="cuda") + 0.5) * signs
     scale = shift = None
     if samples:
         scale = torch.randn(samples, features, device="cuda").to(dtype)
@@ -261,35 +259,21 @@ def draw(
         rows(second) if second else None,
         scale,
         shift,
-        channel_scale if smooth else None,
+        exact_scale(features) if smooth else None,
     )
 
 
 def check(inputs: Inputs, case: Case) -> None:
-    """x_scale to fp32 accuracy; codes equal float64's but for a few, by 1, at ties."""
-    x_q, x_scale = inputs.run(case)
-    expected_q, expected_scale, steps = inputs.oracle(case)
-    assert x_q.dtype == torch.int8 and x_q.is_contiguous() and x_q.shape == expected_q.shape
-    assert x_scale.dtype == torch.float32 and x_scale.shape == expected_scale.shape
-    if x_q.numel() == 0:
-        return
-    worst = float(
-        ((x_scale.double() - expected_scale) / expected_scale.clamp(min=1e-300)).abs().max()
-    )
-    assert worst <= SCALE_ERROR, f"x_scale is off by {worst:.2e} of itself"
-    difference = (x_q.int() - expected_q.int()).abs()
-    assert int(difference.max()) <= 1, f"codes differ by up to {int(difference.max())}"
-    differing = steps[difference == 1]
-    to_half = ((differing - differing.floor()) - 0.5).abs()
-    assert not (to_half > TIE_DISTANCE).any(), f"{float(to_half.max()):.2e} from a half, not a tie"
-    budget = math.ceil(TIE_RATE[case.norm] * x_q.numel()) + SMALL_SAMPLE
-    assert len(differing) <= budget, f"{len(differing)} ties in {x_q.numel()} codes, over {budget}"
+    """Codes and x_scale of what is rotated, by the rules of rotate_cases."""
+    y = inputs.rotated(case)
+    judge = assert_codes_within_tie_budget if case.norm == "none" else assert_codes_of_rounded_norm
+    judge(*inputs.run(case), (y, inputs.channel_scale, None, None), case)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("features", sorted({128, 256, 384, 1024, 2048, 8192, *IN_FEATURES}))
 def test_every_width_and_block(features: int) -> None:
-    """What changes with K: tokens and warps of a thread block, whether it stays, idle lanes."""
+    """What changes with K: warps of a team, teams of a thread block, idle lanes."""
     for block_size in BLOCKS:
         if features % block_size == 0:
             check(draw((131, features), case := Case(block_size=block_size)), case)
@@ -301,9 +285,9 @@ def test_every_width_and_block(features: int) -> None:
 @pytest.mark.parametrize("tokens", [0, 1, 2, 7, 131, 4608])
 @pytest.mark.parametrize("norm", ["none", "layer", "rms"])
 def test_every_number_of_tokens(norm: str, tokens: int) -> None:
-    """Fewer tokens than a thread block takes, than thread blocks that stay, and many for each."""
+    """Fewer tokens than multiprocessors, than teams, and many for each team."""
     for features in (1152, 3072, 12288):
-        case = Case(norm)
+        case = Case(norm=norm)
         check(draw((tokens, features), case), case)
 
 
@@ -321,8 +305,8 @@ def test_every_mode(norm: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("samples, tokens", [(1, 300), (2, 150), (3, 100), (300, 1), (7, 4)])
 def test_vectors_of_every_sample(samples: int, tokens: int, norm: str) -> None:
-    """Of x's dtype and aligned, the fast form, and any other."""
-    case = Case(norm)
+    """Of x's dtype and aligned, which teams keep, and any other."""
+    case = Case(norm=norm)
     inputs = draw((samples * tokens, 1152), case, samples=samples)
     check(inputs, case)
     check(replace(inputs, shift=None), case)
@@ -338,10 +322,10 @@ def test_vectors_of_every_sample(samples: int, tokens: int, norm: str) -> None:
 @pytest.mark.parametrize("samples, tokens", [(1, 1), (3, 5), (2, 1500), (1000, 3)])
 @pytest.mark.parametrize("features", [128, 1024, 1152, 3072, 4608, planner.ROTATE_MAX_FEATURES])
 def test_thread_blocks_that_keep_the_modulation(features: int, samples: int, tokens: int) -> None:
-    """One lot of tokens and many, more samples than thread blocks fit at once."""
+    """One token of a team and many, more samples than thread blocks fit at once."""
     tokens = min(tokens, max(3, 3_000_000 // (samples * features)))
     for norm in ("layer", "rms"):
-        case = Case(norm, 128 if features % 1024 else 1024)
+        case = Case(norm=norm, block_size=128 if features % 1024 else 1024)
         inputs = draw((samples * tokens, features), case, samples=samples, smooth=norm == "rms")
         inputs = replace(inputs, shift=inputs.shift.bfloat16())
         check(inputs, case)
@@ -362,7 +346,7 @@ def test_two_sources(first: int, second: int) -> None:
         check(inputs, case)
         wide = torch.randn(133, second + 64, device="cuda").bfloat16()
         check(replace(inputs, second=wide[:, 64:]), case)
-    case = Case("rms")
+    case = Case(norm="rms")
     check(draw((133, first), case, second=second, samples=1), case)
 
 
@@ -370,7 +354,7 @@ def test_two_sources(first: int, second: int) -> None:
 @pytest.mark.parametrize("norm", ["none", "layer"])
 def test_row_strides_and_batches(norm: str) -> None:
     """Wide rows, every other row, a batch whose samples are apart, one token a sample, one row."""
-    case = Case(norm)
+    case = Case(norm=norm)
     base = torch.randn(3, 40, 4096, device="cuda").bfloat16()
     views = [base[0, :, :3072], base[0, ::2, 64:3136], base[..., :3072], base[:, 5:, 8:3080]]
     views += [base[:, :1, :3072], base[0, :1, :3072], base[0, :1, :3072].expand(5, -1)]
@@ -418,7 +402,7 @@ def test_scale_of_values_does_not_matter(magnitude: float) -> None:
 @pytest.mark.gpu
 def test_a_mean_ten_times_the_deviation() -> None:
     """sum x^2 - (sum x)^2 would lose its digits."""
-    case = Case("layer")
+    case = Case(norm="layer")
     inputs = draw((131, 3072), case, samples=1, dtype=torch.float16)
     check(replace(inputs, x=inputs.x / 4 + 4), case)
 
@@ -433,9 +417,9 @@ def test_outputs_are_repeatable_and_as_the_triton_kernel_has_them() -> None:
         assert all(map(torch.equal, first, inputs.run(mode)))
         plain = (inputs.x, inputs.channel_scale, None, None, "hadamard", *mode.quantized)
         x_q, x_scale = triton_kernels.rotate_quantize(*plain)
-        torch.testing.assert_close(first[1], x_scale, rtol=SCALE_ERROR, atol=0.0)
+        torch.testing.assert_close(first[1], x_scale, rtol=rotate_cases.SCALE_ERROR, atol=0.0)
         differing = int((first[0] != x_q).sum())
-        assert differing <= 2 * TIE_RATE["none"] * x_q.numel()
+        assert differing <= 2 * rotate_cases.TIE_RATE * x_q.numel()
 
 
 @pytest.mark.gpu
@@ -446,15 +430,17 @@ def test_what_the_kernel_does_not_take_is_an_error() -> None:
     for x in (wide[:, 4:1156], torch.zeros(5, 1156, device="cuda").bfloat16()[:, :1152]):
         with pytest.raises(ValueError, match="the problem must be one that .*supports_rotate_rows"):
             replace(inputs, x=x).run(case)
-    shifted = torch.ones(1153, device="cuda")[1:]
+    shifted = torch.ones(1153, device="cuda").bfloat16()[1:]
     with pytest.raises(ValueError, match="the problem must be one that .*supports_rotate_rows"):
         replace(inputs, channel_scale=shifted).run(case)
     for bad in (Case(block_size=64), Case(block_size=32)):
         with pytest.raises(ValueError, match="the problem must be one that .*supports_rotate_rows"):
             inputs.run(bad)
+    with pytest.raises(ValueError, match="channel_scale must be torch.bfloat16"):
+        replace(inputs, channel_scale=torch.ones(1152, device="cuda")).run(case)
     with pytest.raises(ValueError, match="dtype of x on CUDA must be one of"):
         replace(inputs, x=inputs.x.float()).run(case)
     uneven = torch.zeros(2, 6, 1152, device="cuda").bfloat16()[:, :4]
     scale = torch.zeros(4, 1152, device="cuda")
     with pytest.raises(ValueError, match="x must be evenly spaced"):
-        replace(inputs, x=uneven, scale=scale).run(Case("layer"))
+        replace(inputs, x=uneven, scale=scale).run(Case(norm="layer"))

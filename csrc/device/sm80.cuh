@@ -58,6 +58,12 @@ __device__ __forceinline__ void grid_dependency_trigger() {
 #endif
 }
 
+// Waits for `threads` threads of the block, a multiple of 32, that name this barrier, 0 to 15; what
+// they wrote to shared memory is seen then (PTX ISA 9.7.13.1, barrier).
+__device__ __forceinline__ void barrier_sync(int barrier, int threads) {
+  asm volatile("barrier.sync.aligned %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 // Loads four 8 x 16-byte matrices, row addresses from lanes 8i..8i+7 for matrix i; lane l receives
 // bytes 4(l%4)..+3 of row l/4 of each (PTX ISA 9.7.14.5.15, ldmatrix).
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&matrix)[4], uint32_t row_address) {
@@ -76,6 +82,25 @@ __device__ __forceinline__ void mma_m16n8k32_s8(int (&d)[4], const uint32_t (&a)
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// d = a * b + c, 16 x 8 x 16, bf16 or fp16 in, fp32 accumulation (PTX ISA 9.7.14.5.14, mma).
+__device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4],
+                                                  uint32_t b0, uint32_t b1, const float (&c)[4]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%10, %11, %12, %13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]),
+        "f"(c[2]), "f"(c[3]));
+}
+
+__device__ __forceinline__ void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                 uint32_t b1, const float (&c)[4]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%10, %11, %12, %13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]),
+        "f"(c[2]), "f"(c[3]));
 }
 
 // The larger number, NaN when one is (PTX ISA 9.7.3.12, max).
@@ -100,14 +125,14 @@ __device__ __forceinline__ uint32_t prmt(uint32_t low, uint32_t high, uint32_t s
   return result;
 }
 
-// 16 bytes that nobody writes and that are read once: they take no place in the L1 cache (PTX ISA
-// 9.7.9.9, ld.global.nc).
+// Loads 16 bytes of shared memory (PTX ISA 9.7.9.8, ld).
 template <int kOffset>
-__device__ __forceinline__ uint4 load_global_once_16(const void* global) {
+__device__ __forceinline__ uint4 load_shared_16(uint32_t shared) {
   uint4 value;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4 + %5];"
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4 + %5];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(global), "n"(kOffset));
+               : "r"(shared), "n"(kOffset)
+               : "memory");
   return value;
 }
 

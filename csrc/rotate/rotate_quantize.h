@@ -43,7 +43,7 @@ struct RotateRowsArgs {
   float eps;
   SampleVectors scale;  // with a norm only
   SampleVectors shift;
-  const float* channel_scale;  // [K] or null
+  const uint16_t* channel_scale;  // bf16 [K] or null
   int block_size;
   float hadamard_norm;     // 1 / sqrt(block_size)
   float inverse_features;  // 1 / K
@@ -57,9 +57,8 @@ struct RotateRowsArgs {
 
 // ---- what the kernel takes ----------------------------------------------------------------------
 
-constexpr int kRotateMaxThreads = 512;
-constexpr int kRotateMaxWarps = kRotateMaxThreads / 32;
-constexpr int kRotateMaxUnits = kRotateMaxWarps * kWarpUnits;
+constexpr int kRotateMaxThreads = 1024;
+constexpr int kRotateMaxWarps = 16;  // of a team
 constexpr int kRotateMaxFeatures = kRotateMaxWarps * kWarpElements;
 constexpr int kRotateAlignment = 16;
 
@@ -83,18 +82,10 @@ constexpr bool supports_rotate_rows(int64_t first, int64_t second, int64_t block
 
 // ---- how it divides the work --------------------------------------------------------------------
 //
-// A token is K / 128 units of four lanes. A thread block has one token where that fills its warps
-// to 87 %, else a few, unit after unit:
-//
-//     K = 1152, four tokens    unit   0 .. 8   9 .. 17   18 .. 26   27 .. 35   36 .. 39
-//                              token    0         1          2          3        idle
-//
-// Thread blocks take one lot each: the loads of some run under the arithmetic of others. A thread
-// block of a long row is too large a part of an SM for that, and one of several short rows has too
-// little to do to be started for it. Those stay, take lot after lot, load the next one early and
-// keep the channel scale. On an H100 (November 2026) that takes 1 to 10 % off at K = 1152, 12288
-// and 15360, and costs 6 % at 3072. Those that modulate stay at any K: of their L1 cycles (8 for a
-// warp's load) half would go to the three vectors.
+// A team of warps takes one token at a time, a lane of it 32 features; at K = 1152 lanes of seven
+// units of sixteen are idle. A thread block is as many teams as registers, shared memory and
+// barriers have room for, one thread block an SM. It fills shared memory with the vectors of the
+// channels once, and its teams stay for token after token, each with its next tokens on their way.
 
 // What comes before the transform.
 enum class RotateForm : int {
@@ -103,46 +94,45 @@ enum class RotateForm : int {
   kNorm,       // norm, with another scale and shift or without
 };
 
+constexpr int kRotateMaxSlots = 2;   // with more the shared memory is taken from teams
+constexpr int kRotateMaxTeams = 15;  // each has a barrier, beside that of the thread block
+constexpr int kLaneBytes = 2 * kChunks * kChunkElements;
+constexpr int kRotateStaticShared = 4 * 1024;  // no less than RotateShared and what CUDA keeps
+
 struct RotateRowsPlan {
-  int units;             // of a token
-  int units_reciprocal;  // unit / units == unit * units_reciprocal >> 16 in a thread block
-  int tokens_per_block;
-  int blocks_per_sample;
-  int threads;
-  bool stay;         // from a thread block's token to its next: blocks_per_sample
-  int shared_bytes;  // dynamic
+  int team_threads;
+  int teams;              // of a thread block
+  int slots;              // tokens of a team on their way at once
+  int blocks_per_sample;  // thread blocks
+  int shared_bytes;       // dynamic
+
+  // A GPU with less may have no room for both vectors of a modulation of a long token.
+  constexpr bool fits(int shared_limit) const {
+    return shared_bytes + kRotateStaticShared <= shared_limit;
+  }
 };
 
-constexpr int kRotateStayUnits = 64;
-constexpr int kRotateStayRegisters = 96;
-constexpr int kRotateStayModulatedRegisters = 128;  // the vectors are 64 of them
-constexpr int kRegistersPerSm = 65536;
-constexpr int kLaneBytes = 2 * kChunks * kChunkElements;
-static_assert(kRotateMaxThreads * kLaneBytes + 2048 <= 48 * 1024, "what needs no leave to be used");
+// Warps of an SM where each lane has that many registers: a quarter of its 65536 serves a quarter
+// of the warps.
+constexpr int resident_warps(int registers) { return 4 * (65536 / 4 / 32 / registers); }
 
-// features, samples and tokens are at least 1.
-constexpr RotateRowsPlan plan_rotate_rows(int features, RotateForm form, int64_t samples,
-                                          int64_t tokens, int sms) {
+// features, samples and tokens are at least 1; shared_limit: bytes that a thread block may have.
+constexpr RotateRowsPlan plan_rotate_rows(int features, int64_t samples, int64_t tokens, int sms,
+                                          int registers, bool modulated, int shared_limit) {
   RotateRowsPlan plan = {};
-  plan.units = features / kTransform;
-  plan.units_reciprocal = (1 << 16) / plan.units + 1;
-  int warps = 0;
-  do {
-    ++plan.tokens_per_block;
-    warps = ceil_div(plan.tokens_per_block * plan.units, kWarpUnits);
-  } while (100 * plan.tokens_per_block * plan.units < 87 * kWarpUnits * warps);
-  plan.threads = 32 * warps;
-  const bool stays = plan.units > kRotateStayUnits || plan.tokens_per_block > 1;
-  plan.stay = form == RotateForm::kModulated || (form == RotateForm::kPlain && stays);
-  int64_t blocks = ceil_div<int64_t>(tokens, plan.tokens_per_block);
-  if (plan.stay) {
-    const int registers =
-        form == RotateForm::kPlain ? kRotateStayRegisters : kRotateStayModulatedRegisters;
-    const int64_t resident = sms * (kRegistersPerSm / registers / plan.threads);
-    blocks = min_of(blocks, max_of<int64_t>(1, resident / samples));
-    plan.shared_bytes = plan.threads * kLaneBytes;
-  }
-  plan.blocks_per_sample = static_cast<int>(blocks);
+  const int warps = ceil_div(features, kWarpElements);
+  const int token_bytes = 32 * warps * kLaneBytes;
+  const int vector_bytes = (modulated ? 2 : 1) * 2 * features;
+  const int room = max_of(1, (shared_limit - kRotateStaticShared - vector_bytes) / token_bytes);
+  plan.team_threads = 32 * warps;
+  plan.slots = min_of(kRotateMaxSlots, room);
+  plan.blocks_per_sample =
+      static_cast<int>(min_of<int64_t>(tokens, max_of<int64_t>(1, sms / samples)));
+  const int fit = min_of(resident_warps(registers) / warps, room / plan.slots);
+  const int64_t wanted = ceil_div<int64_t>(tokens, plan.blocks_per_sample);
+  plan.teams =
+      static_cast<int>(max_of<int64_t>(1, min_of<int64_t>(min_of(fit, kRotateMaxTeams), wanted)));
+  plan.shared_bytes = plan.teams * plan.slots * token_bytes + vector_bytes;
   return plan;
 }
 
