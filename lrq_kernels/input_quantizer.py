@@ -174,8 +174,12 @@ class InputQuantizer(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:  # type: ignore[no-untyped-def]
         # Of either type, and copy_ would turn the bits of one into numbers of the other.
-        given, own = state_dict.get(prefix + "channel_scale"), self.channel_scale
-        if given is not None and own is not None and given.dtype in (torch.int16, torch.int32):
+        name, errors = prefix + "channel_scale", rest[-1]
+        given, own = state_dict.get(name), self.channel_scale
+        if given is not None and own is not None and given.dtype != own.dtype:
+            if given.dtype not in (torch.int16, torch.int32):
+                errors.append(f"{name} must be torch.int16 or torch.int32, got {given.dtype}")
+                return
             self.channel_scale = own.to(given.dtype)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 

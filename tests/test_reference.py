@@ -247,6 +247,19 @@ def test_dequantize_rounds_level_times_scale_once(out_dtype: torch.dtype):
 ROTATIONS = [("none", 128), ("hadamard", 32), ("hadamard", 128), ("hadamard", 1024), ("dual", 128)]
 
 
+def test_a_bf16_channel_scale_is_of_powers_of_two() -> None:
+    x = torch.randn(5, 128).bfloat16()
+    powers = torch.exp2(torch.randint(-14, 16, (128,)).float()) * (torch.randint(0, 2, (128,)) * 2 - 1)
+    options = (None, None, "hadamard", 128, 8, "absmax", 1.0)
+    narrow = reference.rotate_quantize(x, powers.bfloat16(), *options)
+    wide = reference.rotate_quantize(x, powers, *options)
+    assert all(map(torch.equal, narrow, wide))
+    for bad in (1.25, 0.0, 2.0**-15, 2.0**16, float("nan")):
+        powers[77] = bad
+        with pytest.raises(ValueError, match="channel_scale in bf16 must hold powers of two"):
+            reference.rotate_quantize(x, powers.bfloat16(), *options)
+
+
 @pytest.mark.parametrize(("kind", "block_size"), ROTATIONS)
 @pytest.mark.parametrize("permuted", [False, True])
 def test_rotate_is_smoothing_then_rotation(kind: str, block_size: int, permuted: bool):

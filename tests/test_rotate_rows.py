@@ -401,10 +401,14 @@ def test_scale_of_values_does_not_matter(magnitude: float) -> None:
 
 @pytest.mark.gpu
 def test_a_mean_ten_times_the_deviation() -> None:
-    """sum x^2 - (sum x)^2 would lose its digits."""
+    """sum x^2 - (sum x)^2 would lose its digits. Such a mean takes three of fp32's: 2 y in 1000
+    round to fp16 the other way, in the reference too, and 5 % of the tokens have one of them in the
+    block of their largest value."""
     case = Case(norm="layer")
     inputs = draw((131, 3072), case, samples=1, dtype=torch.float16)
-    check(replace(inputs, x=inputs.x / 4 + 4), case)
+    inputs = replace(inputs, x=inputs.x / 4 + 4)
+    tensors = (inputs.rotated(case), inputs.channel_scale, None, None)
+    assert_codes_of_rounded_norm(*inputs.run(case), tensors, case, moved_scales=0.2)
 
 
 @pytest.mark.gpu
