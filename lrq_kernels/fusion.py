@@ -10,9 +10,10 @@ a quantized linear to the ops that do it in one launch.
     gemm_residual  residual + gate * gemm(x_q), residual + gemm      gemm(..., residual, gate)
 
 It finds them in the graph of any model: nothing is said of blocks or their names. Roundings: what
-was rounded to the model's type between the steps (the norm, the product with 1 + scale, the
-activation, the linear's output before its gate and residual) stays in fp32 within the fused op, so
-that codes differ where a value is near a tie; a shared input and a concatenation change nothing.
+was rounded to the model's type between the steps (the activation, the linear's output before its
+gate and residual) stays in fp32 within the fused op, so that codes differ where a value is near a
+tie; a norm and its modulation are rounded as eager torch rounds them (reference.norm_modulate); a
+shared input and a concatenation change nothing.
 
     enable(), disable()   for every torch.compile of this process from here on; compiling a
                           quantized linear enables it, unless disable() was called or LRQ_FUSION=0

@@ -1,7 +1,7 @@
 """What lrq_kernels.fusion looks for in an aten graph: norms, modulation, activations.
 
 Each function takes a node and returns the operands of what it computes, or None. Conversions
-between floating types are looked through: a fused op keeps fp32 where the graph rounded.
+between floating types are looked through: a fused op has roundings of its own (fusion.py).
 """
 
 from __future__ import annotations

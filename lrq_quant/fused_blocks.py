@@ -8,12 +8,12 @@ for eager calls and CUDA graphs. torch.compile finds the same by itself (lrq_ker
 model.
 
 Against the unfused blocks only roundings to the model's type are left out:
-    norm and modulation     the norm's result, 1 + scale, their product, and the sum before rotation
     GELU                    the linear's result, which GELU reads
     gate and residual       the linear's result and its product with the gate
-so that values stay in fp32 from the norm's input to the codes, and from a linear's integer sum
-through what follows it. Queries and keys, attention, the modulation and the rotated values are
-rounded where they were, and the clipping of fp16 stays.
+so that values stay in fp32 from a linear's integer sum through what follows it. Norm and
+modulation, queries and keys, attention and the rotated values are rounded where they were, and the
+clipping of fp16 stays. A norm sums in another order than torch's: of a million values ten round the
+other way in bf16, seventy in fp16.
 
 A call that asks for something else (gradients, an image prompt, masks that FLUX takes in
 joint_attention_kwargs, tensors of several dtypes) and a block that is not what it was (an adapter
