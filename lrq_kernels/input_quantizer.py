@@ -183,6 +183,12 @@ class InputQuantizer(nn.Module):
             self.channel_scale = own.to(given.dtype)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
+    @property
+    def rotates_in_triton(self) -> bool:
+        """Whether the channel scale is one that the CUDA kernel of the rotation does not take."""
+        scale = self.channel_scale
+        return self.scheme.rotation == "hadamard" and scale is not None and scale.dtype != torch.int16
+
     # -- readers of one input
 
     def join(self) -> InputQuantizer:

@@ -93,6 +93,7 @@ class _ModelCheck:
         self._fused()
         self._blocks()
         self._permutations()
+        self._scales()
         self._adapters()
 
     def _say(self, text: str) -> None:
@@ -186,6 +187,15 @@ class _ModelCheck:
                     f"{self.name}: the input of {name} comes permuted, and {why}; call "
                     "lrq_quant.unfold_permutations(model)"
                 )
+
+    def _scales(self) -> None:
+        quantizers = {linear.input_quantizer for linear in self.quantized.values()}
+        wide = sum(quantizer.rotates_in_triton for quantizer in quantizers)
+        if wide:
+            self._say(
+                f"{wide} inputs have smoothing that is no power of two, of an earlier calibration or "
+                "another: on a GPU Triton rotates them, not the faster CUDA kernel"
+            )
 
     def _fused(self) -> None:
         fused, open_ones = fused_projections(self.model), fusable_attentions(self.model)

@@ -68,7 +68,8 @@ def _activation_kernels() -> str:
         by_kernel.setdefault(kernel, []).append(form)
     said = {CUDA: "CUDA", TRITON: "Triton"}
     parts = [f"{', '.join(forms)}: {said[kernel]}" for kernel, forms in by_kernel.items()]
-    return f"rotate_quantize of 16 bits ({'; '.join(parts)}), with a permutation: Triton"
+    others = "with a permutation or smoothing by other than powers of two: Triton"
+    return f"rotate_quantize of 16 bits ({'; '.join(parts)}), {others}"
 
 
 def _cuda_kernels(capability: tuple[int, int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tiny_models import BF16, TINY, load, shared_folder, tiny_pipeline, tiny_pix
 from torch import nn
 
 import lrq_kernels
+from lrq_kernels import LRQLinear
 from lrq_quant import LRQConfig, QuantRecipe, check, fuse_projections, quantize_model
 from lrq_quant.checkup import kernels_of
 from lrq_quant.demo.pipeline import ShapesPipeline
@@ -43,6 +45,17 @@ def test_a_model_in_order(model: nn.Module):
     fuse_projections(model)
     text = str(check(model))
     assert ("0 fused projections" in text) != can_fuse and "could be fused" not in text
+
+
+def test_smoothing_that_the_fast_kernel_does_not_take_is_said(flux: nn.Module):
+    assert "no power of two" not in str(check(flux))
+    linear = flux.get_submodule("transformer_blocks.0.ff.net.2")
+    state = linear.to_state()
+    scale = torch.full((state.in_features,), 1.25)
+    twin = LRQLinear.from_state(dataclasses.replace(state, smooth_scale=scale))
+    flux.set_submodule("transformer_blocks.0.ff.net.2", twin)
+    found = check(flux)
+    assert found.problems == () and "1 inputs have smoothing that is no power of two" in str(found)
 
 
 def test_a_pipeline_lists_its_components(tmp_path: Path):
