@@ -143,7 +143,7 @@ def cast_only(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Of one K: bf16 powers of two [K], int32 [K], fp32 [2, 128, 128], +-1 bf16 [128, 128], bf16
+    """Of one K: bf16 [K], int32 [K], fp32 [2, 128, 128], +-1 bf16 [128, 128], bf16
     [1, K] twice."""
 
     channel_scale: Tensor
@@ -161,7 +161,7 @@ class Parameters:
         # As in a model: chunks of what one linear makes.
         modulation = torch.randn(1, 6 * in_features, device=device).bfloat16()
         return Parameters(
-            (torch.exp2(torch.randint(-2, 3, (in_features,), device=device)) * signs).bfloat16(),
+            ((torch.rand(in_features, device=device) + 0.5) * signs).bfloat16(),
             torch.randperm(in_features, device=device).int(),
             torch.linalg.qr(torch.randn(2, 128, 128)).Q.contiguous().to(device),
             block_hadamard(torch.eye(128), 128).sign().to(device, torch.bfloat16),

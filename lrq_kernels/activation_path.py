@@ -55,6 +55,18 @@ def _kernel_takes(
     return _planner.supports_rotate_rows(*widths, block_size, row_stride, addresses)
 
 
+def _keeps_modulation(
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, channel_scale: Tensor | None
+) -> bool:
+    """Whether the CUDA kernel rounds as reference.py does: from vectors that do not lie on 16 bytes
+    it reads 1 + scale and shift for each token and lets no channel scale join them."""
+    vectors = [v for v in (scale, shift) if v is not None]
+    if channel_scale is None or len(vectors) < 2 or any(v.dtype != x.dtype for v in vectors):
+        return True
+    strides = [2 * v.stride(0) if v.shape[0] > 1 else 0 for v in vectors]
+    return all((v.data_ptr() | s) % 16 == 0 for v, s in zip(vectors, strides, strict=True))
+
+
 def _row_stride(x: Tensor) -> int:
     """From token to token of [M, K] or [B, T, K]; with T = 1 the tokens are the samples."""
     one_each = x.dim() == 3 and x.shape[1] == 1 and x.shape[0] > 1
@@ -170,6 +182,7 @@ def norm_modulate_rotate_quantize(
     simple = norm_weight is None and norm_bias is None and not keep
     problem = (x.dtype, x.shape[-1], rotation, block_size, permutation is not None, step[1])
     chosen = simple and implementation("norm_modulate", *problem) == CUDA
+    chosen = chosen and _keeps_modulation(x, scale, shift, channel_scale)
     if chosen and _kernel_takes(x, None, channel_scale, block_size):
         vectors = (scale, shift, norm, eps, channel_scale)
         return (*_rotate_rows(x, None, *vectors, block_size, *step), x.new_empty(0))

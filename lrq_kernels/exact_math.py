@@ -49,8 +49,8 @@ def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return total.float()
 
 
-def are_powers_of_two(values: Tensor) -> bool:
-    """Whether all are powers of two, of any sign, that bf16 and fp16 hold: 2^-14 to 2^15."""
-    size = values.float().abs()
+def fits_bf16(values: Tensor) -> bool:
+    """Whether bf16 holds all of them, and fp16 too: 2^-14 to 2^15 in size."""
+    size = values.abs()
     in_range = (size >= 2.0**-14) & (size <= 2.0**15)
-    return bool((in_range & (torch.frexp(size).mantissa == 0.5)).all())
+    return bool((in_range & (values.bfloat16() == values)).all())

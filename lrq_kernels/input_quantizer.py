@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-from .exact_math import are_powers_of_two
+from .exact_math import fits_bf16
 from .linear_state import BRANCH_DTYPE, as_bits
 from .rotation import Rotation
 from .scheme import QuantScheme
@@ -108,7 +108,7 @@ class InputQuantizer(nn.Module):
     """Smoothing, rotation and per-token quantization of the input of one LRQLinear.
 
     Buffers: channel_scale (smoothing and signs in the order of lrq::rotate, [K]: bf16 as int16
-    where the rotation is Hadamard and all are powers of two, else fp32 as int32), permutation
+    where the rotation is Hadamard and bf16 holds all of them, else fp32 as int32), permutation
     (int32 [K]), matrices (fp32 [2, 128, 128] as int32); each may be None, as may
     folded_permutation, a permutation that x comes in already (see row_order), and low_rank_down
     (bf16 [R, K] as int16), the first factor of a low-rank branch, its columns in the order in which
@@ -153,7 +153,7 @@ class InputQuantizer(nn.Module):
                 scale = scale[rotation.permutation.long()]
             if rotation.signs is not None:
                 scale = scale * rotation.signs.to(scale)
-        narrow = rotation.kind == "hadamard" and scale is not None and are_powers_of_two(scale)
+        narrow = rotation.kind == "hadamard" and scale is not None and fits_bf16(scale)
         kept = torch.bfloat16 if narrow else torch.float32
         self.register_buffer("channel_scale", None if scale is None else as_bits(scale, kept))
         self.register_buffer("permutation", own_copy(rotation.permutation))

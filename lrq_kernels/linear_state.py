@@ -112,8 +112,8 @@ FIELDS: dict[str, Field] = {
         "optional",
         torch.float32,
         True,
-        "float32 factor on each input channel, a power of two by calibration; the weight was "
-        "divided by it",
+        "float32 factor on each input channel, one that bf16 holds by calibration; the weight "
+        "was divided by it",
     ),
     "signs": Field(
         torch.int8,

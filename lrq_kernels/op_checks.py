@@ -108,7 +108,7 @@ def check_rotation(
 def check_channel_scale(
     op: str, channel_scale: Tensor | None, in_features: int, device: torch.device
 ) -> None:
-    """[K], fp32 or bf16; that of bf16 all are powers of two is for reference.py to see."""
+    """[K], fp32 or bf16."""
     if channel_scale is not None:
         dtype = channel_scale.dtype
         check_choice(op, "dtype of channel_scale", dtype, (torch.float32, torch.bfloat16))

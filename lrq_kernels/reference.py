@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .codebook import ascending_to_code, decode_levels
-from .exact_math import are_powers_of_two, fused_multiply_add, integer_matmul
+from .exact_math import fused_multiply_add, integer_matmul
 from .packing import pack_codes, to_int32, unpack_codes
 from .rotation import block_dense, block_hadamard, plain_matmul
 from .scheme import activation_qmax
@@ -34,23 +34,27 @@ def _rotate_wide(
     block_size: int,
 ) -> Tensor:
     """Scaled and rotated x [..., K] in fp32, or fp64 when x is fp64."""
-    if channel_scale is not None and channel_scale.dtype == torch.bfloat16:
-        if not are_powers_of_two(channel_scale):
-            raise ValueError("channel_scale in bf16 must hold powers of two, got other values")
     v = x.to(torch.promote_types(x.dtype, torch.float32))
     index = None if permutation is None else permutation.long()
     if rotation == "dual":
-        if channel_scale is not None:
-            v = v * channel_scale
+        v = _scaled(v, channel_scale, x.dtype)
         v = block_dense(v, _required(matrices)[0])
         if index is not None:
             v = v[..., index]
         return block_dense(v, _required(matrices)[1])
     if index is not None:
         v = v[..., index]
-    if channel_scale is not None:
-        v = v * channel_scale
+    v = _scaled(v, channel_scale, x.dtype)
     return block_hadamard(v, block_size) if rotation == "hadamard" else v
+
+
+def _scaled(v: Tensor, channel_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """v times channel_scale: by one of bf16 in the dtype of the tokens, that is rounded to it."""
+    if channel_scale is None:
+        return v
+    if channel_scale.dtype == torch.bfloat16:
+        return (v.to(dtype) * channel_scale.to(dtype)).to(v.dtype)
+    return v * channel_scale
 
 
 def _required(matrices: Tensor | None) -> Tensor:
@@ -71,9 +75,8 @@ def rotate(
 
     channel_scale [K] holds smoothing and signs in one vector: it is applied after the permutation,
     v[j] = x[permutation[j]] * channel_scale[j], except for "dual", where the permutation sits
-    between the two dense factors and channel_scale comes first. It is fp32, or bf16 where all its
-    values are powers of two, of any sign: then no product has more digits than x, and kernels may
-    multiply in x's dtype.
+    between the two dense factors and channel_scale comes first. It is fp32, or bf16:
+    then the product is rounded to x's dtype, so that kernels may multiply in it.
     """
     v = _rotate_wide(x, channel_scale, permutation, matrices, rotation, block_size)
     return v.to(x.dtype).contiguous()
@@ -126,7 +129,9 @@ def rotated_rows(
     if norm != "none":
         samples = max([1, *(len(vectors) for vectors in (scale, shift) if vectors is not None)])
         by_sample = v.reshape(samples, v.shape[:-1].numel() // samples, v.shape[-1])
-        v = norm_modulate(by_sample, None, None, scale, shift, norm, eps).view(v.shape)
+        joined = channel_scale if joins_modulation(x, scale, shift, channel_scale) else None
+        v = norm_modulate(by_sample, None, None, scale, shift, norm, eps, joined).view(v.shape)
+        channel_scale = None if joined is not None else channel_scale
     return _rotate_wide(v, channel_scale, None, None, "hadamard", block_size)
 
 
@@ -191,6 +196,7 @@ def norm_modulate(
     shift: Tensor | None,
     norm: str,
     eps: float,
+    channel_scale: Tensor | None = None,
 ) -> Tensor:
     """(norm(x) * norm_weight + norm_bias) * (1 + scale) + shift in x's dtype, x [B, T, K] or
     [M, K].
@@ -199,7 +205,8 @@ def norm_modulate(
     norm_weight, norm_bias [K]; scale, shift [B, K], B = 1 for x [M, K].
     The norm, with its weight and bias, is computed in fp32 (fp64 for fp64 input). It is rounded to
     x's dtype, and so are 1 + scale, the product and the sum, where scale and shift have that dtype,
-    as torch does; where one has another dtype the sum alone is rounded.
+    as torch does; where one has another dtype the sum alone is rounded. channel_scale [K]
+    multiplies 1 + scale and shift, rounded alike.
     """
     v = _wide(x, x)
     if norm == "layer":
@@ -209,19 +216,29 @@ def norm_modulate(
         y = y * _wide(norm_weight, x)
     if norm_bias is not None:
         y = y + _wide(norm_bias, x)
-    return modulate(y, x, scale, shift)
+    return modulate(y, x, scale, shift, channel_scale)
 
 
-def modulate(y: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+def modulate(
+    y: Tensor,
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    channel_scale: Tensor | None = None,
+) -> Tensor:
     """y * (1 + scale) + shift, rounded as norm_modulate says; y fp32 or fp64, of the shape of x."""
     narrow = all(v.dtype == x.dtype for v in (scale, shift) if v is not None)
     step = x.dtype if narrow else y.dtype
     y = y.to(step)
     # A vector of a sample serves all its tokens: [B, 1, K], or [1, K] for x [M, K].
-    if scale is not None:
-        y = y * (1 + (scale if x.dim() == 2 else scale[:, None]).to(step))
-    if shift is not None:
-        y = y + (shift if x.dim() == 2 else shift[:, None]).to(step)
+    factor = None if scale is None else 1 + (scale if x.dim() == 2 else scale[:, None]).to(step)
+    summand = None if shift is None else (shift if x.dim() == 2 else shift[:, None]).to(step)
+    if channel_scale is not None and factor is not None and summand is not None:
+        factor, summand = factor * channel_scale.to(step), summand * channel_scale.to(step)
+    if factor is not None:
+        y = y * factor
+    if summand is not None:
+        y = y + summand
     return y.to(x.dtype)
 
 
@@ -233,6 +250,21 @@ def activate(x: Tensor, gate: Tensor | None, activation: str) -> Tensor:
     else:
         y = F.gelu(v, approximate="tanh" if activation == "gelu_tanh" else "none")
     return y if gate is None else y * _wide(x, x)
+
+
+def joins_modulation(
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, channel_scale: Tensor | None
+) -> bool:
+    """Whether channel_scale is one of bf16 that joins 1 + scale and shift."""
+    given = scale is not None and shift is not None and scale.dtype == shift.dtype == x.dtype
+    return given and channel_scale is not None and channel_scale.dtype == torch.bfloat16
+
+
+def _unpermuted(channel_scale: Tensor | None, permutation: Tensor | None) -> Tensor | None:
+    """In the order of the channels before the permutation."""
+    if permutation is None or channel_scale is None:
+        return channel_scale
+    return torch.empty_like(channel_scale).index_copy_(0, permutation.long(), channel_scale)
 
 
 def _kept(y: Tensor, x: Tensor, keep: bool) -> Tensor:
@@ -260,7 +292,17 @@ def norm_modulate_rotate_quantize(
     scale_factor: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """rotate_quantize of y = norm_modulate(x, ...), and y in x's dtype if `keep`, else [0]."""
+    """rotate_quantize of y = norm_modulate(x, ...), and y in x's dtype if `keep`, else [0].
+
+    A channel_scale in bf16 joins 1 + scale and shift, rounded to x's dtype, before they meet the
+    norm, where both are given in that dtype and y is not kept.
+    """
+    if not keep and joins_modulation(x, scale, shift, channel_scale):
+        order = None if rotation == "dual" else permutation
+        natural = _unpermuted(channel_scale, order)
+        y = norm_modulate(x, norm_weight, norm_bias, scale, shift, norm, eps, natural)
+        rest = (None, permutation, matrices, rotation, block_size)
+        return *rotate_quantize(y, *rest, act_bits, scale_mode, scale_factor), x.new_empty(0)
     y = norm_modulate(x, norm_weight, norm_bias, scale, shift, norm, eps)
     rotate_arguments = (channel_scale, permutation, matrices, rotation, block_size)
     step = (act_bits, scale_mode, scale_factor)

@@ -52,10 +52,14 @@ def _finish(
     QMAX: tl.constexpr,
     RMS: tl.constexpr,
     CLAMP: tl.constexpr,
+    TOKEN: tl.constexpr,
 ):
-    """Smooth, rotate and store the pieces y of a token, permuted already."""
+    """Smooth, rotate and store the pieces y of a token, permuted already. TOKEN: what products with
+    a scale of bf16 are rounded to."""
     if channel_scale_ptr is not None:
         y = multiply(y, load_pieces(channel_scale_ptr, None, K, N, num_values(y)))
+        if channel_scale_ptr.dtype.element_ty == tl.bfloat16:
+            y = _rounded(y, TOKEN)
     if x_scale_ptr is not None:
         x_scale_ptr += token
     out_row = out_ptr + token * padded_row(K)
@@ -106,6 +110,7 @@ def row_kernel(
         QMAX,
         RMS,
         CLAMP,
+        x_ptr.dtype.element_ty,
     )
 
 
@@ -178,6 +183,7 @@ def activation_kernel(
         QMAX,
         RMS,
         CLAMP,
+        tl.float32,
     )
 
 
@@ -229,14 +235,26 @@ def norm_kernel(
         y = _add(y, load_pieces(norm_bias_ptr, indices, K, N, VALUES))
     TOKEN: tl.constexpr = x_ptr.dtype.element_ty
     STEP: tl.constexpr = _step_type(x_ptr, scale_ptr, shift_ptr)
+    # As reference.joins_modulation says, but for y that is kept.
+    JOINS: tl.constexpr = _joins(channel_scale_ptr, scale_ptr, shift_ptr, TOKEN, kept_ptr)
     y = _rounded(y, STEP)
+    if JOINS:
+        channel_scale = load_pieces(channel_scale_ptr, None, K, N, VALUES)
     if scale_ptr is not None:
         scale_row = scale_ptr + sample * scale_row_stride
-        y = _scaled(y, load_pieces(scale_row, indices, K, N, VALUES), STEP)
+        factor = _one_plus(load_pieces(scale_row, indices, K, N, VALUES), STEP)
+        if JOINS:
+            factor = _rounded(multiply(factor, channel_scale), STEP)
+        y = _rounded(multiply(y, factor), STEP)
     if shift_ptr is not None:
         shift_row = shift_ptr + sample * shift_row_stride
-        y = _add(y, load_pieces(shift_row, indices, K, N, VALUES))
+        summand = to_float(load_pieces(shift_row, indices, K, N, VALUES))
+        if JOINS:
+            summand = _rounded(multiply(summand, channel_scale), STEP)
+        y = _add(y, summand)
     y = _rounded(y, TOKEN)
+    if JOINS:
+        channel_scale_ptr = None
     if kept_ptr is not None:
         store_pieces(kept_ptr + token * padded_row(K), y, K, N)
     _finish(
@@ -252,6 +270,7 @@ def norm_kernel(
         QMAX,
         RMS,
         CLAMP,
+        TOKEN,
     )
 
 
@@ -285,13 +304,21 @@ def _add(v, w):
 
 
 @triton.jit
-def _scaled(v, w, TYPE: tl.constexpr):
-    """v (1 + w), the sum and the product rounded to TYPE."""
+def _one_plus(w, TYPE: tl.constexpr):
+    """1 + w, rounded to TYPE."""
     out = ()
-    for piece in tl.static_range(len(v)):
-        factor = (1.0 + w[piece].to(tl.float32)).to(TYPE).to(tl.float32)
-        out = out + ((v[piece] * factor).to(TYPE).to(tl.float32),)
+    for piece in tl.static_range(len(w)):
+        out = out + ((1.0 + w[piece].to(tl.float32)).to(TYPE).to(tl.float32),)
     return out
+
+
+@triton.constexpr_function
+def _joins(channel_scale_ptr, scale_ptr, shift_ptr, token_type, kept_ptr):
+    """Whether a channel scale joins 1 + scale and shift."""
+    if channel_scale_ptr is None or scale_ptr is None or shift_ptr is None or kept_ptr is not None:
+        return False
+    types = [v.dtype.element_ty for v in (scale_ptr, shift_ptr)]
+    return channel_scale_ptr.dtype.element_ty == tl.bfloat16 and types == [token_type] * 2
 
 
 @triton.constexpr_function

@@ -320,8 +320,10 @@ def _parts_of(x: Tensor, rotation: _Rotation) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _computed(tokens: _Tokens, device: torch.device) -> Tensor:
-    """y in fp32."""
-    y = torch.empty((tokens.num_tokens, tokens.in_features), dtype=torch.float32, device=device)
+    """y in fp32; of a norm in the type of x, to which it is rounded."""
+    rounded = tokens.kernel is norm_kernel
+    dtype = tokens.arguments[0].dtype if rounded else torch.float32
+    y = torch.empty((tokens.num_tokens, tokens.in_features), dtype=dtype, device=device)
     _launch_rows(tokens, _UNROTATED, y, None, _NO_STEP)
     return y
 

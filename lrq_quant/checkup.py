@@ -193,7 +193,7 @@ class _ModelCheck:
         wide = sum(quantizer.rotates_in_triton for quantizer in quantizers)
         if wide:
             self._say(
-                f"{wide} inputs have smoothing that is no power of two, of an earlier calibration or "
+                f"{wide} inputs have smoothing that bf16 does not hold, of an earlier calibration or "
                 "another: on a GPU Triton rotates them, not the faster CUDA kernel"
             )
 

@@ -68,7 +68,7 @@ def _activation_kernels() -> str:
         by_kernel.setdefault(kernel, []).append(form)
     said = {CUDA: "CUDA", TRITON: "Triton"}
     parts = [f"{', '.join(forms)}: {said[kernel]}" for kernel, forms in by_kernel.items()]
-    others = "with a permutation or smoothing by other than powers of two: Triton"
+    others = "with a permutation or smoothing that bf16 does not hold: Triton"
     return f"rotate_quantize of 16 bits ({'; '.join(parts)}), {others}"
 
 

@@ -23,7 +23,7 @@ from lrq_kernels.scheme import DUAL_BLOCK_SIZE, QuantScheme
 
 from .calibration import ActivationStats, name_seed
 from .recipe import SearchOptions
-from .smoothing import smooth_scale, to_powers_of_two, weight_absmax
+from .smoothing import smooth_scale, to_bf16, weight_absmax
 from .twin_log import fit_twin_log, sensible_gain
 
 MAX_BLOCK = 1024
@@ -288,7 +288,7 @@ class _CandidateMaker:
         for i, alpha in enumerate(options.alphas):
             name = stats.name if i == 0 else None  # dead channels are logged once
             factors = smooth_scale(self.act_rms, self.weight_absmax, alpha, name=name)
-            self.smooth[alpha] = to_powers_of_two(factors)
+            self.smooth[alpha] = to_bf16(factors)
 
     def cheap_candidates(self) -> list[Candidate]:
         """Everything but dual."""

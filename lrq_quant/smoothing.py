@@ -60,12 +60,10 @@ def smooth_scale(
     return torch.where(alive, factor, one).float()
 
 
-def to_powers_of_two(scale: Tensor) -> Tensor:
-    """The nearest power of two, by ratio, of each factor of `scale`, finite and positive.
-
-    A product with one is exact in 16 bits, which is what the kernels of csrc/rotate multiply in. A
-    factor is then off by at most sqrt(2) from what alpha asks for."""
-    return torch.exp2(scale.log2().round())
+def to_bf16(scale: Tensor) -> Tensor:
+    """The factors in bf16, fp32 [K]: what the kernels of csrc/rotate multiply by. The weight is
+    divided by the same, so that nothing is lost by it."""
+    return scale.bfloat16().float()
 
 
 def weight_absmax(weights: list[Tensor]) -> Tensor:

@@ -61,17 +61,16 @@ def draw(
     *,
     permuted: bool = False,
     device: str = "cpu",
-    exact: bool = False,
+    narrow: bool = False,
 ) -> Tensors:
-    """x [M, K] with a few loud channels, channel_scale with signs, permutation, matrices. exact:
-    channel_scale in powers of two, in bf16."""
+    """x [M, K] with a few loud channels, channel_scale with signs, permutation, matrices. narrow:
+    channel_scale in bf16."""
     x = torch.randn(tokens, in_features, device=device)
     x[:, :: max(1, in_features // 8)] *= 20.0
     signs = torch.randint(0, 2, (in_features,), device=device) * 2 - 1
     channel_scale = (torch.rand(in_features, device=device) + 0.5) * signs
-    if exact:
-        powers = torch.randint(-3, 4, (in_features,), device=device)
-        channel_scale = (torch.exp2(powers) * signs).bfloat16()
+    if narrow:
+        channel_scale = channel_scale.bfloat16()
     permutation = torch.randperm(in_features, device=device).int() if permuted else None
     matrices = None
     if case.rotation == "dual":
@@ -97,7 +96,7 @@ def assert_codes_within_tie_budget(
     scale_error: float = SCALE_ERROR,
 ) -> None:
     """x_scale to fp32 accuracy; codes equal float64's but for a few, by 1, at ties."""
-    wide = (tensors[0].double(), *tensors[1:])
+    wide = widened(tensors)
     expected_q, expected_scale = reference.rotate_quantize(*wide, *case.arguments)
     assert x_q.dtype == torch.int8 and x_q.is_contiguous() and x_q.shape == tensors[0].shape
     assert x_scale.dtype == torch.float32 and x_scale.shape == tensors[0].shape[:-1]
@@ -117,12 +116,25 @@ def assert_codes_within_tie_budget(
     assert len(differing) <= budget, f"{len(differing)} ties in {x_q.numel()} codes, over {budget}"
 
 
-def norm_oracle(x: torch.Tensor, vectors: tuple, norm: str, eps: float) -> torch.Tensor:
-    """reference.norm_modulate with its norm in float64; vectors: weight, bias, scale, shift."""
+def widened(tensors: Tensors) -> Tensors:
+    """The same problem in float64; tokens of 16 bits times a scale of bf16 as they are rounded."""
+    x, scale, permutation, matrices = tensors
+    narrow = scale is not None and scale.dtype == torch.bfloat16
+    if scale is None or not narrow or x.dtype in (torch.float32, torch.float64):
+        return x.double(), scale, permutation, matrices
+    gathered = x if permutation is None else x[..., permutation.long()]
+    return (gathered * scale.to(x.dtype)).double(), None, None, matrices
+
+
+def norm_oracle(
+    x: torch.Tensor, vectors: tuple, norm: str, eps: float, joined: torch.Tensor | None = None
+) -> torch.Tensor:
+    """reference.norm_modulate with its norm in float64; vectors: weight, bias, scale, shift;
+    joined: a channel scale in the order of x."""
     weight, bias, scale, shift = vectors
     wide = x.double()
     normed = reference.norm_modulate(wide, weight, bias, None, None, norm, eps)
-    return reference.modulate(normed, x, scale, shift)
+    return reference.modulate(normed, x, scale, shift, joined)
 
 
 # A norm rounded to 16 bits: where fp32 is this near the middle of two of them, one y is off by its
@@ -141,7 +153,7 @@ def assert_codes_of_rounded_norm(
     moved_scales: float = ROUNDED_SCALES,
 ) -> None:
     """x_q and x_scale of y in 16 bits, tensors[0], but for the few y that rounded the other way."""
-    wide = (tensors[0].double(), *tensors[1:])
+    wide = widened(tensors)
     expected_q, expected_scale = reference.rotate_quantize(*wide, *case.arguments)
     assert x_q.dtype == torch.int8 and x_q.is_contiguous() and x_q.shape == tensors[0].shape
     assert x_scale.dtype == torch.float32 and x_scale.shape == tensors[0].shape[:-1]
@@ -174,7 +186,7 @@ def assert_rounded_norm(y: torch.Tensor, expected: torch.Tensor) -> None:
 
 def assert_rotated_within_rounding(y: torch.Tensor, tensors: Tensors, case: Case) -> None:
     """y is the float64 rotation, rounded once to its dtype (and fp32 error before that)."""
-    wide = (tensors[0].double(), *tensors[1:])
+    wide = widened(tensors)
     assert y.dtype == tensors[0].dtype
     assert_rounded_once(y, reference.rotate(*wide, *case.rotate_arguments))
 

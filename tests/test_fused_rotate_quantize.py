@@ -19,6 +19,8 @@ from rotate_cases import (
     assert_codes_within_tie_budget,
     assert_rounded_norm,
     assert_rounded_once,
+    check_quantize,
+    check_rotate,
     draw,
     in_interpreter,
     launch,
@@ -80,7 +82,13 @@ def check_norm(
     front = (*vectors, norm, 1e-6)
     arguments = other_arguments(case, tensors)
     result = launch("norm_modulate_rotate_quantize", x, *front, *arguments, keep)
-    check_rounded_norm(result, norm_oracle(x, vectors, norm, 1e-6), tensors, case)
+    channel_scale, joined = tensors[1], None
+    if not keep and reference.joins_modulation(x, *vectors[2:], channel_scale):
+        order = torch.arange(x.shape[-1]) if tensors[2] is None else tensors[2].long()
+        joined = channel_scale[order.argsort().to(channel_scale.device)]
+        tensors = (tensors[0], None, *tensors[2:])
+    y = norm_oracle(x, vectors, norm, 1e-6, joined)
+    check_rounded_norm(result, y, tensors, case)
     assert result[2].shape == (x.shape if keep else (0,))
 
 
@@ -96,8 +104,7 @@ def check_activation(
 
 def check_concat(first: Tensor, second: Tensor, tensors: tuple, case: Case) -> None:
     result = launch("concat_rotate_quantize", first, second, *other_arguments(case, tensors))
-    y = torch.cat([first, second], dim=-1).double()
-    check(result, y, tensors, case, first.dtype)
+    check(result, torch.cat([first, second], dim=-1), tensors, case, first.dtype)
 
 
 def check_special_rows(device: str, dtype: torch.dtype, rotation: str) -> None:
@@ -131,6 +138,23 @@ def check_special_rows(device: str, dtype: torch.dtype, rotation: str) -> None:
     assert float(x_scale[1]) == 0.0 and not x_q[1].any()
     assert not x_scale[3:5].isfinite().any() and not x_q[3:5].any()
     check((x_q[finite], x_scale[finite]), part.double(), tensors, case, dtype)
+
+
+def check_narrow_scale(device: str, in_features: int, dtype: torch.dtype, permuted: bool) -> None:
+    """A channel scale of bf16 in every form: its products are rounded to the type of the tokens,
+    those with a modulation before it meets the norm."""
+    case = Case()
+    tensors = draw(6, in_features, dtype, case, permuted=permuted, device=device, narrow=True)
+    check_quantize(tensors, case)
+    check_rotate(tensors, case)
+    x = tensors[0].view(2, 3, -1)
+    *_, scale, shift = draw_vectors(2, in_features, dtype, device)
+    by_sample = (tensors[0].view(x.shape), *tensors[1:])
+    for vectors in ((scale.to(dtype), shift), (scale, shift), (None, shift)):
+        for keep in (False, True):
+            check_norm(x, (None, None, *vectors), "layer", by_sample, case, keep)
+    check_activation(x, None, "silu", by_sample, case, True)
+    check_concat(x[..., :64], x[..., 64:], by_sample, case)
 
 
 # ---- the reference, CPU -------------------------------------------------------------------------
@@ -204,6 +228,13 @@ def test_interpreted_norm(in_features: int, case: Case, permuted: bool) -> None:
     check_norm(x, vectors, "rms", tensors, case, False)
     check_norm(x.view(2, -1), (None, None, None, None), "layer", tensors, case, False)
     check_norm(x[1], (None, vectors[1], vectors[2][1:], None), "rms", tensors, case)
+
+
+@in_interpreter
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES[1:])  # the interpreter cuts digits off to make bf16
+def test_interpreted_scale_of_bf16(dtype: torch.dtype, permuted: bool) -> None:
+    check_narrow_scale("cpu", 384, dtype, permuted)
 
 
 @in_interpreter
@@ -298,7 +329,7 @@ def test_cuda_kernel_gets_the_same_problem(
     cuda_for_every_form: list[str], dtype: torch.dtype
 ) -> None:
     case = Case(act_bits=4, scale_mode="rms", scale_factor=0.3)
-    tensors = draw(6, 256, dtype, case, exact=True)
+    tensors = draw(6, 256, dtype, case, narrow=True)
     arguments, x = other_arguments(case, tensors), tensors[0].view(2, 3, -1)
     _, _, scale, shift = draw_vectors(2, 256, dtype)
     for op, sources in (
@@ -470,6 +501,15 @@ def test_every_number_of_tokens_and_samples(rotation: str) -> None:
 @pytest.mark.parametrize("rotation", ["none", "hadamard", "dual"])
 def test_special_rows(rotation: str, dtype: torch.dtype) -> None:
     check_special_rows("cuda", dtype, rotation)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("in_features", [384, 3072])
+def test_scale_of_bf16(in_features: int, dtype: torch.dtype, permuted: bool) -> None:
+    """By CUDA where it takes them, by Triton elsewhere."""
+    check_narrow_scale("cuda", in_features, dtype, permuted)
 
 
 @pytest.mark.gpu

@@ -247,17 +247,28 @@ def test_dequantize_rounds_level_times_scale_once(out_dtype: torch.dtype):
 ROTATIONS = [("none", 128), ("hadamard", 32), ("hadamard", 128), ("hadamard", 1024), ("dual", 128)]
 
 
-def test_a_bf16_channel_scale_is_of_powers_of_two() -> None:
-    x = torch.randn(5, 128).bfloat16()
-    powers = torch.exp2(torch.randint(-14, 16, (128,)).float()) * (torch.randint(0, 2, (128,)) * 2 - 1)
-    options = (None, None, "hadamard", 128, 8, "absmax", 1.0)
-    narrow = reference.rotate_quantize(x, powers.bfloat16(), *options)
-    wide = reference.rotate_quantize(x, powers, *options)
-    assert all(map(torch.equal, narrow, wide))
-    for bad in (1.25, 0.0, 2.0**-15, 2.0**16, float("nan")):
-        powers[77] = bad
-        with pytest.raises(ValueError, match="channel_scale in bf16 must hold powers of two"):
-            reference.rotate_quantize(x, powers.bfloat16(), *options)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_products_with_a_bf16_scale_are_rounded_to_the_tokens(dtype: torch.dtype) -> None:
+    """As torch multiplies two tensors of that dtype; with a modulation its vectors are scaled."""
+    x, scale = torch.randn(2, 7, 128).to(dtype), (torch.rand(128) + 0.5).bfloat16()
+    rotation = (None, None, "hadamard", 128, 8, "absmax", 1.0)
+    got = reference.rotate_quantize(x, scale, *rotation)
+    expected = reference.rotate_quantize(x * scale.to(dtype), None, *rotation)
+    assert all(map(torch.equal, got, expected))
+
+    by, shift = torch.randn(2, 128).to(dtype), torch.randn(2, 128).to(dtype)
+    front = (None, None, by, shift, "layer", 1e-6)
+    got = reference.norm_modulate_rotate_quantize(x, *front, scale, *rotation, False)
+    normed = reference.norm_modulate(x, *front[:2], None, None, *front[4:])
+    factor, summand = (1 + by) * scale.to(dtype), shift * scale.to(dtype)
+    y = normed * factor[:, None] + summand[:, None]
+    expected = reference.rotate_quantize(y, None, *rotation)
+    assert all(map(torch.equal, got, (*expected, x.new_empty(0))))
+    # What is kept has no channel scale in it.
+    *codes, kept = reference.norm_modulate_rotate_quantize(x, *front, scale, *rotation, True)
+    expected = reference.rotate_quantize(kept, scale, *rotation)
+    assert all(map(torch.equal, codes, expected))
+    assert torch.equal(kept, reference.norm_modulate(x, *front))
 
 
 @pytest.mark.parametrize(("kind", "block_size"), ROTATIONS)

@@ -15,7 +15,7 @@ import torch
 from rotate_cases import assert_codes_of_rounded_norm, assert_codes_within_tie_budget, norm_oracle
 
 from benchmarks.dit_shapes import IN_FEATURES
-from lrq_kernels import activation_path, ops
+from lrq_kernels import activation_path, ops, reference
 
 planner = pytest.importorskip("lrq_kernels._planner")
 
@@ -172,15 +172,15 @@ def test_what_the_kernel_takes() -> None:
         assert takes(features, row_stride=features)
 
 
-def exact_scale(features: int, device: str = "cuda") -> torch.Tensor:
-    """Powers of two with signs, bf16."""
+def bf16_scale(features: int, device: str = "cuda") -> torch.Tensor:
+    """Smoothing with signs."""
     signs = torch.randint(0, 2, (features,), device=device) * 2 - 1
-    return (torch.exp2(torch.randint(-4, 5, (features,), device=device)) * signs).bfloat16()
+    return ((torch.rand(features, device=device) + 0.5) * signs).bfloat16()
 
 
 def test_the_kernel_has_no_shorter_list_than_its_op() -> None:
     """reference: norm 'none' with one source is lrq::rotate_quantize."""
-    x, channel_scale = torch.randn(5, 384), exact_scale(384, "cpu")
+    x, channel_scale = torch.randn(5, 384), bf16_scale(384, "cpu")
     for options in ((128, 8, "absmax", 1.0), (128, 4, "rms", 0.35)):
         got = ops._rotate_rows(x, None, None, None, "none", 0.0, channel_scale, *options)
         expected = ops.rotate_quantize(x, channel_scale, None, None, "hadamard", *options)
@@ -222,15 +222,18 @@ class Inputs:
             *case.quantized,
         )  # fmt: skip
 
-    def rotated(self, case: Case) -> torch.Tensor:
-        """What is rotated: [x | second], or its norm, rounded as it should be."""
+    def rotated(self, case: Case) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What is rotated, [x | second] or its norm, rounded as it should be; and the channel scale
+        that is not in it."""
         x = self.x if self.second is None else torch.cat([self.x, self.second], -1)
         if case.norm == "none":
-            return x
+            return x, self.channel_scale
         given = [len(v) for v in (self.scale, self.shift) if v is not None]
         by_sample = x.reshape(max([1, *given]), -1, x.shape[-1])
         vectors = (None, None, self.scale, self.shift)
-        return norm_oracle(by_sample, vectors, case.norm, case.eps).view(x.shape)
+        joins = reference.joins_modulation(x, self.scale, self.shift, self.channel_scale)
+        joined, left = (self.channel_scale, None) if joins else (None, self.channel_scale)
+        return norm_oracle(by_sample, vectors, case.norm, case.eps, joined).view(x.shape), left
 
 
 def draw(
@@ -259,15 +262,14 @@ def draw(
         rows(second) if second else None,
         scale,
         shift,
-        exact_scale(features) if smooth else None,
+        bf16_scale(features) if smooth else None,
     )
 
 
 def check(inputs: Inputs, case: Case) -> None:
     """Codes and x_scale of what is rotated, by the rules of rotate_cases."""
-    y = inputs.rotated(case)
     judge = assert_codes_within_tie_budget if case.norm == "none" else assert_codes_of_rounded_norm
-    judge(*inputs.run(case), (y, inputs.channel_scale, None, None), case)
+    judge(*inputs.run(case), (*inputs.rotated(case), None, None), case)
 
 
 @pytest.mark.gpu
@@ -407,7 +409,7 @@ def test_a_mean_ten_times_the_deviation() -> None:
     case = Case(norm="layer")
     inputs = draw((131, 3072), case, samples=1, dtype=torch.float16)
     inputs = replace(inputs, x=inputs.x / 4 + 4)
-    tensors = (inputs.rotated(case), inputs.channel_scale, None, None)
+    tensors = (*inputs.rotated(case), None, None)
     assert_codes_of_rounded_norm(*inputs.run(case), tensors, case, moved_scales=0.2)
 
 

@@ -7,8 +7,8 @@ import logging
 import pytest
 import torch
 
-from lrq_kernels.exact_math import are_powers_of_two
-from lrq_quant.smoothing import MAX_FACTOR, smooth_scale, to_powers_of_two, weight_absmax
+from lrq_kernels.exact_math import fits_bf16
+from lrq_quant.smoothing import MAX_FACTOR, smooth_scale, to_bf16, weight_absmax
 
 
 def test_product_is_unchanged() -> None:
@@ -69,13 +69,12 @@ def test_weight_absmax_is_over_all_linears_of_the_input() -> None:
     assert torch.equal(weight_absmax([q, k]), torch.cat([q, k]).abs().amax(0))
 
 
-def test_powers_of_two_are_the_nearest_by_ratio() -> None:
-    scale = torch.exp(3 * torch.randn(4096))
-    powers = to_powers_of_two(scale)
-    assert are_powers_of_two(powers.clamp(2.0**-14, 2.0**15))
-    ratio = torch.maximum(scale / powers, powers / scale)
-    assert float(ratio.max()) <= 2**0.5 * (1 + 1e-5)
-    assert torch.equal(to_powers_of_two(powers), powers)
+def test_factors_in_bf16_are_the_nearest() -> None:
+    scale = torch.exp(2 * torch.randn(4096)).clamp(1 / MAX_FACTOR, MAX_FACTOR)
+    rounded = to_bf16(scale)
+    assert fits_bf16(rounded) and not fits_bf16(scale)
+    assert float(((rounded - scale) / scale).abs().max()) <= 2.0**-8
+    assert torch.equal(to_bf16(rounded), rounded)
 
 
 def test_bad_input_is_named() -> None:
