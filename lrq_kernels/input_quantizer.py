@@ -186,8 +186,8 @@ class InputQuantizer(nn.Module):
     @property
     def rotates_in_triton(self) -> bool:
         """Whether the channel scale is one that the CUDA kernel of the rotation does not take."""
-        scale = self.channel_scale
-        return self.scheme.rotation == "hadamard" and scale is not None and scale.dtype != torch.int16
+        scale, rotates = self.channel_scale, self.scheme.rotation == "hadamard"
+        return rotates and scale is not None and scale.dtype != torch.int16
 
     # -- readers of one input
 
