@@ -193,8 +193,8 @@ class _ModelCheck:
         wide = sum(quantizer.rotates_in_triton for quantizer in quantizers)
         if wide:
             self._say(
-                f"{wide} inputs have smoothing that bf16 does not hold, as earlier calibrations made "
-                "it: on a GPU Triton rotates them, not the faster CUDA kernel"
+                f"{wide} inputs have smoothing that bf16 does not hold, made by an earlier "
+                "calibration: on a GPU Triton rotates them, not the faster CUDA kernel"
             )
 
     def _fused(self) -> None:
