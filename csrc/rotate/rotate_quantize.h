@@ -4,9 +4,9 @@
 //     u       = norm(x) * (1 + scale) + shift      x one tensor, or two side by side along K
 //     v       = (u * channel_scale) @ blockdiag(H) / sqrt(block_size)
 //
-// u is rounded to x's type, and so is its product with channel_scale. Where scale and shift have x's
-// type too, so are the norm, 1 + scale and the product; lie both on 16 bytes, then channel_scale
-// multiplies 1 + scale and shift instead of u, rounded (reference.joins_modulation).
+// u is rounded to x's type, and so is its product with channel_scale. Where scale and shift have
+// x's type too, so are the norm, 1 + scale and the product; lie both on 16 bytes, then
+// channel_scale multiplies 1 + scale and shift instead of u, rounded (reference.joins_modulation).
 //
 //     x_scale = (rms ? sqrt(mean v^2) : max|v|) * step_factor
 //     x_q     = rint(v / x_scale), 0 unless 0 < x_scale < inf

@@ -2,8 +2,8 @@
 //
 // The values have 8 digits (bf16) or 11 (fp16): an mma with a matrix of +-1 sums exact products in
 // fp32, and four of the seven stages of a transform of 128 cost one mma for 128 values. That is why
-// products with the channel scale and a norm in front are rounded to the tokens' type: what has more
-// digits would go in as a sum of parts, at 7 instructions a value for three of them.
+// products with the channel scale and a norm in front are rounded to the tokens' type: what has
+// more digits would go in as a sum of parts, at 7 instructions a value for three of them.
 #pragma once
 
 #include "token_words.cuh"
