@@ -87,6 +87,21 @@ def launch(op: str, *arguments: object) -> torch.Tensor | tuple[torch.Tensor, to
     return getattr(kernels, op)(*arguments)
 
 
+def _compared(
+    x_q: torch.Tensor, x_scale: torch.Tensor, tensors: Tensors, case: Case
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Relative errors of x_scale and distances of codes from float64's, and its x_scale; dtypes and
+    shapes are as they should be, and codes are off by 1 at most."""
+    expected_q, expected_scale = reference.rotate_quantize(*widened(tensors), *case.arguments)
+    assert x_q.dtype == torch.int8 and x_q.is_contiguous() and x_q.shape == tensors[0].shape
+    assert x_scale.dtype == torch.float32 and x_scale.shape == tensors[0].shape[:-1]
+    errors = (x_scale.double() - expected_scale).abs() / expected_scale.clamp(min=1e-300)
+    difference = (x_q.int() - expected_q.int()).abs()
+    worst = int(difference.max()) if difference.numel() else 0
+    assert worst <= 1, f"codes differ by up to {worst}"
+    return errors, difference, expected_scale
+
+
 def assert_codes_within_tie_budget(
     x_q: torch.Tensor,
     x_scale: torch.Tensor,
@@ -96,19 +111,12 @@ def assert_codes_within_tie_budget(
     scale_error: float = SCALE_ERROR,
 ) -> None:
     """x_scale to fp32 accuracy; codes equal float64's but for a few, by 1, at ties."""
-    wide = widened(tensors)
-    expected_q, expected_scale = reference.rotate_quantize(*wide, *case.arguments)
-    assert x_q.dtype == torch.int8 and x_q.is_contiguous() and x_q.shape == tensors[0].shape
-    assert x_scale.dtype == torch.float32 and x_scale.shape == tensors[0].shape[:-1]
+    errors, difference, expected_scale = _compared(x_q, x_scale, tensors, case)
     if x_q.numel() == 0:
         return
-    errors = (x_scale.double() - expected_scale).abs() / expected_scale.clamp(min=1e-300)
     worst = float(errors.max())
     assert worst <= scale_error, f"x_scale is off by {worst:.2e} of itself"
-
-    difference = (x_q.int() - expected_q.int()).abs()
-    assert int(difference.max()) <= 1, f"codes differ by up to {int(difference.max())}"
-    steps = reference.rotate(*wide, *case.rotate_arguments) / expected_scale[..., None]
+    steps = reference.rotate(*widened(tensors), *case.rotate_arguments) / expected_scale[..., None]
     differing = steps[difference == 1]
     to_half = ((differing - differing.floor()) - 0.5).abs()
     assert not (to_half > TIE_DISTANCE).any(), f"{float(to_half.max()):.2e} from a half, not a tie"
@@ -153,19 +161,13 @@ def assert_codes_of_rounded_norm(
     moved_scales: float = ROUNDED_SCALES,
 ) -> None:
     """x_q and x_scale of y in 16 bits, tensors[0], but for the few y that rounded the other way."""
-    wide = widened(tensors)
-    expected_q, expected_scale = reference.rotate_quantize(*wide, *case.arguments)
-    assert x_q.dtype == torch.int8 and x_q.is_contiguous() and x_q.shape == tensors[0].shape
-    assert x_scale.dtype == torch.float32 and x_scale.shape == tensors[0].shape[:-1]
+    errors, difference, _ = _compared(x_q, x_scale, tensors, case)
     if x_q.numel() == 0:
         return
-    errors = (x_scale.double() - expected_scale).abs() / expected_scale.clamp(min=1e-300)
     assert float(errors.max()) <= ROUNDED_SCALE_ERROR, f"x_scale is off by {errors.max():.2e}"
     moved = int((errors > SCALE_ERROR).sum())
     budget = math.ceil(moved_scales * errors.numel()) + SMALL_SAMPLE
     assert moved <= budget, f"{moved} of {errors.numel()} x_scale differ, over {budget}"
-    difference = (x_q.int() - expected_q.int()).abs()
-    assert int(difference.max()) <= 1, f"codes differ by up to {int(difference.max())}"
     # In a token of few codes all may move at once.
     budget = math.ceil(ROUNDED_CODES * x_q.numel()) + x_q.shape[-1] // 8
     differing = int(difference.sum())
