@@ -100,18 +100,23 @@ def check_rotation(
         expected = "given exactly when rotation is 'dual'"
         fail(op, "matrices", expected, f"{rotation!r} with{'' if matrices is not None else 'out'}")
     f32, shape = torch.float32, (in_features,)
-    check_channel_scale(op, channel_scale, in_features, device)
+    check_channel_scale(op, channel_scale, rotation, in_features, device)
     check_optional(op, "permutation", permutation, torch.int32, shape, device)
     check_optional(op, "matrices", matrices, f32, (2, DUAL_BLOCK_SIZE, DUAL_BLOCK_SIZE), device)
 
 
 def check_channel_scale(
-    op: str, channel_scale: Tensor | None, in_features: int, device: torch.device
+    op: str,
+    channel_scale: Tensor | None,
+    rotation: str,
+    in_features: int,
+    device: torch.device,
 ) -> None:
-    """[K], fp32 or bf16."""
+    """[K], fp32, or bf16 but in front of a "dual" rotation, which rounds nothing."""
     if channel_scale is not None:
         dtype = channel_scale.dtype
-        check_choice(op, "dtype of channel_scale", dtype, (torch.float32, torch.bfloat16))
+        allowed = (torch.float32,) if rotation == "dual" else (torch.float32, torch.bfloat16)
+        check_choice(op, "dtype of channel_scale", dtype, allowed)
         check_tensor(op, "channel_scale", channel_scale, dtype, (in_features,), device)
 
 

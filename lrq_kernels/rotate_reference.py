@@ -26,7 +26,8 @@ def _rotate_wide(
     v = x.to(torch.promote_types(x.dtype, torch.float32))
     index = None if permutation is None else permutation.long()
     if rotation == "dual":
-        v = _scaled(v, channel_scale, x.dtype)
+        if channel_scale is not None:
+            v = v * channel_scale
         v = block_dense(v, _required(matrices)[0])
         if index is not None:
             v = v[..., index]
@@ -64,8 +65,8 @@ def rotate(
 
     channel_scale [K] holds smoothing and signs in one vector: it is applied after the permutation,
     v[j] = x[permutation[j]] * channel_scale[j], except for "dual", where the permutation sits
-    between the two dense factors and channel_scale comes first. It is fp32, or bf16:
-    then the product is rounded to x's dtype, so that kernels may multiply in it.
+    between the two dense factors and channel_scale comes first. It is fp32, or bf16
+    but for "dual": then the product is rounded to x's dtype, so that kernels may multiply in it.
     """
     v = _rotate_wide(x, channel_scale, permutation, matrices, rotation, block_size)
     return v.to(x.dtype).contiguous()
@@ -287,8 +288,7 @@ def norm_modulate_rotate_quantize(
     norm, where both are given in that dtype and y is not kept.
     """
     if not keep and joins_modulation(x, scale, shift, channel_scale):
-        order = None if rotation == "dual" else permutation
-        natural = _unpermuted(channel_scale, order)
+        natural = _unpermuted(channel_scale, permutation)
         y = norm_modulate(x, norm_weight, norm_bias, scale, shift, norm, eps, natural)
         rest = (None, permutation, matrices, rotation, block_size)
         return *rotate_quantize(y, *rest, act_bits, scale_mode, scale_factor), x.new_empty(0)
