@@ -18,28 +18,28 @@ inline cudaLaunchAttribute overlap_attribute() {
   return attribute;
 }
 
-// Whether a portable kernel may overlap on `device`, the current one: where the code that runs
-// there was made for 9.0 or newer. What the driver translates from the PTX of an older one (10.0
-// with the default build) has no wait in it, and before 9.0 the attribute is refused. Asked once:
-// all portable kernels are compiled for the same architectures.
+// __CUDA_ARCH__ / 10 of the code of a portable kernel that runs on `device`, the current one: not
+// of the device where the driver translates PTX. Asked once: all portable kernels are compiled for
+// the same architectures.
 template <typename Kernel>
-cudaError_t query_overlap(Kernel* kernel, int device, bool* can_overlap) {
-  enum : char { kUnknown, kNo, kYes };
+cudaError_t query_code_arch(Kernel* kernel, int device, int* arch) {
   constexpr int kRemembered = 64;
-  static std::array<std::atomic<char>, kRemembered> known{};
-  const char before = device < kRemembered ? known[device].load(std::memory_order_relaxed)
-                                           : static_cast<char>(kUnknown);
-  if (before != kUnknown) {
-    *can_overlap = before == kYes;
+  static std::array<std::atomic<int>, kRemembered> known{};
+  *arch = device < kRemembered ? known[device].load(std::memory_order_relaxed) : 0;
+  if (*arch != 0) {
     return cudaSuccess;
   }
   cudaFuncAttributes attributes = {};
   const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
-  *can_overlap = error == cudaSuccess && attributes.ptxVersion >= 90;
+  *arch = error == cudaSuccess ? attributes.ptxVersion : 0;
   if (error == cudaSuccess && device < kRemembered) {
-    known[device].store(*can_overlap ? kYes : kNo, std::memory_order_relaxed);
+    known[device].store(*arch, std::memory_order_relaxed);
   }
   return error;
 }
+
+// Whether code of that architecture may overlap: what the driver translates from the PTX of one
+// before 9.0 (10.0 with the default build) has no wait in it, and there the attribute is refused.
+inline bool can_overlap(int code_arch) { return code_arch >= 90; }
 
 }  // namespace lrq

@@ -280,6 +280,35 @@ void bind_layout(py::module_& m) {
       py::arg("weight_bits"), py::arg("code"));
 }
 
+RotateForm rotate_form(const std::string& name) {
+  if (name == "plain") {
+    return RotateForm::kPlain;
+  }
+  if (name == "modulated") {
+    return RotateForm::kModulated;
+  }
+  if (name == "norm") {
+    return RotateForm::kNorm;
+  }
+  throw py::value_error("form must be 'plain', 'modulated' or 'norm', got '" + name + "'");
+}
+
+template <typename Use>
+std::pair<int, int> with_layout(int tokens, const Use& use) {
+  switch (tokens) {
+    case 1:
+      return use(TeamLayout<1>());
+    case 2:
+      return use(TeamLayout<2>());
+    case 4:
+      return use(TeamLayout<4>());
+    case 8:
+      return use(TeamLayout<8>());
+    default:
+      throw py::value_error("tokens must be 1, 2, 4 or 8, got " + std::to_string(tokens));
+  }
+}
+
 void bind_rotate(py::module_& m) {
   m.attr("ROTATE_MAX_FEATURES") = kRotateMaxFeatures;
   m.def("supports_rotate_rows", &supports_rotate_rows, py::arg("first"), py::arg("second"),
@@ -308,6 +337,35 @@ void bind_rotate(py::module_& m) {
       py::arg("features"), py::arg("samples"), py::arg("tokens"), py::arg("sms"),
       py::arg("registers"), py::arg("modulated"), py::arg("shared_limit"),
       "How lrq::_rotate_rows divides samples of so many tokens on a device.");
+  m.def(
+      "choose_group_tokens",
+      [](int features, int64_t samples, int64_t tokens, int sms, const std::string& form) {
+        return choose_group_tokens(features, samples, tokens, sms, rotate_form(form));
+      },
+      py::arg("features"), py::arg("samples"), py::arg("tokens"), py::arg("sms"), py::arg("form"),
+      "Tokens of a thread block of lrq::_rotate_rows, 1, 2, 4 or 8; 0: the kernel of rows. form: "
+      "'plain', 'modulated' or 'norm'.");
+  m.def("group_warps", &group_warps, py::arg("group_tokens"), py::arg("features"),
+        "Warps of a thread block of so many tokens.");
+  m.def(
+      "team_unit",
+      [](int tokens, int thread) {
+        return with_layout(tokens, [&](auto layout) {
+          return std::pair(layout.token(thread), layout.unit_k(thread));
+        });
+      },
+      py::arg("tokens"), py::arg("thread"),
+      "(token, first k) of the unit of 128 of which a thread holds a quarter; tokens: of a team.");
+  m.def(
+      "team_result",
+      [](int tokens, int thread, int column) {
+        check_range("column", column, kColumns);
+        return with_layout(tokens, [&](auto layout) {
+          return std::pair(layout.result_token(thread, column), layout.result_k(thread, column));
+        });
+      },
+      py::arg("tokens"), py::arg("thread"), py::arg("column"),
+      "(token, first k) of the 16 results of a thread's column.");
   m.def(
       "lane_chunk_to_k",
       [](int lane, int chunk) {

@@ -232,24 +232,31 @@ def fused_rotations() -> None:
 
 
 def rotated_rows() -> None:
-    """One and several warps a token, blocks past K, two sources, vectors of samples."""
+    """One and several warps a token, one and several tokens a warp, blocks past K, two sources,
+    vectors of samples that lie on 16 bytes or elsewhere."""
     bf16, fp16 = torch.bfloat16, torch.float16
-    for norm, first, second, samples, block_size, dtype, act_bits, mode in (
-        ("none", 128, 0, 0, 128, bf16, 8, "absmax"),
-        ("none", 1152, 0, 0, 128, fp16, 4, "rms"),
-        ("none", 640, 384, 0, 256, bf16, 8, "rms"),
-        ("none", 3072, 12288, 0, 1024, bf16, 8, "absmax"),
-        ("layer", 1152, 0, 3, 128, bf16, 8, "absmax"),
-        ("rms", 1024, 512, 1, 512, fp16, 8, "absmax"),
-        ("layer", 8192, 0, 0, 128, bf16, 4, "absmax"),
+    for tokens, norm, first, second, samples, block_size, dtype, act_bits, mode in (
+        (6, "none", 128, 0, 0, 128, bf16, 8, "absmax"),
+        (6, "none", 1152, 0, 0, 128, fp16, 4, "rms"),
+        (6, "none", 640, 384, 0, 256, bf16, 8, "rms"),
+        (6, "none", 3072, 12288, 0, 1024, bf16, 8, "absmax"),
+        (6, "layer", 1152, 0, 3, 128, bf16, 8, "absmax"),
+        (6, "rms", 1024, 512, 1, 512, fp16, 8, "absmax"),
+        (6, "layer", 8192, 0, 0, 128, bf16, 4, "absmax"),
+        (801, "none", 1152, 0, 0, 128, bf16, 8, "absmax"),
+        (801, "none", 1024, 512, 0, 128, bf16, 4, "rms"),
+        (801, "none", 3072, 0, 0, 128, fp16, 8, "absmax"),
+        (1602, "layer", 384, 0, 3, 128, bf16, 4, "absmax"),
     ):
         k = first + second
-        x = exact_rows(torch.randn(6, first).to(dtype), first + 8)
-        other = exact_rows(torch.randn(6, second).to(dtype), second + 16) if second else None
+        x = exact_rows(torch.randn(tokens, first).to(dtype), first + 8)
+        other = exact_rows(torch.randn(tokens, second).to(dtype), second + 16) if second else None
         scale = shift = None
         if samples:
-            scale = exact_rows(torch.randn(samples, k).to(dtype), k + 1)
-            shift = exact_rows(torch.randn(samples, k), k + 3)
+            odd = tokens == 6
+            scale = exact_rows(torch.randn(samples, k).to(dtype), k + odd)
+            shift = torch.randn(samples, k)
+            shift = exact_rows(shift if odd else shift.to(dtype), k + 3 * odd)
         powers = torch.exp2(torch.randint(-3, 4, (k,), device="cuda")).bfloat16()
         options = (norm, 1e-6, powers, block_size, act_bits, mode, 0.5)
         arguments = (x, other, scale, shift, *options)

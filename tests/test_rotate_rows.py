@@ -103,6 +103,24 @@ def test_lanes_load_and_store_each_k_once_in_16_byte_pieces() -> None:
     assert sorted(stored) == list(range(0, 1024, 16))  # 16 codes
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 4, 8])
+def test_a_team_has_each_k_of_its_tokens_once(tokens: int) -> None:
+    """Four lanes a unit before the transform, eight columns of 16 after it; a unit that stands in
+    column u of the product of its warp is that of the lanes 4u to 4u + 3."""
+    warps = 3
+    threads, k = range(32 * warps), 1024 // tokens * warps
+    units = [planner.team_unit(tokens, thread) for thread in threads]
+    expected = [(token, first) for token in range(tokens) for first in range(0, k, 128)]
+    assert sorted(units) == sorted(4 * expected)
+    results = [planner.team_result(tokens, t, column) for t in threads for column in range(2)]
+    assert sorted(results) == [(token, n) for token in range(tokens) for n in range(0, k, 16)]
+    for thread in threads:
+        for column in range(2):
+            token, first = planner.team_result(tokens, thread, column)
+            unit = planner.lane_result_to_k(thread % 32, column, 0) // 128
+            assert (token, first // 128 * 128) == units[thread // 32 * 32 + 4 * unit]
+
+
 def test_lanes_that_read_shared_memory_together_read_all_of_its_banks() -> None:
     """Eight lanes at a time, 16 bytes each, from 32 banks of 4 bytes; the second chunk of two lies
     where bit 4 of the address of the first differs, the others 128 bytes on."""
@@ -143,6 +161,29 @@ def test_every_plan_gives_each_token_to_one_team(modulated: bool, registers: int
             step = plan.blocks_per_sample * plan.teams
             taken = (first[:, None] + step * np.arange(-(-tokens // step))).ravel()
             assert sorted(taken[taken < tokens]) == list(range(tokens))
+
+
+def test_groups_of_tokens_fill_the_lanes_of_their_warps() -> None:
+    """Idle are a twelfth of those that an SM has room for, at most, unless there are few tokens."""
+    chosen = {}
+    for features in range(128, planner.ROTATE_MAX_FEATURES + 1, 128):
+        for tokens in (1, 500, 4096, 33_000):
+            for form in ("plain", "modulated", "norm"):
+                group = planner.choose_group_tokens(features, 1, tokens, 132, form)
+                if group == 0:
+                    continue
+                warps = planner.group_warps(group, features)
+                assert 1 <= warps <= 12 and 1024 * (warps - 1) < features * group <= 1024 * warps
+                assert form == "plain" or (form == "modulated" and group == 8 and tokens > 1000)
+                if tokens > 528 and form == "plain":
+                    assert 36 // warps * group * features * 12 >= 11 * 36 * 1024
+                chosen[features, tokens, form] = group
+    assert {chosen[k, 500, "plain"] for k in IN_FEATURES if k <= 12288} == {1}
+    many = {k: chosen.get((k, 4096, "plain")) for k in IN_FEATURES}
+    assert [many[k] for k in (1152, 1536, 3072, 4608, 12288)] == [8, 4, 2, 2, 1]
+    assert many[15360] is None and (3072, 4096, "modulated") not in chosen
+    with pytest.raises(ValueError, match="form must be 'plain', 'modulated' or 'norm', got 'x'"):
+        planner.choose_group_tokens(128, 1, 1, 132, "x")
 
 
 def test_one_token_a_sample_has_the_stride_of_the_samples() -> None:
@@ -275,7 +316,8 @@ def check(inputs: Inputs, case: Case) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("features", sorted({128, 256, 384, 1024, 2048, 8192, *IN_FEATURES}))
 def test_every_width_and_block(features: int) -> None:
-    """What changes with K: warps of a team, teams of a thread block, idle lanes."""
+    """What changes with K: warps of a team, teams or tokens of a thread block, idle lanes."""
+    check(draw((1061, features), Case()), Case())
     for block_size in BLOCKS:
         if features % block_size == 0:
             check(draw((131, features), case := Case(block_size=block_size)), case)
@@ -301,6 +343,27 @@ def test_every_mode(norm: str, dtype: torch.dtype) -> None:
         case = replace(mode, norm=norm)
         for smooth in (True, False):
             check(draw((257, 3072), case, dtype=dtype, smooth=smooth), case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("features", [128, 384, 1152, 1536, 1920, 3072, 8960])
+def test_groups_of_tokens(features: int, dtype: torch.dtype) -> None:
+    """A last one that is not whole, idle units, the border of two sources, samples."""
+    for mode in MODES:
+        for tokens in (1063, 1064):
+            check(draw((tokens, features), mode, dtype=dtype, smooth=tokens % 2 == 0), mode)
+        inputs = draw((1063, features - 128), mode, second=128, dtype=dtype)
+        if features > 128:
+            check(inputs, mode)
+        base = torch.randn(3, 400, features + 64, device="cuda").to(dtype)
+        inputs = draw((1, features), mode, dtype=dtype)
+        check(replace(inputs, x=base[:, 5:, 64:]), mode)
+    for norm in ("layer", "rms"):
+        for mode in MODES:
+            case = replace(mode, norm=norm)
+            inputs = draw((1206, features), case, dtype=dtype, samples=3, smooth=norm == "rms")
+            check(replace(inputs, shift=inputs.shift.to(dtype)), case)
 
 
 @pytest.mark.gpu
@@ -402,13 +465,14 @@ def test_scale_of_values_does_not_matter(magnitude: float) -> None:
 
 
 @pytest.mark.gpu
-def test_a_mean_ten_times_the_deviation() -> None:
-    """sum x^2 - (sum x)^2 would lose its digits. Such a mean takes three of fp32's: 2 y in 1000
+@pytest.mark.parametrize("features, tokens", [(3072, 131), (1152, 1100)])
+def test_a_mean_ten_times_the_deviation(features: int, tokens: int) -> None:
+    """avg x^2 - (avg x)^2 would lose its digits. Such a mean takes three of fp32's: 2 y in 1000
     round to fp16 the other way, in the reference too, and 5 % of the tokens have one of them in the
     block of their largest value."""
     case = Case(norm="layer")
-    inputs = draw((131, 3072), case, samples=1, dtype=torch.float16)
-    inputs = replace(inputs, x=inputs.x / 4 + 4)
+    inputs = draw((tokens, features), case, samples=1, dtype=torch.float16)
+    inputs = replace(inputs, x=inputs.x / 4 + 4, shift=inputs.shift.half())
     tensors = (*inputs.rotated(case), None, None)
     assert_codes_of_rounded_norm(*inputs.run(case), tensors, case, moved_scales=0.2)
 

@@ -459,10 +459,10 @@ cudaError_t launch_instance(const A16Args& args, int device, cudaStream_t stream
   constexpr int kSharedBytes = sizeof(typename G::Shared);
   const auto kernel = gemv_kernel<G>;
   int sms = 0;
-  bool can_overlap = false;
+  int code_arch = 0;
   cudaError_t error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess) {
-    error = query_overlap(kernel, device, &can_overlap);
+    error = query_code_arch(kernel, device, &code_arch);
   }
   if (error == cudaSuccess) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
@@ -484,7 +484,7 @@ cudaError_t launch_instance(const A16Args& args, int device, cudaStream_t stream
   config.dynamicSmemBytes = kSharedBytes;
   config.stream = stream;
   config.attrs = &overlap;
-  config.numAttrs = can_overlap ? 1 : 0;
+  config.numAttrs = can_overlap(code_arch) ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, args, whole);
 }
 

@@ -1,5 +1,5 @@
-// What the kernel of lrq::_rotate_rows is asked to do, which problems it takes, and how it divides
-// them. No torch, no kernels.
+// What the kernels of lrq::_rotate_rows are asked to do, which problems they take, and how they
+// divide them. No torch, no kernels.
 //
 //     u       = norm(x) * (1 + scale) + shift      x one tensor, or two side by side along K
 //     v       = (u * channel_scale) @ blockdiag(H) / sqrt(block_size)
@@ -60,7 +60,7 @@ struct RotateRowsArgs {
   float* x_scale;  // [samples * tokens]
 };
 
-// ---- what the kernel takes ----------------------------------------------------------------------
+// ---- what the kernels take ----------------------------------------------------------------------
 
 constexpr int kRotateMaxThreads = 1024;
 constexpr int kRotateMaxWarps = 16;  // of a team
@@ -70,7 +70,7 @@ constexpr int kRotateAlignment = 16;
 constexpr int64_t kRotateMaxRowStride = int64_t{1} << 20;
 constexpr int64_t kRotateMaxTokens = int64_t{1} << 30;
 
-// Whether the kernel takes rows of `first` + `second` features of 16 bits (second 0: one source)
+// Whether the kernels take rows of `first` + `second` features of 16 bits (second 0: one source)
 // that lie `row_stride` elements apart, the larger of the two. `addresses` tells the alignment: the
 // bitwise or of the addresses of the sources and of channel_scale, and of the strides in bytes that
 // lead from row to row.
@@ -86,11 +86,6 @@ constexpr bool supports_rotate_rows(int64_t first, int64_t second, int64_t block
 }
 
 // ---- how it divides the work --------------------------------------------------------------------
-//
-// A team of warps takes one token at a time, a lane of it 32 features; at K = 1152 lanes of seven
-// units of sixteen are idle. A thread block is as many teams as registers, shared memory and
-// barriers have room for, one thread block an SM. It fills shared memory with the vectors of the
-// channels once, and its teams stay for token after token, each with its next tokens on their way.
 
 // What comes before the transform.
 enum class RotateForm : int {
@@ -99,10 +94,64 @@ enum class RotateForm : int {
   kNorm,       // norm, with another scale and shift or without
 };
 
+// Warps of an SM where each lane has that many registers: a quarter of its 65536 serves a quarter
+// of the warps.
+constexpr int resident_warps(int registers) { return 4 * (65536 / 4 / 32 / registers); }
+
+// Registers of a lane: no spills, and on an H200 not slower than others. Code of other
+// architectures than 9.0 needs more.
+constexpr int more_registers(int code_arch) { return code_arch == 90 ? 0 : 16; }
+constexpr int kRotateGroupRegisters = 56;
+constexpr int row_registers(RotateForm form, bool usual) {
+  return form == RotateForm::kNorm ? 128 : form == RotateForm::kPlain && usual ? 64 : 80;
+}
+
+// Two kernels. In that of rows a team of warps takes one token at a time, a lane of it 32 features,
+// and stays for one after another, each with its next tokens on their way. A thread block is as
+// many teams as registers, shared memory and barriers have room for, one thread block an SM, and
+// fills shared memory with the vectors of the channels once. In that of groups a thread block takes
+// a few tokens and no others; it starts sooner, and a warp can have units of several tokens.
+
 constexpr int kRotateMaxSlots = 2;   // with more the shared memory is taken from teams
 constexpr int kRotateMaxTeams = 15;  // each has a barrier, beside that of the thread block
 constexpr int kLaneBytes = 2 * kChunks * kChunkElements;
 constexpr int kRotateStaticShared = 4 * 1024;  // no less than RotateShared and what CUDA keeps
+
+constexpr int kRotateMaxGroupWarps = 12;  // more wait for each other too long
+
+// Warps of a thread block of so many tokens.
+constexpr int group_warps(int group_tokens, int features) {
+  return ceil_div(features, kWarpElements / group_tokens);
+}
+
+// Tokens of a thread block, 1, 2, 4 or 8; 0: rows are for these. As measured on an H200 (NOTES.md):
+// it starts 0.4 thread blocks a nanosecond, for which short tokens are too few bytes to go alone,
+// and tokens wait for memory unless 33 of the 36 warps of an SM are there and busy.
+constexpr int choose_group_tokens(int features, int64_t samples, int64_t tokens, int sms,
+                                  RotateForm form) {
+  if (form == RotateForm::kModulated) {
+    // Rows fill shared memory with the vectors once: ahead unless a quarter of their lanes is idle.
+    const bool idle = 4 * features <= 3 * kWarpElements * group_warps(1, features);
+    return idle && group_warps(kWarpUnits, features) <= kRotateMaxGroupWarps &&
+                   samples * (tokens / kWarpUnits) >= sms
+               ? kWarpUnits
+               : 0;
+  }
+  if (form == RotateForm::kNorm) {
+    return 0;
+  }
+  const bool few = samples * tokens <= 4 * sms;
+  for (int group = 1; group <= kWarpUnits; group *= 2) {
+    const int least_features = group == 1 ? 8192 : group == 2 ? 1856 : group == 4 ? 1472 : 0;
+    const int warps = group_warps(group, features);
+    const int resident = resident_warps(kRotateGroupRegisters) / warps * warps;
+    const bool busy = int64_t{resident} * features >= int64_t{33} * (kWarpElements / group) * warps;
+    if (warps <= kRotateMaxGroupWarps && (few || (busy && features >= least_features))) {
+      return group;
+    }
+  }
+  return 0;
+}
 
 struct RotateRowsPlan {
   int team_threads;
@@ -116,10 +165,6 @@ struct RotateRowsPlan {
     return shared_bytes + kRotateStaticShared <= shared_limit;
   }
 };
-
-// Warps of an SM where each lane has that many registers: a quarter of its 65536 serves a quarter
-// of the warps.
-constexpr int resident_warps(int registers) { return 4 * (65536 / 4 / 32 / registers); }
 
 // features, samples and tokens are at least 1; shared_limit: bytes that a thread block may have.
 constexpr RotateRowsPlan plan_rotate_rows(int features, int64_t samples, int64_t tokens, int sms,

@@ -40,11 +40,6 @@ LRQ_HOST_DEVICE constexpr int lane_chunk_to_k(int lane, int chunk) {
   return kTransform * (lane / kUnitLanes) + chunk_of_unit(lane, chunk);
 }
 
-// of the first chunk of a thread, among those of its team.
-LRQ_HOST_DEVICE constexpr int lane_first_k(int thread) {
-  return kTransform * (thread / kUnitLanes) + chunk_of_unit(thread % 32, 0);
-}
-
 // and after the transform.
 LRQ_HOST_DEVICE constexpr int lane_result_unit(int lane, int column) {
   return kColumns * (lane % kUnitLanes) + column;
@@ -54,5 +49,30 @@ LRQ_HOST_DEVICE constexpr int lane_result_to_k(int lane, int column, int chunk) 
   return kTransform * lane_result_unit(lane, column) + 16 * (lane / kUnitLanes) +
          kChunkElements * chunk;
 }
+
+// What the eight units of a warp are: of one token all, or of several, 8 / kTokens of each. The
+// warps of a team follow each other along K.
+template <int kTokens>
+struct TeamLayout {
+  static_assert(kTokens == 1 || kTokens == 2 || kTokens == 4 || kTokens == 8, "tokens of a warp");
+  static constexpr int kUnits = kWarpUnits / kTokens;  // of a token in a warp
+
+  // Token, and first k of it, of the unit of which a thread holds a quarter before the transform,
+  LRQ_HOST_DEVICE static constexpr int token(int thread) {
+    return thread % 32 / kUnitLanes / kUnits;
+  }
+  LRQ_HOST_DEVICE static constexpr int unit_k(int thread) {
+    return kTransform * (thread / 32 * kUnits + thread % 32 / kUnitLanes % kUnits);
+  }
+
+  // and token, and first of the 16 neighbours, of a thread's column after it.
+  LRQ_HOST_DEVICE static constexpr int result_token(int thread, int column) {
+    return lane_result_unit(thread % 32, column) / kUnits;
+  }
+  LRQ_HOST_DEVICE static constexpr int result_k(int thread, int column) {
+    const int unit = lane_result_unit(thread % 32, column);
+    return kTransform * (thread / 32 * kUnits + unit % kUnits) + 16 * (thread % 32 / kUnitLanes);
+  }
+};
 
 }  // namespace lrq

@@ -1,16 +1,25 @@
-// LayerNorm or RMSNorm of a token, and its modulation, before the transform: four lanes a unit of
+// LayerNorm or RMSNorm of tokens, and their modulation, before the transform: four lanes a unit of
 // 128 neighbours (token_layout.h).
 #pragma once
 
-#include "token_ring.cuh"
+#include "rotate_quantize.h"
+#include "token_team.cuh"
 #include "token_words.cuh"
 
 namespace lrq {
 
-// Of 128 values.
+// Sums over the 128 values of a unit.
 struct UnitMoments {
-  float mean;
-  float squares;  // of deviations from the mean
+  float sum;
+  float squares;
+};
+
+// norm(x) = x rstd + offset.
+struct NormFactors {
+  float rstd;
+  float offset;
+
+  __device__ __forceinline__ float operator()(float x) const { return fmaf(x, rstd, offset); }
 };
 
 // Over `kLanes` neighbour lanes: a warp or a unit.
@@ -23,55 +32,108 @@ __device__ __forceinline__ float lanes_sum(float value) {
   return value;
 }
 
-// v becomes norm(v). Each unit subtracts its own mean before it squares, so that a large mean costs
-// no digits and one barrier is enough: with units of 128 and their means m_u,
-//     mean = avg(m_u),   K variance = sum(squares_u) + 128 sum((m_u - mean)^2).
-// The unit's mean leaves v with the last step: (v - m_u) rstd + (m_u - mean) rstd.
-// moments: of the units of the token.
-__device__ __forceinline__ void normalize(LaneValues& v, int units, UnitMoments* moments,
-                                          const RotateRowsArgs& args) {
-  UnitMoments own = {0.0f, 0.0f};
-  if (args.norm == TokenNorm::kLayer) {
-    for_each_value(v, [&](float x) { own.mean += x; });
-    own.mean = lanes_sum<kUnitLanes>(own.mean) * (1.0f / kTransform);
-    for_each_value(v, [&](float& x) { x -= own.mean; });
-  }
-  for_each_value(v, [&](float x) { own.squares = fmaf(x, x, own.squares); });
-  own.squares = lanes_sum<kUnitLanes>(own.squares);
-  if (Team::thread() % kUnitLanes == 0) {
-    moments[Team::thread() / kUnitLanes] = own;
-  }
-  Team::sync();
-  float mean = 0.0f;
-  if (args.norm == TokenNorm::kLayer) {
-#pragma unroll 1
-    for (int i = Team::thread() % 32; i < units; i += 32) {
-      mean += moments[i].mean;
+// Sums of units, of exact products in fp32: a product with ones, and the diagonal of the product of
+// units with themselves. Operand A of a lane is two words of its row g, operand B one of its column
+// g: what a unit holds as words of one is what it holds as the other.
+template <typename T>
+struct UnitSums {
+  // Two chains of each: an mma of one would wait for that before.
+  float sums[2][4] = {};
+  float squares[4][4] = {};
+
+  __device__ __forceinline__ void add(const LaneWords& words) {
+    constexpr uint32_t kOnes[4] = {Words<T>::kOnes, Words<T>::kOnes, Words<T>::kOnes,
+                                   Words<T>::kOnes};
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+#pragma unroll
+      for (int i = 0; i < kChunkWords; i += 2) {
+        const uint32_t first = words[chunk][i];
+        const uint32_t second = words[chunk][i + 1];
+        Words<T>::mma(sums[i / 2], kOnes, first, second, sums[i / 2]);
+        Words<T>::mma(squares[i], first, second, first);       // rows g: of the first
+        Words<T>::mma(squares[i + 1], first, second, second);  // rows g + 8: of the second
+      }
     }
-    mean = lanes_sum<32>(mean) * (kTransform * args.inverse_features);
   }
-  float squares = 0.0f;
+
+  // One of a unit's four lanes has its moments; the others have numbers that mean nothing.
+  __device__ __forceinline__ static bool is_owner(int lane) {
+    return lane % kUnitLanes == lane / kUnitLanes / kColumns;
+  }
+  __device__ __forceinline__ UnitMoments owned(int lane) const {
+    const bool even = lane / kUnitLanes % kColumns == 0;
+    return {even ? sums[0][0] + sums[1][0] : sums[0][1] + sums[1][1],
+            even ? (squares[0][0] + squares[1][2]) + (squares[2][0] + squares[3][2])
+                 : (squares[0][1] + squares[1][3]) + (squares[2][1] + squares[3][3])};
+  }
+};
+
+// The sum over this lane's token of what owners have. moments: kWarpUnits for each warp of the
+// team.
+template <typename Team, int kTokens>
+__device__ __forceinline__ UnitMoments token_sum(UnitMoments own, bool owner,
+                                                 UnitMoments* moments) {
+  constexpr int kUnits = TeamLayout<kTokens>::kUnits;
+  constexpr int kLanes = kUnits * kUnitLanes;  // of a token in a warp
+  const int lane = Team::thread() % 32;
+  UnitMoments total = {owner ? own.sum : 0.0f, owner ? own.squares : 0.0f};
+  if (Team::threads() > 32) {
+    const int units = Team::threads() / 32 * kUnits;
+    UnitMoments* const row = moments + TeamLayout<kTokens>::token(lane) * units;
+    if (owner) {
+      row[TeamLayout<kTokens>::unit_k(Team::thread()) / kTransform] = own;
+    }
+    Team::sync();
+    total = {0.0f, 0.0f};
 #pragma unroll 1
-  for (int i = Team::thread() % 32; i < units; i += 32) {
-    const UnitMoments one = moments[i];
-    const float deviation = one.mean - mean;
-    squares += fmaf(deviation * kTransform, deviation, one.squares);
+    for (int i = lane % kLanes; i < units; i += kLanes) {
+      total.sum += row[i].sum;
+      total.squares += row[i].squares;
+    }
   }
-  squares = lanes_sum<32>(squares);
-  const float rstd = rsqrtf(squares * args.inverse_features + args.eps);
-  const float offset = (own.mean - mean) * rstd;
-  for_each_value(v, [&](float& x) { x = fmaf(x, rstd, offset); });
+  return {lanes_sum<kLanes>(total.sum), lanes_sum<kLanes>(total.squares)};
+}
+
+// Factors for this lane's token, of whose words load(words) gives those of the lane; in_token: they
+// are not behind K. The variance is avg(x^2) - mean^2, unless a token of the warp has a mean so
+// large that this loses digits; then deviations from the mean are squared, as PyTorch does. All
+// warps of a team see the same tokens and decide alike.
+template <typename T, typename Team, int kTokens, typename Load>
+__device__ __forceinline__ NormFactors norm_factors(const Load& load, bool in_token,
+                                                    UnitMoments* moments,
+                                                    const RotateRowsArgs& args) {
+  constexpr float kLargeMean = 8.0f;  // in deviations: costs 6 of 22 digits
+  const int lane = Team::thread() % 32;
+  const auto sum = [&](UnitMoments own, bool owner) {
+    return token_sum<Team, kTokens>(in_token ? own : UnitMoments{0.0f, 0.0f}, owner, moments);
+  };
+  UnitSums<T> sums;
+  LaneWords words;
+  load(words);
+  sums.add(words);
+  const UnitMoments total = sum(sums.owned(lane), sums.is_owner(lane));
+  const bool centred = args.norm == TokenNorm::kLayer;
+  const float mean = centred ? total.sum * args.inverse_features : 0.0f;
+  float variance = fmaf(-mean, mean, total.squares * args.inverse_features);
+  if (__any_sync(0xffffffffu, mean * mean > kLargeMean * kLargeMean * variance)) {
+    float squares = 0.0f;
+    load(words);
+    for_each_word(words, [&](uint32_t& word, int, int) {
+      const float2 pair = Words<T>::unpack(word);
+      squares = fmaf(pair.x - mean, pair.x - mean, squares);
+      squares = fmaf(pair.y - mean, pair.y - mean, squares);
+    });
+    squares = lanes_sum<kUnitLanes>(squares);
+    Team::sync();  // all have read what the next line replaces
+    squares = sum({0.0f, squares}, lane % kUnitLanes == 0).squares;
+    variance = squares * args.inverse_features;
+  }
+  const float rstd = rsqrtf(variance + args.eps);
+  return {rstd, -mean * rstd};
 }
 
 // ---- modulation ---------------------------------------------------------------------------------
-
-// v in the type of the tokens.
-template <typename T>
-__device__ __forceinline__ void pack_values(LaneWords& words, const LaneValues& v) {
-  for_each_word(words, [&](uint32_t& word, int chunk, int i) {
-    word = pack<T>(v[chunk][2 * i], v[chunk][2 * i + 1]);
-  });
-}
 
 __device__ __forceinline__ float sample_value(const SampleVectors& vectors, int64_t at) {
   switch (vectors.type) {
@@ -84,10 +146,20 @@ __device__ __forceinline__ float sample_value(const SampleVectors& vectors, int6
   }
 }
 
-// words = v (1 + scale) + shift, of which either may be missing, from any address. Where both are
-// of the tokens' type each step is rounded to it, elsewhere the last alone. k: of the lane's unit.
+// words = norm(words), rounded to their type.
 template <typename T>
-__device__ __forceinline__ void modulate(LaneWords& words, const LaneValues& v,
+__device__ __forceinline__ void normalize(LaneWords& words, const NormFactors& norm) {
+  for_each_word(words, [&](uint32_t& word, int, int) {
+    const float2 pair = Words<T>::unpack(word);
+    word = pack<T>(norm(pair.x), norm(pair.y));
+  });
+}
+
+// words = norm(words) (1 + scale) + shift, of which either may be missing, from any address. Where
+// both are of the tokens' type each step is rounded to it, elsewhere the last alone. k: of the
+// lane's unit.
+template <typename T>
+__device__ __forceinline__ void modulate(LaneWords& words, const NormFactors& norm,
                                          const RotateRowsArgs& args, int sample, int k) {
   const bool has_scale = args.scale.data != nullptr;
   const bool has_shift = args.shift.data != nullptr;
@@ -96,26 +168,21 @@ __device__ __forceinline__ void modulate(LaneWords& words, const LaneValues& v,
   const auto rounded = [&](float value) { return narrow ? to_float(round_to<T>(value)) : value; };
   const int64_t scale_at = sample * args.scale.sample_stride + k;
   const int64_t shift_at = sample * args.shift.sample_stride + k;
-#pragma unroll
-  for (int chunk = 0; chunk < kChunks; ++chunk) {
-    const int of_chunk = chunk_of_unit(threadIdx.x % 32, chunk);
-    float y[kChunkElements];
-#pragma unroll
-    for (int e = 0; e < kChunkElements; ++e) {
-      y[e] = rounded(v[chunk][e]);
-      if (has_scale) {
-        const float factor = rounded(1.0f + sample_value(args.scale, scale_at + of_chunk + e));
-        y[e] = rounded(__fmul_rn(y[e], factor));
-      }
-      if (has_shift) {
-        y[e] = rounded(__fadd_rn(y[e], sample_value(args.shift, shift_at + of_chunk + e)));
-      }
+  const auto value = [&](float x, int at) {
+    float y = rounded(norm(x));
+    if (has_scale) {
+      y = rounded(__fmul_rn(y, rounded(1.0f + sample_value(args.scale, scale_at + at))));
     }
-#pragma unroll
-    for (int i = 0; i < kChunkWords; ++i) {
-      words[chunk][i] = pack<T>(y[2 * i], y[2 * i + 1]);
+    if (has_shift) {
+      y = rounded(__fadd_rn(y, sample_value(args.shift, shift_at + at)));
     }
-  }
+    return y;
+  };
+  for_each_word(words, [&](uint32_t& word, int chunk, int i) {
+    const int at = chunk_of_unit(threadIdx.x % 32, chunk) + 2 * i;
+    const float2 pair = Words<T>::unpack(word);
+    word = pack<T>(value(pair.x, at), value(pair.y, at + 1));
+  });
 }
 
 }  // namespace lrq

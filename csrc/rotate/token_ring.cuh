@@ -1,31 +1,18 @@
-// Teams of a thread block, and how tokens come to them.
+// How tokens come to the teams of a thread block, one at a time to each.
 #pragma once
 
-#include "../device/sm90.cuh"
 #include "rotate_quantize.h"
+#include "token_team.cuh"
 #include "token_words.cuh"
 
 namespace lrq {
 
-// The warps that work on one token at a time. Those of a team wait for each other, teams never do.
-// A thread block is [thread of a team, team].
-struct Team {
-  __device__ __forceinline__ static int index() { return threadIdx.y; }
-  __device__ __forceinline__ static int thread() { return threadIdx.x; }
-  __device__ __forceinline__ static int threads() { return blockDim.x; }
-
-  __device__ __forceinline__ static void sync() {
-    if (threads() == 32) {
-      __syncwarp();
-    } else {
-      barrier_sync(1 + index(), threads());
-    }
-  }
-};
-
 // The tokens of a team that are in shared memory or on their way there, one after another. A token
 // lies as its warps hold it, k in order.
 class TokenRing {
+  using Team = TeamOfBlock;
+  using Layout = TeamLayout<1>;
+
  public:
   // barriers: kRotateMaxSlots of them; tokens: plan.slots times the bytes of a team.
   __device__ __forceinline__ TokenRing(uint64_t* barriers, const void* tokens,
@@ -38,7 +25,7 @@ class TokenRing {
         sample_(sample) {}
 
 #if __CUDA_ARCH__ >= 900
-  // Before the first request, and a barrier of the thread block before the first wait.
+  // A barrier of the thread block must follow.
   __device__ __forceinline__ void initialize() const {
     if (Team::thread() == 0) {
 #pragma unroll
@@ -75,7 +62,7 @@ class TokenRing {
 
   // The same, of what this thread reads.
   __device__ __forceinline__ void request(int slot, int token) const {
-    const int k = kTransform * (Team::thread() / kUnitLanes);
+    const int k = Layout::unit_k(Team::thread());
     if (k < args_.features && token < static_cast<int>(args_.tokens)) {
       const bool in_first = k < args_.first.features;
       const char* const source = in_first
@@ -101,7 +88,9 @@ class TokenRing {
 
   // Of this lane's words, for load_words.
   __device__ __forceinline__ uint32_t place(int slot) const {
-    return tokens_ + slot * kLaneBytes * Team::threads() + 2 * lane_first_k(Team::thread());
+    const int thread = Team::thread();
+    const int k = Layout::unit_k(thread) + chunk_of_unit(thread % 32, 0);
+    return tokens_ + slot * kLaneBytes * Team::threads() + 2 * k;
   }
 
  private:

@@ -6,9 +6,8 @@
 
 namespace lrq {
 
-// A lane's 32 values of a token, as they lie in memory and as fp32.
+// A lane's 32 values of a token, as they lie in memory.
 using LaneWords = uint32_t[kChunks][kChunkWords];
-using LaneValues = float[kChunks][kChunkElements];
 
 template <typename T>
 struct Words;
@@ -28,6 +27,9 @@ struct Words<__nv_bfloat16> {
                                              uint32_t b1, const float (&c)[4]) {
     mma_m16n8k16_bf16(d, a, b0, b1, c);
   }
+  __device__ __forceinline__ static void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+    mma_m16n8k8_bf16(d, a0, a1, b);
+  }
 };
 
 template <>
@@ -46,6 +48,9 @@ struct Words<__half> {
   __device__ __forceinline__ static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                              uint32_t b1, const float (&c)[4]) {
     mma_m16n8k16_f16(d, a, b0, b1, c);
+  }
+  __device__ __forceinline__ static void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+    mma_m16n8k8_f16(d, a0, a1, b);
   }
 };
 
@@ -95,17 +100,6 @@ __device__ __forceinline__ void load_words(LaneWords& words, uint32_t place) {
   set_chunk(words[3], load_shared_16<128>(place ^ 16));
 }
 
-template <typename T>
-__device__ __forceinline__ void unpack_chunk(float (&v)[kChunkElements],
-                                             const uint32_t (&words)[kChunkWords]) {
-#pragma unroll
-  for (int i = 0; i < kChunkWords; ++i) {
-    const float2 pair = Words<T>::unpack(words[i]);
-    v[2 * i] = pair.x;
-    v[2 * i + 1] = pair.y;
-  }
-}
-
 template <typename Use>
 __device__ __forceinline__ void for_each_word(LaneWords& words, Use use) {
 #pragma unroll
@@ -113,17 +107,6 @@ __device__ __forceinline__ void for_each_word(LaneWords& words, Use use) {
 #pragma unroll
     for (int i = 0; i < kChunkWords; ++i) {
       use(words[chunk][i], chunk, i);
-    }
-  }
-}
-
-template <typename Use>
-__device__ __forceinline__ void for_each_value(LaneValues& v, Use use) {
-#pragma unroll
-  for (int chunk = 0; chunk < kChunks; ++chunk) {
-#pragma unroll
-    for (int e = 0; e < kChunkElements; ++e) {
-      use(v[chunk][e]);
     }
   }
 }
