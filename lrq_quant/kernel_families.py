@@ -27,7 +27,7 @@ _OURS = (
     (OUR_A16, r"lrq::.*\b(gemm_a16_sm90_kernel|gemv_kernel)<"),
     (
         OUR_QUANTIZATION,
-        r"lrq::.*\brotate_rows_kernel<"
+        r"lrq::.*\brotate_(rows|groups)_kernel<"
         r"|^(row|activation|norm|block_dense|dual)_kernel$",
     ),
     (OUR_QK, r"^qk_norm_rope_kernel$"),
@@ -38,7 +38,8 @@ _RULES = (
     (GEMM, r"lrq::.*\b(gemm_sm(80|90)|gemm_a16_sm90|gemv)_kernel|^lrq::(gemm|gemm_a16|gemv)$"),
     (
         QUANTIZATION,
-        r"lrq::.*\b(rotate_rows|dequantize|prepack|unprepack)_kernel|^lrq::\w*rotate\w*$"
+        r"lrq::.*\b(rotate_(rows|groups)|dequantize|prepack|unprepack)_kernel"
+        r"|^lrq::\w*rotate\w*$"
         r"|^(row|activation|norm|block_dense|dual)_kernel$"
         r"|^lrq::(dequantize|prepack|unprepack)$",
     ),

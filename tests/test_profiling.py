@@ -45,7 +45,8 @@ G void lrq::gemm_sm90_kernel<4, 256, 2, 4>(CUtensorMap_st, CUtensorMap_st, CUten
 G void lrq::(anonymous namespace)::gemv_kernel<lrq::(anonymous namespace)::Gemv<4, 1, 2> >
 G nvjet_sm90_qqtst_128x128_128x6_1x2_h_bz_ovscale_bias_TNT
 G nvjet_sm90_tst_64x8_64x16_4x1_v_bz_splitK_bias_TNT
-Q void lrq::rotate_rows_kernel<__nv_bfloat16, (lrq::NormForm)1, false, false, 72>(lrq::Rot
+Q void lrq::rotate_rows_kernel<__nv_bfloat16, (lrq::RotateForm)1, true>(lrq::RotateRowsArg
+Q void lrq::rotate_groups_kernel<__nv_bfloat16, (lrq::RotateForm)0, true, 8>(lrq::RotateRowsArgs)
 Q triton_red_fused_abs_amax_cat_gelu_permute_view_3
 Q triton_poi_fused__scaled_mm__to_copy_cat_clamp_div_gelu_permute_t_unsqueeze_view_5
 Q triton_red_fused__scaled_mm__to_copy_abs_add_amax_cat_clamp_div_mul_native_layer_norm_sp
