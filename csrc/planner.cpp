@@ -293,8 +293,16 @@ RotateForm rotate_form(const std::string& name) {
   throw py::value_error("form must be 'plain', 'modulated' or 'norm', got '" + name + "'");
 }
 
+void check_team_tokens(const char* name, int tokens) {
+  if (tokens != 1 && tokens != 2 && tokens != 4 && tokens != 8) {
+    throw py::value_error(std::string(name) + " must be 1, 2, 4 or 8, got " +
+                          std::to_string(tokens));
+  }
+}
+
 template <typename Use>
 std::pair<int, int> with_layout(int tokens, const Use& use) {
+  check_team_tokens("tokens", tokens);
   switch (tokens) {
     case 1:
       return use(TeamLayout<1>());
@@ -302,10 +310,8 @@ std::pair<int, int> with_layout(int tokens, const Use& use) {
       return use(TeamLayout<2>());
     case 4:
       return use(TeamLayout<4>());
-    case 8:
-      return use(TeamLayout<8>());
     default:
-      throw py::value_error("tokens must be 1, 2, 4 or 8, got " + std::to_string(tokens));
+      return use(TeamLayout<8>());
   }
 }
 
@@ -340,16 +346,24 @@ void bind_rotate(py::module_& m) {
   m.def(
       "choose_group_tokens",
       [](int features, int64_t samples, int64_t tokens, int sms, const std::string& form) {
+        check_range("features / 128 - 1", features / kTransform - 1,
+                    kRotateMaxFeatures / kTransform);
         return choose_group_tokens(features, samples, tokens, sms, rotate_form(form));
       },
       py::arg("features"), py::arg("samples"), py::arg("tokens"), py::arg("sms"), py::arg("form"),
       "Tokens of a thread block of lrq::_rotate_rows, 1, 2, 4 or 8; 0: the kernel of rows. form: "
       "'plain', 'modulated' or 'norm'.");
-  m.def("group_warps", &group_warps, py::arg("group_tokens"), py::arg("features"),
-        "Warps of a thread block of so many tokens.");
+  m.def(
+      "group_warps",
+      [](int group_tokens, int features) {
+        check_team_tokens("group_tokens", group_tokens);
+        return group_warps(group_tokens, features);
+      },
+      py::arg("group_tokens"), py::arg("features"), "Warps of a thread block of so many tokens.");
   m.def(
       "team_unit",
       [](int tokens, int thread) {
+        check_range("thread", thread, kRotateMaxThreads);
         return with_layout(tokens, [&](auto layout) {
           return std::pair(layout.token(thread), layout.unit_k(thread));
         });
@@ -359,6 +373,7 @@ void bind_rotate(py::module_& m) {
   m.def(
       "team_result",
       [](int tokens, int thread, int column) {
+        check_range("thread", thread, kRotateMaxThreads);
         check_range("column", column, kColumns);
         return with_layout(tokens, [&](auto layout) {
           return std::pair(layout.result_token(thread, column), layout.result_k(thread, column));

@@ -184,6 +184,10 @@ def test_groups_of_tokens_fill_the_lanes_of_their_warps() -> None:
     assert many[15360] is None and (3072, 4096, "modulated") not in chosen
     with pytest.raises(ValueError, match="form must be 'plain', 'modulated' or 'norm', got 'x'"):
         planner.choose_group_tokens(128, 1, 1, 132, "x")
+    with pytest.raises(ValueError, match="group_tokens must be 1, 2, 4 or 8, got 0"):
+        planner.group_warps(0, 128)
+    with pytest.raises(ValueError, match="tokens must be 1, 2, 4 or 8, got 3"):
+        planner.team_unit(3, 0)
 
 
 def test_one_token_a_sample_has_the_stride_of_the_samples() -> None:
