@@ -3,8 +3,9 @@
     python -m benchmarks.rotate_quantize_candidates [--form plain] [--block 128] [--shapes MxK ...]
     TRITON_INTERPRET=1 python -m benchmarks.rotate_quantize_candidates      check only, no GPU
 
-None of these has been measured on a GPU yet: each says what it tries, not what it brings. What wins
-moves into lrq_kernels; what does not goes, with its figures written down.
+Of the plain form none was ahead by more than runs differ (csrc/rotate/NOTES.md); those of the other
+forms have not been timed: each says what it tries, not what it brings. What wins moves into
+lrq_kernels; what does not goes, with its figures written down.
 
 A candidate is a launch, "warps x values a thread" (see lrq_kernels/token_tiles.py), and a mode:
 
