@@ -54,6 +54,7 @@ __global__ void __maxnreg__(kRotateGroupRegisters + more_registers(kCodeArch))
     rotate_groups_kernel(const __grid_constant__ RotateRowsArgs args) {
   using Team = WholeBlock;
   using Layout = TeamLayout<kTokens>;
+  using Lanes = SizeLanes<kTokens>;
   constexpr bool kModulated = kForm == RotateForm::kModulated;
   static_assert(kModulated || kForm == RotateForm::kPlain, "forms that groups take");
   constexpr int kMaxWarps = kRotateMaxGroupWarps;
@@ -61,7 +62,7 @@ __global__ void __maxnreg__(kRotateGroupRegisters + more_registers(kCodeArch))
   __shared__ UnitMoments moments[kModulated ? kMaxWarps * kWarpUnits : 1];
   extern __shared__ __align__(128) char dynamic_shared[];
   const int tokens = static_cast<int>(args.tokens);
-  const int sample = blockIdx.y + gridDim.y * blockIdx.z;
+  const int sample = sample_of_block();
   if (sample >= static_cast<int>(args.samples)) {
     return;
   }
@@ -108,9 +109,9 @@ __global__ void __maxnreg__(kRotateGroupRegisters + more_registers(kCodeArch))
                          : token_size<false, Team, kTokens>(v, active, sizes);
   const TokenScales scales = token_scales(size, rms, args);
   float to_code[kColumns] = {scales.to_code, scales.to_code};
-  if constexpr (SizeLanes<kTokens>::kOnePerColumn) {
+  if constexpr (Lanes::kOnePerColumn) {
     const float other = other_lane(scales.to_code, kUnitLanes);
-    const bool odd = lane / kUnitLanes % kColumns == 1;
+    const bool odd = Lanes::column(lane) == 1;
     to_code[0] = odd ? other : scales.to_code;
     to_code[1] = odd ? scales.to_code : other;
   }
@@ -123,8 +124,8 @@ __global__ void __maxnreg__(kRotateGroupRegisters + more_registers(kCodeArch))
       store_global_16(args.x_q + own * args.features + Layout::result_k(thread, column), codes);
     }
   }
-  const int own = SizeLanes<kTokens>::token(lane);
-  if (thread < 32 && SizeLanes<kTokens>::rank(lane) == 0 && token + own < tokens) {
+  const int own = Lanes::token(lane);
+  if (thread < 32 && Lanes::rank(lane) == 0 && token + own < tokens) {
     args.x_scale[row + own] = scales.x_scale;
   }
 }

@@ -35,7 +35,7 @@ __global__ void __maxnreg__(row_registers(kForm, kUsual) + more_registers(kCodeA
   __shared__ RotateShared shared;
   extern __shared__ __align__(128) char dynamic_shared[];
   const int tokens = static_cast<int>(args.tokens);
-  const int sample = blockIdx.y + gridDim.y * blockIdx.z;
+  const int sample = sample_of_block();
   if (sample >= static_cast<int>(args.samples)) {
     return;
   }

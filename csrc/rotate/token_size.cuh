@@ -39,14 +39,15 @@ struct SizeLanes {
   // Lanes side by side that have the same token.
   static constexpr int kNeighbours = kOnePerColumn ? 1 : kUnitLanes / kTokens;
 
-  // Where sizes of tokens lie side by side, that of the lane's,
+  // The column of the lane's token, where each is of another,
+  __device__ __forceinline__ static int column(int lane) { return lane / kUnitLanes % kColumns; }
+  // where sizes of tokens lie side by side, that of the lane's,
   __device__ __forceinline__ static int place(int lane) {
     return kOnePerColumn ? lane % kWarpUnits : lane % kUnitLanes / kNeighbours;
   }
   // which token of the team this is,
   __device__ __forceinline__ static int token(int lane) {
-    return kOnePerColumn ? kColumns * (lane % kUnitLanes) + lane / kUnitLanes % kColumns
-                         : place(lane);
+    return kOnePerColumn ? lane_result_unit(lane, column(lane)) : place(lane);
   }
   // and the number of the lane among the 32 / kTokens that have it, which lie
   __device__ __forceinline__ static int rank(int lane) {
@@ -85,7 +86,7 @@ __device__ __forceinline__ float token_size(const LaneResults& v, const bool (&a
   const float second = active[1] ? column_size<kSum>(v, 1) : 0.0f;
   float size;
   if constexpr (Lanes::kOnePerColumn) {
-    const bool odd = lane / kUnitLanes % kColumns == 1;
+    const bool odd = Lanes::column(lane) == 1;
     size = both_sizes<kSum>(odd ? second : first, other_lane(odd ? first : second, kUnitLanes));
   } else {
     size = both_sizes<kSum>(first, second);

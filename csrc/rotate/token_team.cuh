@@ -11,6 +11,9 @@ constexpr int kCodeArch = __CUDA_ARCH__ / 10;
 constexpr int kCodeArch = 0;
 #endif
 
+// Rows and layers of thread blocks are samples; those past the last have none.
+__device__ __forceinline__ int sample_of_block() { return blockIdx.y + gridDim.y * blockIdx.z; }
+
 // One of several in a thread block, which is [thread of a team, team].
 struct TeamOfBlock {
   __device__ __forceinline__ static int index() { return threadIdx.y; }
@@ -26,6 +29,7 @@ struct TeamOfBlock {
   }
 };
 
+// The only one of a thread block.
 struct WholeBlock {
   __device__ __forceinline__ static int thread() { return threadIdx.x; }
   __device__ __forceinline__ static int threads() { return blockDim.x; }
